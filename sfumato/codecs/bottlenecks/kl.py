@@ -1,0 +1,43 @@
+"""The KL bottleneck of a variational autoencoder: a diagonal Gaussian posterior (arXiv 1312.6114, eq. 10)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """`channels` latent channels; the encoder gives twice as many, mean and log-variance."""
+
+    kind: str = "kl"
+    channels: int = 16
+
+    @property
+    def encoder_channels(self) -> int:
+        return 2 * self.channels
+
+
+def split(z_e: Tensor) -> tuple[Tensor, Tensor]:
+    """Encoder output "b 2c h w" -> mean and std, each "b c h w", in fp32."""
+    mean, logvar = z_e.float().chunk(2, dim=1)
+    return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
+
+
+class KL(nn.Module):
+    """z = mean + std * noise (the mean itself where noise is None); loss = KL(posterior || N(0, 1)), mean over elements."""
+
+    def __init__(self, config: KLConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, z_e: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        mean, std = split(z_e)
+        z = mean if noise is None else mean + std * noise
+        loss = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+        return z, loss, {"posterior_std": std.detach().mean(), "latent_std": mean.detach().std()}
+
+    def update(self, stats: dict[str, Tensor]) -> None:
+        """Nothing to learn outside of the gradient."""

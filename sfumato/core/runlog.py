@@ -1,0 +1,31 @@
+"""What a training run writes down: one JSON object a line, flushed as it goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+class RunLog:
+    """Appends to `log.jsonl`. After a resume the lines beyond `images` are dropped, so that the log tells one story."""
+
+    def __init__(self, path: Path, images: int = 0) -> None:
+        self.path = path
+        kept = [line for line in read_log(path) if line.get("images", 0) <= images] if path.exists() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, **values: object) -> None:
+        with open(self.path, "a") as f:
+            f.write(json.dumps(values) + "\n")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; a last line that was cut off is left out."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines

@@ -1,0 +1,31 @@
+"""Exponential moving average of weights, its horizon counted in images so that it does not change with the batch size."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def ema_copy(network: M) -> M:
+    """A frozen copy to average into."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, network: nn.Module, *, images: int, half_life: float, seen: int) -> None:
+    """average += (1 - decay) (network - average), decay = 0.5 ** (images / half_life).
+
+    While less than half_life / 0.05 images were `seen`, the half-life is 5 % of them, so that early averages forget the random start
+    (the ramp of arXiv 2006.06676). Buffers are copied.
+    """
+    half_life = max(min(half_life, 0.05 * seen), 1e-8)
+    decay = 0.5 ** (images / half_life)
+    own, raw = list(average.parameters()), [p.detach() for p in network.parameters()]
+    torch._foreach_lerp_(own, raw, 1 - decay)
+    for a, b in zip(average.buffers(), network.buffers(), strict=True):
+        a.copy_(b)

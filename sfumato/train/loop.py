@@ -1,0 +1,438 @@
+"""The one training loop: phases, EMA, checkpoints, exact resume. Progress is counted in images.
+
+A task says what is trained (networks, phases, batches as a pure function of the position in the data order); the loop owns optimisers,
+schedules and files. On accelerate: CPU, one GPU, MPS, or several processes through `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from tqdm import tqdm
+
+from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors, read_metadata, save_tensors, write_json
+from sfumato.core.config import to_json
+from sfumato.core.images import save_png
+from sfumato.core.runlog import RunLog
+from sfumato.nn.ema import ema_copy, ema_update
+
+BAD_STEPS_IN_A_ROW = 5
+FREE_TO_CHANGE = ("images", "save_every", "sample_every", "log_every", "keep", "keep_every", "trackers", "threads", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long and how a run trains. Counts and periods are in images; `batch_size` is over all processes.
+
+    The learning rate rises over `warmup` images, stays, and falls linearly to zero over the last `decay` of the run. `ema` is the
+    half-life of the averaged weights as a fraction of the run. `accumulate` splits each batch into that many parts.
+    """
+
+    images: int = 100_000
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup: int = 5_000
+    decay: float = 0.3
+    ema: float = 0.05
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    save_every: int = 50_000
+    sample_every: int = 50_000
+    log_every: int = 2_000
+    keep: int = 3
+    keep_every: int = 0
+    trackers: tuple[str, ...] = ()
+    threads: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_size", "accumulate", "save_every", "sample_every", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay (={self.decay}) must be between 0 and 1: it is the last fraction of the run")
+        if self.lr <= 0:
+            raise ValueError(f"lr (={self.lr}) must be above 0")
+
+    def lr_at(self, seen: int) -> float:
+        """The learning rate after `seen` images."""
+        rise = min(1.0, (seen + self.batch_size) / self.warmup) if self.warmup else 1.0
+        left = 1 - seen / self.images
+        return self.lr * rise * (min(1.0, left / self.decay) if self.decay else 1.0)
+
+
+Batch = dict[str, Any]
+Loss = Callable[[dict[str, nn.Module], Batch, float], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimiser: the networks it changes, its loss (networks, batch, progress in [0, 1]) -> (scalar, statistics), and its period in steps."""
+
+    name: str
+    networks: tuple[str, ...]
+    loss: Loss
+    every: int = 1
+    lr_scale: float = 1.0
+
+
+class Task(Protocol):
+    """What is trained. `batch` must be a pure function of the positions; `pack` turns averaged weights into what draws."""
+
+    kind: str
+    networks: dict[str, nn.Module]
+    phases: list[Phase]
+
+    def batch(self, positions: np.ndarray) -> Batch: ...
+
+    def samples(self, networks: dict[str, nn.Module]) -> Image.Image | None: ...
+
+    def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]: ...
+
+    def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, signum: int, images: int) -> None:
+        super().__init__(f"stopped at {images:,} images, state saved: run the same command again to go on")
+        self.signum = signum
+
+
+class Diverged(RuntimeError):
+    """Five steps in a row were not finite."""
+
+
+def checkpoint_name(kind: str, images: int) -> str:
+    return f"{kind}-{images // 1000:06d}k.safetensors"
+
+
+def checkpoints(run: Path, kind: str) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(p for p in run.glob(f"{kind}-*k.safetensors") if re.fullmatch(rf"{kind}-\d+k\.safetensors", p.name))
+
+
+class Trainer:
+    """A task, its optimisers and its counters, bound to a run folder."""
+
+    def __init__(self, task: Task, loop: LoopConfig, run: Path, config: Any) -> None:
+        from accelerate import Accelerator
+
+        if loop.threads:
+            torch.set_num_threads(loop.threads)
+        torch.set_flush_denormal(True)
+        self.task, self.loop, self.run = task, loop, Path(run)
+        self.config = {"kind": task.kind, "config": to_json(config), "loop": to_json(loop)}
+        _forget_accelerator()
+        self.accelerator = Accelerator(
+            cpu=loop.device == "cpu", mixed_precision="bf16" if loop.dtype == "bf16" else "no", log_with=list(loop.trackers) or None, project_dir=str(run)
+        )
+        self.device = self.accelerator.device
+        world = self.accelerator.num_processes
+        if loop.batch_size % (world * loop.accumulate):
+            raise ValueError(f"batch_size (={loop.batch_size}) must be a multiple of processes x accumulate (={world} x {loop.accumulate})")
+        for network in task.networks.values():
+            network.to(self.device)
+        self.averages = {name: ema_copy(n) for name, n in task.networks.items()}
+        self.prepared = {name: self.accelerator.prepare(n) for name, n in task.networks.items()}
+        self.optimisers = {p.name: self._optimiser(p) for p in task.phases}
+        self.counters = {"images": 0, "steps": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self.best = -math.inf
+
+    def _optimiser(self, phase: Phase) -> torch.optim.Optimizer:
+        """AdamW; norms, biases and other vectors are not decayed."""
+        parameters = [p for n in phase.networks for p in self.task.networks[n].parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.loop.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.loop.lr, betas=self.loop.betas, fused=self.device.type != "mps")
+
+    # --- one step -----------------------------------------------------------------------------------------------------------------------------
+
+    def positions(self, images: int) -> list[np.ndarray]:
+        """This process's positions in the data order for the step that begins at `images`, in `accumulate` parts."""
+        a = self.accelerator
+        mine = np.arange(images, images + self.loop.batch_size).reshape(a.num_processes, -1)[a.process_index]
+        return np.split(mine, self.loop.accumulate)
+
+    def step(self, batches: list[Batch]) -> dict[str, float]:
+        """All phases that are due, then the averages. Returns the statistics of this step."""
+        stats: dict[str, float] = {}
+        seen = self.counters["images"]
+        progress = seen / self.loop.images
+        lr = self.loop.lr_at(seen)
+        finite = True
+        for phase in self.task.phases:
+            if self.counters["steps"] % phase.every == 0:
+                ok, found = self._phase(phase, batches, progress, lr)
+                finite &= ok
+                stats |= found
+        self.counters["skipped"] += not finite
+        self.counters["skipped_in_a_row"] = 0 if finite else self.counters["skipped_in_a_row"] + 1
+        self.counters["images"] += self.loop.batch_size
+        self.counters["steps"] += 1
+        for name, average in self.averages.items():
+            ema_update(average, self.task.networks[name], images=self.loop.batch_size, half_life=self.loop.ema * self.loop.images, seen=seen)
+        return stats | {"lr": lr}
+
+    def _phase(self, phase: Phase, batches: list[Batch], progress: float, lr: float) -> tuple[bool, dict[str, float]]:
+        optimiser, a = self.optimisers[phase.name], self.accelerator
+        for group in optimiser.param_groups:
+            group["lr"] = lr * phase.lr_scale
+        stats: dict[str, list[float]] = defaultdict(list)
+        for i, batch in enumerate(batches):
+            waiting = [a.no_sync(self.prepared[n]) for n in phase.networks] if i < len(batches) - 1 else []
+            with contextlib.ExitStack() as stack:
+                for context in waiting:
+                    stack.enter_context(context)
+                loss, found = phase.loss(self.prepared, batch, progress)
+                a.backward(loss / len(batches))
+            for k, v in {"loss": loss.detach(), **found}.items():
+                stats[k if len(self.task.phases) == 1 else f"{phase.name}/{k}"].append(float(v))
+        parameters = [p for n in phase.networks for p in self.task.networks[n].parameters()]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.loop.clip)
+        finite = bool(a.reduce(torch.isfinite(norm).float().reshape(1), "sum").item() == a.num_processes)
+        if finite:
+            optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return finite, {k: sum(v) / len(v) for k, v in stats.items()} | {"grad_norm": float(norm)}
+
+    # --- the run ------------------------------------------------------------------------------------------------------------------------------
+
+    def train(self, *, stop_at: int | None = None) -> None:
+        """Goes on from the newest state in the run folder until the end, or until a signal (raises Stopped).
+
+        `stop_at` ends the call early at that many images, as a signal would, without an exception.
+        """
+        self.resume()
+        loop, main = self.loop, self.accelerator.is_main_process
+        end = min(loop.images, stop_at or loop.images)
+        log = RunLog(self.run / "log.jsonl", self.counters["images"]) if main else None
+        if main:
+            write_json(self.run / "config.json", self.config)
+        if loop.trackers:
+            self.accelerator.init_trackers(self.task.kind, config={"config": json.dumps(self.config)})
+        sums: dict[str, list[float]] = defaultdict(list)
+        started, began = time.perf_counter(), self.counters["images"]
+        bar = tqdm(total=loop.images, initial=began, unit=" images", disable=not main, dynamic_ncols=True, smoothing=0.05, mininterval=2)
+        with _signals() as signalled, bar:
+            for batches in self._batches(end):
+                for k, v in self.step(batches).items():
+                    sums[k].append(v)
+                images = self.counters["images"]
+                bar.update(loop.batch_size)
+                if self.counters["skipped_in_a_row"] >= BAD_STEPS_IN_A_ROW:
+                    raise Diverged(
+                        f"{BAD_STEPS_IN_A_ROW} steps in a row were not finite, last at {images:,} images; the newest checkpoint is intact: "
+                        f"lower lr (={loop.lr}) or use dtype fp32"
+                    )
+                if self._due(loop.log_every) or images >= end:
+                    line = {k: round(sum(v) / len(v), 6) for k, v in sums.items()}
+                    line |= {"images": images, "images_per_s": round((images - began) / (time.perf_counter() - started), 2), "skipped": self.counters["skipped"]}
+                    bar.set_postfix(loss=f"{line.get('loss', next(iter(line.values()))):.4f}")
+                    sums.clear()
+                    if log:
+                        log.write(**line)
+                    if loop.trackers:
+                        self.accelerator.log(line, step=images)
+                stop = self._any(signalled["signum"])
+                if self._due(loop.sample_every) or (images >= loop.images and not stop):
+                    self._look(log)
+                if self._due(loop.save_every) or images >= end or stop:
+                    self.save()
+                if stop:
+                    raise Stopped(stop, images)
+        if loop.trackers:
+            self.accelerator.end_training()
+
+    def _due(self, every: int) -> bool:
+        images = self.counters["images"]
+        return images // every > (images - self.loop.batch_size) // every
+
+    def _any(self, signum: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return signum
+        return int(self.accelerator.gather(torch.tensor([signum], device=self.device)).max())
+
+    def _batches(self, end: int) -> Iterator[list[Batch]]:
+        def load(images: int) -> list[Batch]:
+            return [_to(self.task.batch(p), self.device) for p in self.positions(images)]
+
+        starts = range(self.counters["images"], end, self.loop.batch_size)
+        if self.device.type == "cpu":  # a second thread would only take the cores from the step
+            yield from map(load, starts)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = [pool.submit(load, s) for s in starts[:2]]
+            for i in range(len(starts)):
+                if i + 2 < len(starts):
+                    ahead.append(pool.submit(load, starts[i + 2]))
+                yield ahead.pop(0).result()
+
+    def _look(self, log: RunLog | None) -> None:
+        """Samples and scores of the averaged weights."""
+        if not self.accelerator.is_main_process:
+            return
+        with torch.no_grad():
+            scores = self.task.evaluate(self.averages)
+            picture = self.task.samples(self.averages)
+        images = self.counters["images"]
+        if picture is not None:
+            save_png(self.run / "samples" / f"{images // 1000:06d}k.png", picture)
+        if log and scores:
+            log.write(images=images, **{k: round(v, 5) for k, v in scores.items()})
+        score = scores.get("score", math.nan)
+        if score > self.best and self.counters["skipped_in_a_row"] == 0:
+            self.best = score
+            self._save_pack(self.run / "model-best.safetensors")
+
+    # --- files --------------------------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the run needs to go on exactly."""
+        tensors = {f"raw.{n}.{k}": v for n, net in self.task.networks.items() for k, v in net.state_dict().items()}
+        tensors |= {f"ema.{n}.{k}": v for n, net in self.averages.items() for k, v in net.state_dict().items()}
+        if self.counters["steps"]:
+            for phase in self.task.phases:
+                found = get_optimizer_state_dict(self._module(phase), self.optimisers[phase.name])["state"]
+                tensors |= {f"optimiser.{phase.name}.{p}#{k}": v for p, values in found.items() for k, v in values.items()}
+        return tensors
+
+    def _module(self, phase: Phase) -> nn.Module:
+        return nn.ModuleDict({n: self.task.networks[n] for n in phase.networks})
+
+    def save(self) -> None:
+        """Writes state and EMA pack of this moment and drops old ones."""
+        if not self.accelerator.is_main_process:
+            return
+        images = self.counters["images"]
+        counters = self.counters | {"best": self.best if math.isfinite(self.best) else None}
+        save_tensors(self.run / checkpoint_name("state", images), self.state(), {"run": self.config, "counters": counters})
+        self._save_pack(self.run / checkpoint_name("model", images))
+        for kind in ("state", "model"):
+            for old in checkpoints(self.run, kind)[: -self.loop.keep]:
+                number = int(re.findall(r"\d+", old.name)[0]) * 1000
+                if not (self.loop.keep_every and kind == "model" and number % self.loop.keep_every == 0):
+                    old.unlink(missing_ok=True)
+
+    def _save_pack(self, path: Path) -> None:
+        tensors, metadata = self.task.pack(self.averages)
+        save_tensors(path, tensors, metadata | {"hash": hash_tensors(tensors), "images": self.counters["images"]})
+
+    def resume(self) -> None:
+        """Loads the newest readable state, if there is one. Raises ValueError where it belongs to another configuration."""
+        for path in reversed(checkpoints(self.run, "state")):
+            try:
+                tensors, metadata = load_tensors(path)
+            except FileError as e:
+                tqdm.write(f"{e}; trying the one before")
+                continue
+            _check_same(self.config, metadata["run"], self.run)
+            self._load(tensors, metadata["counters"])
+            return
+
+    def _load(self, tensors: dict[str, Tensor], counters: Any) -> None:
+        for prefix, networks in (("raw", self.task.networks), ("ema", self.averages)):
+            for name, network in networks.items():
+                start = f"{prefix}.{name}."
+                network.load_state_dict({k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)})
+        for phase in self.task.phases:
+            start = f"optimiser.{phase.name}."
+            state: dict[str, dict[str, Tensor]] = defaultdict(dict)
+            for key, v in tensors.items():
+                if key.startswith(start):
+                    parameter, what = key[len(start) :].rsplit("#", 1)
+                    state[parameter][what] = v
+            if state:
+                module, optimiser = self._module(phase), self.optimisers[phase.name]
+                whole = get_optimizer_state_dict(module, optimiser)
+                set_optimizer_state_dict(module, optimiser, {"state": dict(state), "param_groups": whole["param_groups"]})
+        self.best = -math.inf if counters["best"] is None else counters["best"]
+        self.counters = {k: counters[k] for k in self.counters}
+
+
+def load_averages(run: Path, networks: dict[str, nn.Module]) -> int:
+    """Puts the averaged weights of a run's newest state into `networks`; returns its images."""
+    found = checkpoints(Path(run), "state")
+    if not found:
+        raise FileError(f"there is no state-*.safetensors in {run}: is it a run folder?")
+    tensors, metadata = load_tensors(found[-1])
+    for name, network in networks.items():
+        start = f"ema.{name}."
+        network.load_state_dict({k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)})
+    return metadata["counters"]["images"]  # type: ignore[index]
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """{"kind", "config", "loop"} of a run folder."""
+    found = checkpoints(Path(run), "state")
+    if not found:
+        raise FileError(f"there is no state-*.safetensors in {run}: is it a run folder?")
+    return read_metadata(found[-1])["run"]  # type: ignore[return-value]
+
+
+def _check_same(ours: dict, theirs: Any, run: Path) -> None:
+    for part in ("kind", "config", "loop"):
+        a, b = json.loads(json.dumps(ours[part])), theirs[part]
+        if part == "loop":
+            a, b = ({k: v for k, v in side.items() if k not in FREE_TO_CHANGE} for side in (a, b))
+        if a != b:
+            different = [k for k in {**a, **b} if a.get(k) != b.get(k)] if isinstance(a, dict) else [part]
+            raise ValueError(
+                f"{run} holds a run with other settings ({', '.join(different)} in {part}): use the settings it was begun with, or another --out"
+            )
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in batch.items()}
+
+
+def _forget_accelerator() -> None:
+    """accelerate keeps its precision for the whole process; a second run in one process must be free to choose another."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[dict[str, int]]:
+    """Notes SIGTERM and SIGINT instead of dying; a second SIGINT interrupts at once."""
+    noted = {"signum": 0}
+
+    def note(signum: int, frame: object) -> None:
+        if noted["signum"] and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        noted["signum"] = signum
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
