@@ -177,3 +177,16 @@ def drawings(size: int, which: Sequence[Concept] | None = None, styles: Sequence
     path = cache_folder() / f"emoji-v{RASTER_VERSION}-{digest}-{size}.safetensors"
     pixels = cached(path, make)["pixels"] if every else make()[0]["pixels"]
     return Drawings(pixels, np.array([c.index for c, _ in found]), np.array([STYLES.index(s) for _, s in found]))
+
+
+@cache
+def drawable() -> tuple[Concept, ...]:
+    """The concepts that the bundled model learns: all but families, clock faces, signs and letters, and the "man ..." and "woman ..." twins."""
+    return tuple(c for c in concepts() if not _left_out(c))
+
+
+def _left_out(c: Concept) -> bool:
+    sign = c.group == "symbols" and c.subgroup not in ("geometric", "zodiac")
+    twin = c.group == "people-body" and c.name.split(" ")[0].rstrip(":") in ("man", "woman", "men", "women") and c.name not in ("man", "woman")
+    clock = c.subgroup == "time" and ("thirty" in c.name or "o’clock" in c.name)
+    return sign or twin or clock or c.subgroup == "family"

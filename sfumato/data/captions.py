@@ -1,0 +1,192 @@
+"""Captions in English and Chinese that say what a `Scene` shows, and the words by which each concept is known.
+
+One keyword in ten and two templates per language are kept out of all training, so that the text encoder can be judged on words it never saw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from sfumato.data.augment import GROUNDS, Placed, Scene
+from sfumato.data.emoji import LANGUAGES, Concept, concepts
+
+SHARED_BY_MANY = 8  # a keyword of more concepts than this ("animal") names a kind of thing, not a thing
+TEMPLATES = {
+    "en": ("{}", "{}", "{}", "a picture of {}", "a drawing of {}", "an icon of {}", "{}, sticker", "draw {}", "an emoji of {}"),
+    "zh": ("{}", "{}", "{}", "{}的图画", "画{}", "{}贴纸", "{}的图标", "请画{}"),
+}
+HELD_OUT_TEMPLATES = {"en": ("a sticker of {}", "please paint {}"), "zh": ("{}的表情", "给我画{}")}
+COLOURS_ZH = {
+    "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色",
+    "pink": "粉色", "brown": "棕色", "black": "黑色", "white": "白色", "grey": "灰色",
+}  # fmt: skip
+GROUNDS_EN = {"garden": "in a garden", "beach": "on a beach", "snow": "in the snow", "sea": "at sea", "desert": "in the desert", "night": "at night",
+              "room": "in a room", "sky": "in the sky"}  # fmt: skip
+GROUNDS_ZH = {"garden": "花园里", "beach": "沙滩上", "snow": "雪地里", "sea": "海上", "desert": "沙漠里", "night": "夜里", "room": "房间里", "sky": "天空中"}
+NUMBERS = {2: ("two", "两"), 3: ("three", "三")}
+MEASURES = (  # the first subgroup prefix that fits; what is not named here is counted with 个
+    ("animal-marine", "条"), ("animal", "只"), ("cat-face", "只"), ("monkey-face", "只"), ("plant-flower", "朵"), ("plant", "棵"),
+    ("transport-ground", "辆"), ("transport-air", "架"), ("transport-water", "艘"), ("place-building", "座"), ("book-paper", "本"), ("food-fruit", "个"),
+)  # fmt: skip
+TRADITIONAL = str.maketrans("个只条棵辆两张红绿蓝紫黄图画贴纸标请给园滩里漠间坐着", "個隻條棵輛兩張紅綠藍紫黃圖畫貼紙標請給園灘裡漠間坐著")
+
+
+def keyword_held_out(hexcode: str, language: str, keyword: str) -> bool:
+    """True for the one keyword in ten that no training run may see."""
+    return int(hashlib.sha256(f"{hexcode}/{language}/{keyword}".encode()).hexdigest(), 16) % 10 == 0
+
+
+@cache
+def meanings(language: str) -> dict[str, frozenset[int]]:
+    """{word: all concepts that have it as their name or keyword}, lower case."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for c in concepts():
+        for word in (c.names[language], *c.keywords[language]):
+            if word:
+                found[word.casefold()].add(c.index)
+    return {w: frozenset(s) for w, s in found.items()}
+
+
+@cache
+def training_keywords(concept: int, language: str) -> tuple[str, ...]:
+    """Keywords of a concept that name it fairly and are not held out."""
+    c = concepts()[concept]
+    fair = (k for k in c.keywords[language] if len(meanings(language)[k.casefold()]) <= SHARED_BY_MANY)
+    return tuple(k for k in fair if not keyword_held_out(c.hexcode, language, k))
+
+
+def held_out_keywords(concept: int, language: str) -> tuple[str, ...]:
+    """Keywords that training never shows, neither for this concept nor as another's word."""
+    c = concepts()[concept]
+    out = (k for k in c.keywords[language] if len(meanings(language)[k.casefold()]) <= SHARED_BY_MANY and keyword_held_out(c.hexcode, language, k))
+    return tuple(k for k in out if not _trained(k, language))
+
+
+def _trained(keyword: str, language: str) -> bool:
+    word = keyword.casefold()
+    return any(concepts()[i].names[language].casefold() == word or keyword in training_keywords(i, language) for i in meanings(language)[word])
+
+
+def word_for(concept: int, language: str, rng: np.random.Generator, keyword_rate: float = 0.35) -> str:
+    """The name of a concept, or one of its keywords."""
+    c = concepts()[concept]
+    keywords = training_keywords(concept, language)
+    if keywords and (not c.names[language] or rng.random() < keyword_rate):
+        return str(rng.choice(keywords))
+    return c.names[language] or c.name
+
+
+def measure(concept: Concept) -> str:
+    return next((m for prefix, m in MEASURES if concept.subgroup.startswith(prefix)), "个")
+
+
+def article(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def plural(noun: str) -> str:
+    """Good enough for the head of "cat", "red apple", "box", "berry"; a longer phrase is left alone."""
+    if " with " in noun or " of " in noun or ":" in noun or noun.endswith("s"):
+        return noun
+    if noun.endswith(("ch", "sh", "x", "z")):
+        return noun + "es"
+    return noun[:-1] + "ies" if noun.endswith("y") and noun[-2:-1] not in "aeiou" else noun + "s"
+
+
+def _uncoloured(word: str, concept: Concept) -> str:
+    """ "red apple" -> "apple", so that a recoloured one is "blue apple"."""
+    first, _, rest = concept.name.partition(" ")
+    if not rest or first not in COLOURS_ZH:
+        return word
+    if word.startswith(first + " "):
+        return word[len(first) + 1 :]
+    colour = COLOURS_ZH[first]
+    return next((word[len(c) :] for c in (colour + "的", colour, colour[0]) if word.startswith(c) and len(word) > len(c)), word)
+
+
+def _english(item: Placed, concept: Concept, word: str, rng: np.random.Generator, number: int = 1) -> str:
+    adjectives = [item.colour] if item.colour else []
+    if item.scale < 0.78 and number == 1 and rng.random() < 0.4:
+        adjectives.insert(0, str(rng.choice(("small", "little", "tiny"))))
+    noun = " ".join([*adjectives, _uncoloured(word, concept) if item.colour else word])
+    if number > 1:
+        return f"{NUMBERS[number][0]} {plural(noun)}"
+    return article(noun) if not noun.endswith("s") and rng.random() < 0.6 else noun
+
+
+def _chinese(item: Placed, concept: Concept, word: str, rng: np.random.Generator, number: int = 1) -> str:
+    colour = f"{COLOURS_ZH[item.colour]}的" if item.colour else ""
+    size = "小小的" if item.scale < 0.78 and number == 1 and rng.random() < 0.4 else ""
+    noun = size + colour + (_uncoloured(word, concept) if item.colour else word)
+    if number > 1:
+        return f"{NUMBERS[number][1]}{measure(concept)}{noun}"
+    return f"一{measure(concept)}{noun}" if rng.random() < 0.4 else noun
+
+
+def caption(scene: Scene, shown: Sequence[int], language: str, rng: np.random.Generator, *, words: Sequence[str] | None = None, unseen: bool = False) -> str:
+    """What a scene shows. `shown` are the concepts of its items; `words` fixes the words for them; `unseen` takes a held-out template."""
+    if language not in LANGUAGES:
+        raise ValueError(f"language (={language!r}) must be one of {', '.join(LANGUAGES)}")
+    if words is None:
+        chosen = {c: word_for(c, language, rng) for c in dict.fromkeys(shown)}
+        words = [chosen[c] for c in shown]
+    tongue = "en" if language == "en" else "zh"
+    phrase = _english if tongue == "en" else _chinese
+    known = concepts()
+    if scene.kind == "count":
+        text = phrase(scene.items[0], known[shown[0]], words[0], rng, len(scene.items))
+    else:
+        parts = [phrase(item, known[c], w, rng) for item, c, w in zip(scene.items, shown, words, strict=True)]
+        text = (" and " if tongue == "en" else "和").join(parts)
+    if scene.ground is not None:
+        assert scene.ground in GROUNDS
+        living = known[shown[0]].subgroup.startswith("animal") and rng.random() < 0.3
+        if tongue == "en":
+            text = f"{text} {'sitting ' if living else ''}{GROUNDS_EN[scene.ground]}"
+        else:
+            text = f"{text}{'坐' if living else ''}在{GROUNDS_ZH[scene.ground]}"
+    text = str(rng.choice((HELD_OUT_TEMPLATES if unseen else TEMPLATES)[tongue])).format(text)
+    return _traditional(text, words) if language == "zh-hant" else text
+
+
+def _traditional(text: str, words: Sequence[str]) -> str:
+    """Translates the template's characters; the words themselves are traditional already."""
+    for i, word in enumerate(words):
+        text = text.replace(word, f"\0{i}\0")
+    text = text.translate(TRADITIONAL)
+    for i, word in enumerate(words):
+        text = text.replace(f"\0{i}\0", word)
+    return text
+
+
+def any_caption(scene: Scene, shown: Sequence[int], rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
+    """A training caption in a random language, now and then the bare emoji; also the words it used."""
+    language = str(rng.choice(LANGUAGES, p=(0.45, 0.4, 0.15)))
+    chosen = {c: word_for(c, language, rng) for c in dict.fromkeys(shown)}
+    plain = scene.kind == "one" and scene.items[0].colour is None
+    if plain and rng.random() < 0.04:
+        return concepts()[shown[0]].emoji, (concepts()[shown[0]].emoji,)
+    words = tuple(chosen[c] for c in shown)
+    return caption(scene, shown, language, rng, words=words), words
+
+
+def means(words: Sequence[str], shown: Sequence[int]) -> frozenset[int]:
+    """Every concept that one of the words may mean, those shown among them."""
+    found = set(shown)
+    for word in words:
+        for language in LANGUAGES:
+            found |= meanings(language).get(word.casefold(), frozenset())
+    return frozenset(found)
+
+
+FILLER = (
+    "a an the of and in on at with picture drawing icon sticker emoji draw please paint image photo small little tiny big large one two three some sitting "
+    "的 一 两 三 二 个 只 条 朵 棵 辆 架 艘 座 本 張 张 画 图画 贴纸 图标 请 表情 给我 坐 在 和 与 小 小小 大 里 上 中 個 隻 兩 畫 圖 著"
+).split()
+FILLER += [*COLOURS_ZH, "gray", *COLOURS_ZH.values(), *(v[0] for v in COLOURS_ZH.values()), *GROUNDS_ZH.values(), *" ".join(GROUNDS_EN.values()).split()]
+FILLER += [f.translate(TRADITIONAL) for f in FILLER]

@@ -1,0 +1,154 @@
+"""The road from data to noise: x_t = alpha(t) x0 + sigma(t) noise, t in [0, 1], clean at 0 and noise at 1.
+
+Rectified flow (arXiv 2209.03003), variance preserving (arXiv 2006.11239, cosine: arXiv 2102.09672 without its offset, as in
+arXiv 2202.00512) and variance exploding (arXiv 2206.00364) are this one equation with other alpha and sigma. The log-SNR is
+lambda = log(alpha / sigma), half of the logarithm of the signal-to-noise ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfumato.core.config import nearest
+
+PathKind = Literal["rf", "vp-cosine", "vp-linear"]
+Schedule = Literal["uniform", "lambda", "karras"]
+T_MIN, LAMBDA_MAX = 1e-3, math.log(999)  # where schedules in lambda end, for lambda itself has none: sigma / alpha in [1 / 999, 999]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathConfig:
+    """Which path. The betas are those of "vp-linear" (Stable Diffusion: linear in their square root) and else unused."""
+
+    kind: PathKind = "rf"
+    num_betas: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(PathKind):
+            raise ValueError(f"path (='{self.kind}') must be one of {', '.join(get_args(PathKind))}{nearest(self.kind, get_args(PathKind))}")
+        if self.num_betas < 1:
+            raise ValueError(f"num_betas (={self.num_betas}) must be >= 1: Stable Diffusion has 1000")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start (={self.beta_start}) and beta_end (={self.beta_end}) must satisfy 0 < beta_start <= beta_end < 1: "
+                "each is the share of variance that a step replaces by noise"
+            )
+
+
+@dataclass(frozen=True)
+class Path:
+    """alpha, sigma and the inverse of lambda: each takes an fp32 or fp64 tensor of any shape and gives one of that shape and dtype.
+
+    `reaches_zero`: alpha(1) is 0 exactly, so that x at t = 1 holds nothing of the data and sigma / alpha is infinite there.
+    """
+
+    kind: str
+    alpha: Callable[[Tensor], Tensor]
+    sigma: Callable[[Tensor], Tensor]
+    t_of_lambda: Callable[[Tensor], Tensor]
+    reaches_zero: bool
+
+    def lam(self, t: Tensor) -> Tensor:
+        """log(alpha / sigma): falls with t; +inf where sigma is 0, -inf where alpha is 0."""
+        return self.alpha(t).log() - self.sigma(t).log()
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t "b" (or one t), as "b 1 ..." to multiply `like` "b ..." with, in its dtype but at least fp32."""
+        shape, dtype = t.shape + (1,) * (like.ndim - t.ndim), torch.promote_types(like.dtype, torch.float32)
+        return self.alpha(t).to(dtype).reshape(shape), self.sigma(t).to(dtype).reshape(shape)
+
+    def mix(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha x0 + sigma noise: x0 and unit Gaussian noise "b ...", t "b" -> "b ...", at least fp32."""
+        alpha, sigma = self.coefficients(t, x0)
+        return alpha * x0 + sigma * noise
+
+
+def make_path(config: PathConfig) -> Path:
+    """The path that a config names."""
+    match config.kind:
+        case "rf":
+            return Path("rf", lambda t: 1 - t, lambda t: t, lambda lam: torch.sigmoid(-lam), True)
+        case "vp-cosine":
+            return _vp_cosine()
+        case "vp-linear":
+            return _vp_linear(config)
+
+
+def _vp_cosine() -> Path:
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2). The cosine is written as a sine, which is 0 exactly at t = 1."""
+    right = math.pi / 2
+    return Path(
+        "vp-cosine",
+        lambda t: torch.sin(right * (1 - t)),
+        lambda t: torch.sin(right * t),
+        lambda lam: torch.atan(torch.exp(-lam)) / right,
+        True,
+    )
+
+
+def _vp_linear(config: PathConfig) -> Path:
+    """alpha^2 = product of (1 - beta), interpolated linearly in log(alpha) between t = i / num_betas (arXiv 2112.10752).
+
+    Step i = 0 ... num_betas - 1 of the discrete model is at t = (i + 1) / num_betas; t = 0 is the clean image, before any step.
+    """
+    n = config.num_betas
+    betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, n, dtype=torch.float64).square()
+    knots = F.pad(torch.log1p(-betas).cumsum(0) / 2, (1, 0))  # log(alpha), falling from 0
+
+    def log_alpha(t: Tensor) -> Tensor:
+        here, place = knots.to(t), (t * n).clamp(0, n)
+        low = place.floor().clamp_max(n - 1).long()
+        return torch.lerp(here[low], here[low + 1], place - low)
+
+    def t_of_lambda(lam: Tensor) -> Tensor:
+        here, wanted = knots.to(lam), F.logsigmoid(2 * lam) / 2  # alpha^2 = sigmoid(2 lambda) on every VP path
+        high = torch.searchsorted(-here, -wanted.contiguous()).clamp(1, n)
+        return ((high - 1 + (wanted - here[high - 1]) / (here[high] - here[high - 1])) / n).clamp(0, 1)
+
+    return Path("vp-linear", lambda t: log_alpha(t).exp(), lambda t: torch.expm1(2 * log_alpha(t)).neg().sqrt(), t_of_lambda, False)
+
+
+def ve_path(sigma_max: float = 80.0, rho: float = 7.0) -> Path:
+    """alpha = 1, sigma = sigma_max t^rho: uniform steps in t are then EDM's schedule (arXiv 2206.00364, eq. 5, sigma_min = 0).
+
+    For denoisers that know about large sigma: nothing here scales x_t down to unit variance.
+    """
+    if not (sigma_max > 0 and rho > 0):
+        raise ValueError(f"sigma_max (={sigma_max}) and rho (={rho}) must be > 0: EDM has 80 and 7")
+    return Path("ve", torch.ones_like, lambda t: sigma_max * t**rho, lambda lam: torch.exp(-(lam + math.log(sigma_max)) / rho), False)
+
+
+def timesteps(path: Path, steps: int, *, schedule: Schedule = "uniform", shift: float = 1.0) -> Tensor:
+    """Times (steps + 1,) in fp64 that fall from exactly 1 to exactly 0.
+
+    "uniform" in t; "lambda" uniform in log-SNR (arXiv 2206.00927); "karras" uniform in (sigma / alpha)^(1/7) (arXiv 2206.00364, eq. 5).
+    The latter two end with a step from t = 0.001, or from where sigma / alpha is 1 / 999, to 0. `shift` s then moves every time to s t / (1 + (s - 1) t)
+    (arXiv 2403.03206, eq. 23): above 1 more steps go to the noisy end, as large pictures need. ValueError for what is out of range.
+    """
+    if steps < 1:
+        raise ValueError(f"steps (={steps}) must be >= 1: every step calls the network at least once")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift (={shift}) must be > 0 and finite: 1 leaves the times as they are")
+    t = _unshifted(path, steps, schedule)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def _unshifted(path: Path, steps: int, schedule: str) -> Tensor:
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule (='{schedule}') must be one of {', '.join(get_args(Schedule))}{nearest(schedule, get_args(Schedule))}")
+    if schedule == "uniform" or steps == 1:
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    low, high = path.lam(torch.tensor([1.0, T_MIN], dtype=torch.float64)).clamp(-LAMBDA_MAX, LAMBDA_MAX).tolist()
+    lam = torch.linspace(low, high, steps, dtype=torch.float64)
+    if schedule == "karras":
+        lam = -7 * torch.linspace(math.exp(-low / 7), math.exp(-high / 7), steps, dtype=torch.float64).log()
+    return torch.cat([torch.ones(1, dtype=torch.float64), path.t_of_lambda(lam[1:]), torch.zeros(1, dtype=torch.float64)])

@@ -1,0 +1,31 @@
+"""Multi-head attention with normalised queries and keys (arXiv 2302.05442), over itself or over a context."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato.nn.layers import RMSNorm
+
+
+class Attention(nn.Module):
+    """x "b n width" attends to itself, or to `context` "b m context_width" where mask "b m" is True."""
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width (={width}) must be a multiple of heads (={heads})")
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(context_width or width, width, bias=False)
+        self.v = nn.Linear(context_width or width, width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (rearrange(f(s), "b n (h d) -> b h n d", h=self.heads) for f, s in ((self.q, x), (self.k, context), (self.v, context)))
+        allowed = None if mask is None else mask[:, None, None, :]
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=allowed)
+        return self.out(rearrange(y, "b h n d -> b n (h d)"))

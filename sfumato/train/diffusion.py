@@ -1,0 +1,281 @@
+"""Trains a denoiser over a codec's latents, conditioned on text, style or label (arXiv 2112.10752 on the rectified flow of 2209.03003).
+
+Latents are encoded once, several augmented pictures per drawing, and captions are made anew each time from what those pictures show.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato import zoo
+from sfumato.codecs.autoencoder import Autoencoder, measure_latents
+from sfumato.core.checkpoint import FileError, cache_folder, hash_tensors, load_tensors
+from sfumato.core.config import to_json
+from sfumato.core.images import grid, to_pil
+from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
+from sfumato.core.seams import Cond
+from sfumato.data.augment import Scene, Variety, draw_scene, render
+from sfumato.data.captions import FILLER, any_caption
+from sfumato.data.emoji import LANGUAGES, STYLES, Drawings, concepts, drawable, drawings
+from sfumato.data.latents import cached_latents
+from sfumato.diffusion.dit import DiT, DiTConfig, without_style, without_text
+from sfumato.diffusion.guidance import cfg, guided
+from sfumato.diffusion.objective import ObjectiveConfig, draw_t, loss
+from sfumato.diffusion.path import PathConfig, make_path, timesteps
+from sfumato.diffusion.precond import Precond
+from sfumato.diffusion.samplers import sample_heun
+from sfumato.text.encoder import TextEncoder
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, checkpoints
+
+GENTLE = Variety(place=0.6, scale=(0.75, 1.0), angle=10.0, recolour=0.2, count=0.03, pair=0.03, scene=0.05)
+PREVIEW = (("🐱", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸鱼", 3), ("a rocket", 4), ("a frog", 5), ("sunflower", 0), ("汉堡", 1),
+           ("a purple dog", 0), ("guitar", 2), ("两只猫", 1), ("a penguin in the snow", 0))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """How often a condition is withheld, so that guidance has something to lean on."""
+
+    text: float = 0.10
+    style: float = 0.10
+    both: float = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionRecipe:
+    """What decides what a denoiser learns. `each` augmented pictures per drawing are encoded; `limit` takes the first concepts only."""
+
+    kind: str = "train-diffusion"
+    denoiser: DiTConfig = field(default_factory=DiTConfig)
+    path: PathConfig = field(default_factory=PathConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    drop: Drop = field(default_factory=Drop)
+    variety: Variety = GENTLE
+    each: int = 16
+    limit: int = 0
+
+
+def preset_bundled() -> tuple[DiffusionRecipe, LoopConfig]:
+    """The denoiser of the bundled model: a DiT of 11.9 M parameters over 16 tokens (see bundled/MODEL_CARD.md for its scores).
+
+    `sfumato train diffusion --preset bundled --data emoji --codec runs/codec --text runs/text --out runs/diffusion`
+    """
+    return DiffusionRecipe(), LoopConfig(
+        images=2_500_000, batch_size=128, lr=6e-4, warmup=20_000, dtype="bf16", log_every=25_600, save_every=100_096, sample_every=100_096
+    )  # fmt: skip
+
+
+def preset_smoke() -> tuple[DiffusionRecipe, LoopConfig]:
+    """A denoiser that trains in seconds, to try the tools."""
+    denoiser = DiTConfig(channels=4, patch=2, width=32, depth=2, heads=2, text_width=32)
+    return DiffusionRecipe(denoiser=denoiser, each=2, limit=12), LoopConfig(
+        images=640, batch_size=32, warmup=64, save_every=320, sample_every=320, log_every=64
+    )  # fmt: skip
+
+
+PRESETS = {"bundled": preset_bundled, "smoke": preset_smoke}
+
+
+def frozen_part(source: Path, run: Path, name: str) -> Path:
+    """Copies the newest pack of another run (or a pack itself) into this run folder, so that it can be moved; returns the copy."""
+    kept = run / "parts" / f"{name}.safetensors"
+    if kept.exists():
+        return kept
+    packs = checkpoints(source, "model") if source.is_dir() else [source]
+    if not packs or not packs[-1].exists():
+        raise FileError(f"{source} has no model-*.safetensors to take the {name} from")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(packs[-1], kept)
+    return kept
+
+
+class DiffusionTask:
+    """See `sfumato.train.loop.Task`."""
+
+    kind = "diffusion"
+
+    def __init__(self, recipe: DiffusionRecipe, seed: int, codec: Path, text: Path, run: Path) -> None:
+        self.recipe, self.seed = recipe, seed
+        self.codec, self.codec_meta = self._load_codec(frozen_part(codec, run, "codec"))
+        self.text, self.text_meta = self._load_text(frozen_part(text, run, "text"))
+        self.size = int(self.codec_meta["size"])
+        self.art = self._drawings()
+        self.flips = self.art.may_flip
+        self.of_style = [np.flatnonzero(self.art.style == s) for s in range(len(STYLES))]
+        self._measure()
+        self.path = make_path(recipe.path)
+        self.latents = self._latents(run)
+        self._held_out = self._validation()
+        torch.manual_seed(seed)
+        self.networks: dict[str, nn.Module] = {"denoiser": DiT(recipe.denoiser)}
+        self.phases = [Phase("denoiser", ("denoiser",), self.loss)]
+
+    # --- frozen parts and data ----------------------------------------------------------------------------------------------------------------
+
+    def _load_codec(self, pack: Path) -> tuple[Autoencoder, dict[str, Any]]:
+        tensors, meta = load_tensors(pack)
+        if "codec" not in meta:
+            raise FileError(f"{pack} holds no codec: name a run of `sfumato train autoencoder`")
+        codec = zoo.load_into(zoo.make(meta["codec"]), tensors, "codec.").to(memory_format=torch.channels_last)  # type: ignore[arg-type, call-overload]
+        if codec.spec.latent_channels != self.recipe.denoiser.channels:
+            raise ValueError(f"denoiser.channels (={self.recipe.denoiser.channels}) must be the codec's latent channels (={codec.spec.latent_channels})")
+        return codec, meta
+
+    def _load_text(self, pack: Path) -> tuple[TextEncoder, dict[str, Any]]:
+        tensors, meta = load_tensors(pack)
+        if "text" not in meta:
+            raise FileError(f"{pack} holds no text encoder: name a run of `sfumato train text`")
+        text = zoo.load_into(zoo.make(meta["text"], meta["tokenizer"]), tensors, "text.")  # type: ignore[arg-type]
+        if text.config.width != self.recipe.denoiser.text_width:
+            raise ValueError(f"denoiser.text_width (={self.recipe.denoiser.text_width}) must be the text encoder's width (={text.config.width})")
+        return text, meta
+
+    def _drawings(self) -> Drawings:
+        """Only what the run may draw; the rows held out stay apart for validation."""
+        limit = self.recipe.limit
+        art = drawings(2 * self.size, concepts()[:limit] if limit else None)
+        wanted = {c.index for c in (concepts()[:limit] if limit else drawable())}
+        art = art.rows(np.array([c in wanted for c in art.concept]))
+        self.kept_apart = art.rows(art.held_out)
+        return art.rows(~art.held_out)
+
+    def scene(self, index: int) -> tuple[Scene, tuple[int, ...]]:
+        """What the index-th encoded picture shows, and the concepts of its items. Picture i is of drawing i // each."""
+        row = index // self.recipe.each
+        rng = numpy_rng(self.seed, "latents/scene", index)
+        friend = int(rng.choice(self.of_style[self.art.style[row]]))
+        scene = draw_scene(rng, self.recipe.variety, row, bool(self.flips[row]), [(friend, bool(self.flips[friend]))])
+        return scene, tuple(int(self.art.concept[i.drawing]) for i in scene.items)
+
+    def pictures(self, indices: np.ndarray) -> Tensor:
+        """Augmented pictures "b 4 size size" in [-1, 1]."""
+        x = render(self.art.pixels, [self.scene(int(i))[0] for i in indices], self.size) * 2 - 1
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _measure(self) -> None:
+        """Standardises over augmented pictures of this run's own data."""
+        n = min(2048, len(self.art) * self.recipe.each)
+        every = np.linspace(0, len(self.art) * self.recipe.each - 1, n).astype(int)
+        measure_latents(self.codec, (self.pictures(every[i : i + 64]) for i in range(0, n, 64)))
+
+    def _latents(self, run: Path) -> Tensor:
+        r = self.recipe
+        made_from = {
+            "codec": hash_tensors(self.codec.state_dict()), "seed": self.seed, "variety": to_json(r.variety), "each": r.each, "drawings": len(self.art)
+        }  # fmt: skip
+        path = run / "latents.safetensors" if r.limit else cache_folder() / f"latents-{hash_name(made_from)}.safetensors"
+        with torch.no_grad():
+            return cached_latents(path, lambda i: self.codec.encode(self.pictures(i)).mean, len(self.art) * r.each, made_from)  # type: ignore[arg-type, return-value]
+
+    def _validation(self) -> dict[str, Any]:
+        """Held-out pairs as drawn, with fixed times and noise: a deterministic validation loss."""
+        exact = F.avg_pool2d(self.kept_apart.pixels.float() / 255, 2) * 2 - 1
+        with torch.no_grad():
+            x0 = torch.cat([self.codec.encode(p).mean for p in exact.split(64)]) if len(exact) else self.latents[:8].float()  # type: ignore[misc]
+        n = len(x0)
+        of = self.kept_apart if len(exact) else self.art
+        names = [concepts()[c].names["en" if i % 2 else "zh"] for i, c in enumerate(of.concept[:n])]
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=torch_rng(self.seed, "validation/noise", i)) for i in range(n)])
+        t = (torch.arange(n) + 0.5) / n
+        t = t[torch.randperm(n, generator=torch_rng(self.seed, "validation/t"))]
+        return {"x0": x0, "noise": noise, "t": t, "names": names, "style": F.one_hot(torch.from_numpy(of.style[:n]), len(STYLES)).float()}
+
+    # --- training -----------------------------------------------------------------------------------------------------------------------------
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """Every six positions hold each style once; within a style the drawings come in shuffled epochs."""
+        indices, texts, draws = [], [], []
+        styles = shuffled(len(STYLES), self.seed, "order/style", positions)
+        for position, style in zip(positions, styles, strict=True):
+            rows = self.of_style[style]
+            row = int(rows[shuffled(len(rows), self.seed, f"order/{style}", np.array([position // len(STYLES)]))[0]])
+            rng = numpy_rng(self.seed, "train/caption", int(position))
+            index = row * self.recipe.each + int(rng.integers(self.recipe.each))
+            scene, shown = self.scene(index)
+            indices.append(index)
+            texts.append(any_caption(scene, shown, rng)[0])
+            draws.append(rng.random(5))
+        ids, mask = self.text.tokenize(texts)
+        x0 = self.latents[torch.tensor(indices)].float()
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=torch_rng(self.seed, "train/noise", int(p))) for p in positions])
+        u = torch.tensor(np.array(draws), dtype=torch.float32)
+        d = self.recipe.drop
+        both = u[:, 4] < d.both
+        return {
+            "x0": x0, "noise": noise, "ids": ids, "mask": mask, "style": F.one_hot(torch.from_numpy(self.art.style[np.array(indices) // self.recipe.each]), len(STYLES)).float(),
+            "t": draw_t(self.recipe.objective, u[:, 0].clamp(1e-6, 1 - 1e-6), u[:, 1]), "no_text": (u[:, 2] < d.text) | both, "no_style": (u[:, 3] < d.style) | both,
+        }  # fmt: skip
+
+    def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        device = batch["x0"].device
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps"):
+            states, pooled = self.text.to(device)(batch["ids"], batch["mask"])
+        cond = Cond(text=states.float(), mask=batch["mask"], pooled=pooled.float(), style=batch["style"])
+        cond = without_style(without_text(cond, batch["no_text"]), batch["no_style"])
+        return loss(networks["denoiser"], batch["x0"], batch["noise"], batch["t"], cond, self.path, self.recipe.objective)
+
+    def cond(self, texts: list[str], style: Tensor) -> Cond:
+        states, mask, pooled = self.text.encode(texts)
+        return Cond(text=states, mask=mask, pooled=pooled, style=style.to(states.device))
+
+    def samples(self, networks: dict[str, nn.Module]) -> Image.Image:
+        """The preview prompts in fixed styles with fixed noise, two of each."""
+        net = networks["denoiser"]
+        device = next(net.parameters()).device
+        self.text.to(device)
+        prompts = [p for p in PREVIEW for _ in range(2)]
+        style = F.one_hot(torch.tensor([s for _, s in prompts]), len(STYLES)).float()
+        cond = self.cond([t for t, _ in prompts], style)
+        everything = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        denoise = guided(cfg(Precond(net, self.recipe.objective.prediction, self.path), cond, without_text(cond, everything), 3.0))
+        noise = torch.stack([torch.randn(self.latents.shape[1:], generator=torch_rng(derive(self.seed, "preview"), "noise", i)) for i in range(len(prompts))])
+        z = [s.x for s in sample_heun(denoise, noise.to(device), timesteps(self.path, 12), self.path)][-1]
+        return grid(to_pil(self.codec.decode(z.cpu())), columns=8)
+
+    def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]:
+        v, net = self._held_out, networks["denoiser"]
+        device = next(net.parameters()).device
+        self.text.to(device)
+        total = 0.0
+        for start in range(0, len(v["x0"]), 128):
+            rows = slice(start, start + 128)
+            x0, noise, t = (v[k][rows].to(device) for k in ("x0", "noise", "t"))
+            value, _ = loss(net, x0, noise, t, self.cond(v["names"][rows], v["style"][rows]), self.path, self.recipe.objective)
+            total += float(value) * len(x0)
+        validation = total / len(v["x0"])
+        return {"validation_loss": validation, "score": -validation}
+
+    def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"{part}.{k}": v for part, net in (("codec", self.codec), ("text", self.text), ("denoiser", networks["denoiser"])) for k, v in net.state_dict().items()}
+        known = concepts()[: self.recipe.limit] if self.recipe.limit else drawable()
+        words = {c.hexcode: {t: [c.names[t], *c.keywords[t]] for t in LANGUAGES} | {"emoji": [c.emoji], "group": [c.group]} for c in known}
+        return tensors, {
+            "kind": "latent-diffusion", "codec": self.codec_meta["codec"], "text": self.text_meta["text"], "tokenizer": self.text_meta["tokenizer"],
+            "denoiser": to_json(self.recipe.denoiser), "path": to_json(self.recipe.path), "prediction": self.recipe.objective.prediction,
+            "size": self.size, "styles": list(STYLES), "labels": [], "words": words, "filler": FILLER,
+        }  # fmt: skip
+
+
+def hash_name(made_from: dict[str, Any]) -> str:
+    import hashlib
+    import json
+
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:
+    """Trains, or goes on with, the denoiser in the run folder `out`; `codec` and `text` are runs or packs, copied in on the first start."""
+    trainer = Trainer(DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out)), loop, out, recipe)
+    trainer.train(stop_at=stop_at)
+    return trainer
+
+

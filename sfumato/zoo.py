@@ -1,0 +1,42 @@
+"""The one place that knows every network: {kind: (Config, Network)}, and how a network is written into and read out of a file of tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
+from sfumato.core.checkpoint import FileError
+from sfumato.core.config import from_json
+from sfumato.diffusion.dit import DiT, DiTConfig
+from sfumato.text.encoder import TextConfig, TextEncoder
+
+NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {
+    "autoencoder": (AutoencoderConfig, Autoencoder),
+    "dit": (DiTConfig, DiT),
+    "text": (TextConfig, TextEncoder),
+}
+
+
+def make(config: dict[str, Any], *extra: Any) -> nn.Module:
+    """The network that a JSON config with its `kind` describes; `extra` goes to its constructor (the tokenizer of a text encoder)."""
+    kind = config.get("kind")
+    if kind not in NETWORKS:
+        raise FileError(f"network kind (={kind!r}) must be one of {', '.join(NETWORKS)}: was the file made by a newer sfumato?")
+    config_type, network = NETWORKS[kind]
+    return network(from_json(config_type, config, kind), *extra)
+
+
+def load_into(network: nn.Module, tensors: dict[str, Tensor], prefix: str) -> nn.Module:
+    """Strictly loads the tensors under `prefix`, frozen and in evaluation mode. Raises FileError where a tensor is missing, foreign or not finite."""
+    own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    for name, value in own.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise FileError(f"tensor {prefix}{name} holds values that are not finite: the file is broken, get it again or train on from an older checkpoint")
+    try:
+        network.load_state_dict(own, strict=True)
+    except RuntimeError as e:
+        raise FileError(f"the tensors under '{prefix}' do not fit their config: {' '.join(str(e).split())[:300]}") from None
+    return network.eval().requires_grad_(False)
