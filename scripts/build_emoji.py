@@ -127,7 +127,10 @@ def main(packages: Path) -> None:
                     break
     for style, found in drawings.items():
         write_archive(style, found)
-    table = {"sources": {s: dict(zip(("package", "version", "licence", "attribution", "home"), v, strict=True)) for s, v in SETS.items()}, "concepts": concepts}
+    table = {
+        "sources": {s: dict(zip(("package", "version", "licence", "attribution", "home"), v, strict=True)) for s, v in SETS.items()},
+        "concepts": concepts,
+    }
     (ART / "concepts.json.xz").write_bytes(lzma.compress(json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode(), preset=9))
     print(f"{len(concepts)} concepts, {sum(map(len, drawings.values()))} drawings,", {s: len(d) for s, d in drawings.items()})
     print(sum(all(c["hexcode"] in d for d in drawings.values()) for c in concepts), "concepts in every set")

@@ -34,7 +34,9 @@ def load_into(network: nn.Module, tensors: dict[str, Tensor], prefix: str) -> nn
     own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     for name, value in own.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise FileError(f"tensor {prefix}{name} holds values that are not finite: the file is broken, get it again or train on from an older checkpoint")
+            raise FileError(
+                f"tensor {prefix}{name} holds values that are not finite: the file is broken, get it again or train on from an older checkpoint"
+            )
     try:
         network.load_state_dict(own, strict=True)
     except RuntimeError as e:

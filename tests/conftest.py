@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,3 +18,10 @@ settings.load_profile("sfumato")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is written to the user's cache, unless the caller names one."""
     os.environ.setdefault("SFUMATO_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def exact_arithmetic() -> Iterator[None]:
+    """A trainer flushes subnormal numbers to zero, for the whole process; hypothesis refuses to draw floats then."""
+    yield
+    torch.set_flush_denormal(False)

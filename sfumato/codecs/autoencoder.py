@@ -44,9 +44,7 @@ class Autoencoder(nn.Module):
     def spec(self) -> LatentSpec:
         c = self.config
         mean, std = tuple(self.latent_mean.tolist()), tuple(self.latent_std.tolist())
-        return LatentSpec(
-            image_channels=c.convnet.image_channels, latent_channels=c.bottleneck.channels, factor=c.convnet.factor, mean=mean, std=std
-        )
+        return LatentSpec(image_channels=c.convnet.image_channels, latent_channels=c.bottleneck.channels, factor=c.convnet.factor, mean=mean, std=std)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Reconstruction, bottleneck loss, statistics: what training needs."""
@@ -71,9 +69,7 @@ class Autoencoder(nn.Module):
     def _check(self, x: Tensor) -> None:
         c = self.config.convnet
         if x.ndim != 4 or x.shape[1] != c.image_channels or x.shape[2] % c.factor or x.shape[3] % c.factor:
-            raise ValueError(
-                f"images must be 'b {c.image_channels} h w' with sides that are multiples of {c.factor}, not of shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"images must be 'b {c.image_channels} h w' with sides that are multiples of {c.factor}, not of shape {tuple(x.shape)}")
 
 
 @torch.no_grad()

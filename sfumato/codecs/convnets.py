@@ -54,4 +54,3 @@ def decoder(config: ConvnetConfig, in_channels: int) -> nn.Sequential:
             layers += [nn.Conv2d(width, 4 * config.widths[level - 1], 1), nn.PixelShuffle(2)]
     out = nn.Conv2d(config.widths[0], config.image_channels * config.patch**2, 3, padding=1)
     return nn.Sequential(*layers, nn.GroupNorm(16, config.widths[0]), nn.SiLU(), out, nn.PixelShuffle(config.patch))
-

@@ -72,18 +72,18 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, obj
 
 def read_metadata(path: Path) -> dict[str, object]:
     """The metadata of a safetensors file, each value parsed as JSON."""
-    with _opened(path) as f:
+    with _opened(path, framework="np") as f:
         return _metadata(path, f)
 
 
 def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, object]]:
     """All tensors of a safetensors file and its metadata."""
-    with _opened(path, device) as f:
+    with _opened(path, framework="pt", device=device) as f:
         return {name: f.get_tensor(name) for name in f.keys()}, _metadata(path, f)  # noqa: SIM118
 
 
 @contextmanager
-def _opened(path: Path, device: str = "cpu") -> Iterator:
+def _opened(path: Path, **how: str) -> Iterator:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -92,7 +92,7 @@ def _opened(path: Path, device: str = "cpu") -> Iterator:
     if not path.exists():
         raise FileError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="pt", device=device) as f:
+        with safe_open(path, **how) as f:
             yield f
     except (SafetensorError, OSError) as e:
         raise FileError(f"{path} is not a readable safetensors file: {e}") from None

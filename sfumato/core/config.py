@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """", did you mean 'x'?" or an empty string."""
+    """ ", did you mean 'x'?" or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean '{found[0]}'?" if found else ""
 

@@ -27,7 +27,16 @@ COLOURS_ZH = {
 }  # fmt: skip
 GROUNDS_EN = {"garden": "in a garden", "beach": "on a beach", "snow": "in the snow", "sea": "at sea", "desert": "in the desert", "night": "at night",
               "room": "in a room", "sky": "in the sky"}  # fmt: skip
-GROUNDS_ZH = {"garden": "花园里", "beach": "沙滩上", "snow": "雪地里", "sea": "海上", "desert": "沙漠里", "night": "夜里", "room": "房间里", "sky": "天空中"}
+GROUNDS_ZH = {
+    "garden": "花园里",
+    "beach": "沙滩上",
+    "snow": "雪地里",
+    "sea": "海上",
+    "desert": "沙漠里",
+    "night": "夜里",
+    "room": "房间里",
+    "sky": "天空中",
+}
 NUMBERS = {2: ("two", "两"), 3: ("three", "三")}
 MEASURES = (  # the first subgroup prefix that fits; what is not named here is counted with 个
     ("animal-marine", "条"), ("animal", "只"), ("cat-face", "只"), ("monkey-face", "只"), ("plant-flower", "朵"), ("plant", "棵"),
@@ -128,7 +137,9 @@ def _chinese(item: Placed, concept: Concept, word: str, rng: np.random.Generator
     return f"一{measure(concept)}{noun}" if rng.random() < 0.4 else noun
 
 
-def caption(scene: Scene, shown: Sequence[int], language: str, rng: np.random.Generator, *, words: Sequence[str] | None = None, unseen: bool = False) -> str:
+def caption(
+    scene: Scene, shown: Sequence[int], language: str, rng: np.random.Generator, *, words: Sequence[str] | None = None, unseen: bool = False
+) -> str:
     """What a scene shows. `shown` are the concepts of its items; `words` fixes the words for them; `unseen` takes a held-out template."""
     if language not in LANGUAGES:
         raise ValueError(f"language (={language!r}) must be one of {', '.join(LANGUAGES)}")
@@ -184,9 +195,83 @@ def means(words: Sequence[str], shown: Sequence[int]) -> frozenset[int]:
     return frozenset(found)
 
 
-FILLER = (
-    "a an the of and in on at with picture drawing icon sticker emoji draw please paint image photo small little tiny big large one two three some sitting "
-    "的 一 两 三 二 个 只 条 朵 棵 辆 架 艘 座 本 張 张 画 图画 贴纸 图标 请 表情 给我 坐 在 和 与 小 小小 大 里 上 中 個 隻 兩 畫 圖 著"
-).split()
-FILLER += [*COLOURS_ZH, "gray", *COLOURS_ZH.values(), *(v[0] for v in COLOURS_ZH.values()), *GROUNDS_ZH.values(), *" ".join(GROUNDS_EN.values()).split()]
+FILLER = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "and",
+    "in",
+    "on",
+    "at",
+    "with",
+    "picture",
+    "drawing",
+    "icon",
+    "sticker",
+    "emoji",
+    "draw",
+    "please",
+    "paint",
+    "image",
+    "photo",
+    "small",
+    "little",
+    "tiny",
+    "big",
+    "large",
+    "one",
+    "two",
+    "three",
+    "some",
+    "sitting",
+    "的",
+    "一",
+    "两",
+    "三",
+    "二",
+    "个",
+    "只",
+    "条",
+    "朵",
+    "棵",
+    "辆",
+    "架",
+    "艘",
+    "座",
+    "本",
+    "張",
+    "张",
+    "画",
+    "图画",
+    "贴纸",
+    "图标",
+    "请",
+    "表情",
+    "给我",
+    "坐",
+    "在",
+    "和",
+    "与",
+    "小",
+    "小小",
+    "大",
+    "里",
+    "上",
+    "中",
+    "個",
+    "隻",
+    "兩",
+    "畫",
+    "圖",
+    "著",
+]
+FILLER += [
+    *COLOURS_ZH,
+    "gray",
+    *COLOURS_ZH.values(),
+    *(v[0] for v in COLOURS_ZH.values()),
+    *GROUNDS_ZH.values(),
+    *" ".join(GROUNDS_EN.values()).split(),
+]
 FILLER += [f.translate(TRADITIONAL) for f in FILLER]

@@ -168,7 +168,9 @@ def drawings(size: int, which: Sequence[Concept] | None = None, styles: Sequence
         jobs = [(svgs[i : i + 64], size) for i in range(0, len(svgs), 64)]
         if len(jobs) > 4:
             with ProcessPoolExecutor(os.cpu_count()) as pool:
-                parts = list(tqdm(pool.map(_rasterise_many, jobs), total=len(jobs), desc=f"rasterising {len(svgs)} drawings at {size} px", leave=False))
+                parts = list(
+                    tqdm(pool.map(_rasterise_many, jobs), total=len(jobs), desc=f"rasterising {len(svgs)} drawings at {size} px", leave=False)
+                )
         else:
             parts = [_rasterise_many(j) for j in jobs]
         return {"pixels": torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous()}, {"size": size}

@@ -73,8 +73,9 @@ def _call(predict: Predict, conds: list[Cond], x_t: Tensor, t: Tensor) -> Sequen
 def concat_conds(conds: Sequence[Cond], rows: int) -> Cond:
     """Conds of `rows` samples each, one below the other.
 
-    Text is padded to the longest (mask False there). What only some have is filled in for the others as `Cond` has it for "none": no
-    valid token, all-zero style, label -1; zeros for pooled and concat. Raises ValueError where `extra` or the row counts differ.
+    Text is padded to the longest (mask False there). What only some have is filled in for the others as networks have it for "none":
+    one zero token (attention needs something to attend to), all-zero style, label -1; zeros for pooled and concat.
+    Raises ValueError where `extra` or the row counts differ.
     """
     if len({frozenset(c.extra) for c in conds}) > 1:
         raise ValueError(f"extra (={[sorted(c.extra) for c in conds]}) must have the same names in every term: give each term all of them")
@@ -102,20 +103,20 @@ def _concat(values: list[Tensor | None], rows: int, fill: float) -> Tensor | Non
 
 
 def _concat_text(conds: Sequence[Cond], rows: int) -> tuple[Tensor | None, Tensor | None]:
-    given = [c.text for c in conds if c.text is not None]
-    if not given:
+    like = next((c.text for c in conds if c.text is not None), None)
+    if like is None:
         return None, None
-    longest, like = max(g.shape[1] for g in given), given[0]
-    texts, masks = [], []
-    for c in conds:
-        text = like.new_zeros(rows, 0, like.shape[2]) if c.text is None else c.text
-        mask = c.mask if c.mask is not None and c.text is not None else text.new_ones(text.shape[:2], dtype=torch.bool)
-        missing = longest - text.shape[1]
-        texts.append(F.pad(text, (0, 0, 0, missing)))
-        masks.append(F.pad(mask, (0, missing)))
-    if all(c.mask is None and c.text is not None and c.text.shape[1] == longest for c in conds):
+    silence = like.new_zeros(rows, 1, like.shape[2])
+    texts = [silence if c.text is None else c.text for c in conds]
+    lengths = {text.shape[1] for text in texts}
+    if len(lengths) == 1 and all(c.mask is None and c.text is not None for c in conds):
         return torch.cat(texts), None
-    return torch.cat(texts), torch.cat(masks)
+    masks = [
+        text.new_ones(text.shape[:2], dtype=torch.bool) if c.text is None or c.mask is None else c.mask for c, text in zip(conds, texts, strict=True)
+    ]
+    missing = [max(lengths) - text.shape[1] for text in texts]
+    text = torch.cat([F.pad(v, (0, 0, 0, n)) for v, n in zip(texts, missing, strict=True)])
+    return text, torch.cat([F.pad(v, (0, n)) for v, n in zip(masks, missing, strict=True)])
 
 
 def cfg(predict: Predict, cond: Cond, uncond: Cond, scale: Weight, interval: tuple[float, float] | None = None) -> list[Term]:

@@ -131,8 +131,9 @@ def timesteps(path: Path, steps: int, *, schedule: Schedule = "uniform", shift: 
     """Times (steps + 1,) in fp64 that fall from exactly 1 to exactly 0.
 
     "uniform" in t; "lambda" uniform in log-SNR (arXiv 2206.00927); "karras" uniform in (sigma / alpha)^(1/7) (arXiv 2206.00364, eq. 5).
-    The latter two end with a step from t = 0.001, or from where sigma / alpha is 1 / 999, to 0. `shift` s then moves every time to s t / (1 + (s - 1) t)
-    (arXiv 2403.03206, eq. 23): above 1 more steps go to the noisy end, as large pictures need. ValueError for what is out of range.
+    The latter two end with a step from t = 0.001, or from where sigma / alpha is 1 / 999, to 0. `shift` s then moves every time to
+    s t / (1 + (s - 1) t) (arXiv 2403.03206, eq. 23): above 1 more steps go to the noisy end, as large pictures need.
+    ValueError for what is out of range.
     """
     if steps < 1:
         raise ValueError(f"steps (={steps}) must be >= 1: every step calls the network at least once")

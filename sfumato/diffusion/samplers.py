@@ -133,7 +133,7 @@ class SamplerInfo(NamedTuple):
 
 
 SAMPLERS = {
-    "euler": SamplerInfo(sample_ddim, 1, 1),
+    "euler": SamplerInfo(partial(sample_ddim, eta=0.0), 1, 1),
     "ddim": SamplerInfo(sample_ddim, 1, 1),
     "ancestral": SamplerInfo(partial(sample_ddim, eta=1.0), 1, 1, stochastic=True),
     "heun": SamplerInfo(sample_heun, 2, 2),

@@ -127,7 +127,9 @@ class DiffusionTask:
             raise FileError(f"{pack} holds no codec: name a run of `sfumato train autoencoder`")
         codec = zoo.load_into(zoo.make(meta["codec"]), tensors, "codec.").to(memory_format=torch.channels_last)  # type: ignore[arg-type, call-overload]
         if codec.spec.latent_channels != self.recipe.denoiser.channels:
-            raise ValueError(f"denoiser.channels (={self.recipe.denoiser.channels}) must be the codec's latent channels (={codec.spec.latent_channels})")
+            raise ValueError(
+                f"denoiser.channels (={self.recipe.denoiser.channels}) must be the codec's latent channels (={codec.spec.latent_channels})"
+            )
         return codec, meta
 
     def _load_text(self, pack: Path) -> tuple[TextEncoder, dict[str, Any]]:
@@ -237,7 +239,9 @@ class DiffusionTask:
         cond = self.cond([t for t, _ in prompts], style)
         everything = torch.ones(len(prompts), dtype=torch.bool, device=device)
         denoise = guided(cfg(Precond(net, self.recipe.objective.prediction, self.path), cond, without_text(cond, everything), 3.0))
-        noise = torch.stack([torch.randn(self.latents.shape[1:], generator=torch_rng(derive(self.seed, "preview"), "noise", i)) for i in range(len(prompts))])
+        noise = torch.stack(
+            [torch.randn(self.latents.shape[1:], generator=torch_rng(derive(self.seed, "preview"), "noise", i)) for i in range(len(prompts))]
+        )
         z = [s.x for s in sample_heun(denoise, noise.to(device), timesteps(self.path, 12), self.path)][-1]
         return grid(to_pil(self.codec.decode(z.cpu())), columns=8)
 
@@ -255,7 +259,11 @@ class DiffusionTask:
         return {"validation_loss": validation, "score": -validation}
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"{part}.{k}": v for part, net in (("codec", self.codec), ("text", self.text), ("denoiser", networks["denoiser"])) for k, v in net.state_dict().items()}
+        tensors = {
+            f"{part}.{k}": v
+            for part, net in (("codec", self.codec), ("text", self.text), ("denoiser", networks["denoiser"]))
+            for k, v in net.state_dict().items()
+        }
         known = concepts()[: self.recipe.limit] if self.recipe.limit else drawable()
         words = {c.hexcode: {t: [c.names[t], *c.keywords[t]] for t in LANGUAGES} | {"emoji": [c.emoji], "group": [c.group]} for c in known}
         return tensors, {
@@ -277,5 +285,3 @@ def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, 
     trainer = Trainer(DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out)), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer
-
-

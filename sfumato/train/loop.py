@@ -147,7 +147,10 @@ class Trainer:
         self.config = {"kind": task.kind, "config": to_json(config), "loop": to_json(loop)}
         _forget_accelerator()
         self.accelerator = Accelerator(
-            cpu=loop.device == "cpu", mixed_precision="bf16" if loop.dtype == "bf16" else "no", log_with=list(loop.trackers) or None, project_dir=str(run)
+            cpu=loop.device == "cpu",
+            mixed_precision="bf16" if loop.dtype == "bf16" else "no",
+            log_with=list(loop.trackers) or None,
+            project_dir=str(run),
         )
         self.device = self.accelerator.device
         world = self.accelerator.num_processes
@@ -251,7 +254,11 @@ class Trainer:
                     )
                 if self._due(loop.log_every) or images >= end:
                     line = {k: round(sum(v) / len(v), 6) for k, v in sums.items()}
-                    line |= {"images": images, "images_per_s": round((images - began) / (time.perf_counter() - started), 2), "skipped": self.counters["skipped"]}
+                    line |= {
+                        "images": images,
+                        "images_per_s": round((images - began) / (time.perf_counter() - started), 2),
+                        "skipped": self.counters["skipped"],
+                    }
                     bar.set_postfix(loss=f"{line.get('loss', next(iter(line.values()))):.4f}")
                     sums.clear()
                     if log:

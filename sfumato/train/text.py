@@ -48,7 +48,9 @@ def preset_bundled() -> tuple[TextRecipe, LoopConfig]:
 
     `sfumato train text --preset bundled --data emoji --out runs/text`
     """
-    return TextRecipe(), LoopConfig(images=500_000, batch_size=256, lr=1e-3, warmup=20_000, dtype="bf16", log_every=10_240, save_every=100_000, sample_every=100_000)
+    return TextRecipe(), LoopConfig(
+        images=500_000, batch_size=256, lr=1e-3, warmup=20_000, dtype="bf16", log_every=10_240, save_every=100_000, sample_every=100_000
+    )
 
 
 def preset_smoke() -> tuple[TextRecipe, LoopConfig]:
@@ -160,7 +162,12 @@ class TextTask:
             texts.append(text)
             meant.append(_hot(means(words, here), len(self.concepts)))
             shown.append(_hot(here, len(self.concepts)))
-            values = {"colour": scene.items[0].colour, "number": len(scene.items) if scene.kind == "count" else 1, "kind": scene.kind, "ground": scene.ground}
+            values = {
+                "colour": scene.items[0].colour,
+                "number": len(scene.items) if scene.kind == "count" else 1,
+                "kind": scene.kind,
+                "ground": scene.ground,
+            }
             attributes.append([ATTRIBUTES[k].index(v) for k, v in values.items()])  # type: ignore[arg-type]
         ids, mask = self.networks["text"].tokenize(texts)  # type: ignore[operator]
         return {"ids": ids, "mask": mask, "means": torch.stack(meant), "shown": torch.stack(shown), "attributes": torch.tensor(attributes)}

@@ -98,7 +98,9 @@ def test_may_flip(name: str) -> None:
     assert named(name).may_flip
 
 
-@pytest.mark.parametrize("name", ["right arrow", "left arrow", "backhand index pointing right", "three o’clock", "watch", "musical note", "stop sign", "heart with arrow"])
+@pytest.mark.parametrize(
+    "name", ["right arrow", "left arrow", "backhand index pointing right", "three o’clock", "watch", "musical note", "stop sign", "heart with arrow"]
+)
 def test_may_not_flip(name: str) -> None:
     assert not named(name).may_flip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +12,6 @@ from torch import Tensor
 from sfumato.core.seams import Cond
 from sfumato.diffusion.path import Path, PathConfig, make_path, ve_path
 
-torch.set_num_threads(1)
 PATHS = {kind: make_path(PathConfig(kind=kind)) for kind in ("rf", "vp-cosine", "vp-linear")} | {"ve": ve_path()}
 
 
@@ -45,6 +44,15 @@ class Gaussian:
         """x_t = alpha m + sqrt(alpha^2 s^2 + sigma^2) z, with the same z all along one trajectory."""
         alpha, sigma = path.alpha(t), path.sigma(t)
         return alpha * self.mean + (alpha**2 * self.std**2 + sigma**2).sqrt() * z
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tensors are tiny: a second thread only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_the_minimum_is_the_gaussians_denoiser(path, gaussian):
             assert max(s.abs().item() for s in slopes) < 1e-9, kind
         shifted, _ = loss(lambda *args, net=net: net(*args) + 0.1, x0, b, t, Cond(), path, ObjectiveConfig(prediction=kind), weight)
         plain, _ = loss(net, x0, b, t, Cond(), path, ObjectiveConfig(prediction=kind), weight)
-        assert math.isclose(shifted - plain, 0.01, rel_tol=1e-6)
+        assert math.isclose((shifted - plain).item(), 0.01, rel_tol=1e-6)
 
 
 def test_loss_is_fp32_whatever_the_network_is(rf):

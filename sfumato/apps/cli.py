@@ -1,0 +1,153 @@
+"""The command line. What takes long to import is imported when a command runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import sfumato
+
+HELP = """usage: sfumato COMMAND ...
+
+Pictures from words, and the models behind them.
+
+  generate PROMPT ...   draw pictures:  sfumato generate "a cat" --style noto --seed 7 --out cat.png
+  styles                the styles that the model knows
+  concepts [WORD]       the things that it knows, or those near a word
+  models                the models that come with this installation
+  info FILE             what a model, a run folder or one of our pictures is
+  train WHAT ...        train an autoencoder, a text encoder or a diffusion model
+  pack RUN              make one small file that draws from a finished run
+
+sfumato COMMAND --help says more. --version prints the version."""
+
+
+def say(text: str) -> None:
+    """A remark for people, on stderr, so that stdout holds results only."""
+    print(text, file=sys.stderr)
+
+
+def generate(argv: list[str]) -> None:
+    """Draws pictures."""
+    import tyro
+
+    from sfumato.apps.draw import Generate, run
+
+    run(parse(tyro, Generate, argv, "generate"))
+
+
+def _ask(name: str) -> Callable[[list[str]], None]:
+    def run(argv: list[str]) -> None:
+        import tyro
+
+        from sfumato.apps import ask
+
+        kind, answer = ask.QUESTIONS[name]
+        for line in answer(parse(tyro, kind, argv, name)):
+            print(line)
+
+    return run
+
+
+def train(argv: list[str]) -> None:
+    """Trains one part of a model."""
+    from sfumato.apps.training import train as run
+
+    run(argv)
+
+
+def pack(argv: list[str]) -> None:
+    """Makes a small file that draws from a run."""
+    import tyro
+
+    from sfumato.apps.training import Pack, pack_run
+
+    print(pack_run(parse(tyro, Pack, argv, "pack")))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "generate": generate,
+    **{name: _ask(name) for name in ("styles", "concepts", "models", "info")},
+    "train": train,
+    "pack": pack,
+}
+
+
+def parse(tyro: Any, kind: type, argv: list[str], command: str, default: Any = None) -> Any:
+    """tyro's parse of `kind`; its boxed errors become one line."""
+    words = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(words):
+            return tyro.cli(kind, args=argv, prog=f"sfumato {command}", **extra)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise ValueError(f"{_one_line(words.getvalue())} (see sfumato {command} --help)") from None
+
+
+def _one_line(box: str) -> str:
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
+    body = [line for line in lines[1:] if line]
+    kept: list[str] = []
+    for line in body:
+        if line.startswith(("For full helptext", "Argument helptext", "Got errors")):
+            break
+        kept.append("did you mean" if line.startswith("Perhaps you meant") else line)
+        if len(kept) > 1 and kept[-2] == "did you mean":
+            kept[-1] = re.split(r"[ ,]", line)[0] + "?"
+            break
+    return " ".join(kept)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command. Errors a user can cause are one line on stderr and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        raise SystemExit(0 if argv else 2)
+    if argv[0] in ("--version", "-V"):
+        print(f"sfumato {sfumato.__version__}")
+        return
+    try:
+        if argv[0] not in COMMANDS:
+            from sfumato.core.config import nearest
+
+            raise ValueError(f"command (={argv[0]!r}) must be one of {', '.join(COMMANDS)}{nearest(argv[0], COMMANDS)}")
+        COMMANDS[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        say("sfumato: interrupted")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+    except Exception as e:
+        status = _status(e)
+        if status is None:
+            raise
+        say(f"sfumato: {_message(e)}")
+        raise SystemExit(status) from None
+
+
+def _message(e: Exception) -> str:
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+        return "error: out of memory: ask for fewer pictures at once, a smaller batch_size or more accumulate"
+    if isinstance(e, OSError) and e.strerror:
+        return f"error: {e.filename or 'a file'}: {e.strerror}"
+    first = " ".join(str(e).split())
+    return first if type(e).__name__ == "Stopped" else f"error: {first}"
+
+
+def _status(e: Exception) -> int | None:
+    """The exit status for an error of the user's or the machine's making; None for our own bugs, which keep their traceback."""
+    if type(e).__name__ == "Stopped":
+        return 128 + e.signum  # type: ignore[attr-defined]
+    expected = isinstance(e, (ValueError, OSError, MemoryError)) or type(e).__name__ in ("OutOfMemoryError", "Diverged")
+    return 2 if expected else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""A pack: one safetensors file that draws. Large matrices may be stored as int8 rows with one fp16 scale each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors, save_tensors
+
+SCALE = "#scale"
+FORMAT = 1
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per row (first axis): weight = int8 * scale, error at most half a step of max |row| / 127."""
+    rows = weight.float().flatten(1)
+    scale = (rows.abs().amax(1) / 127).clamp_min(1e-7).half()
+    q = (rows / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return q.reshape(weight.shape), scale
+
+
+def dequantise(q: Tensor, scale: Tensor) -> Tensor:
+    return q.float() * scale.float().reshape(-1, *[1] * (q.ndim - 1))
+
+
+def compress(tensors: dict[str, Tensor], *, int8: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Matrices under the prefixes `int8` as int8 rows; everything else that is floating as fp16."""
+    out: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if value.ndim > 1 and name.startswith(int8) and value.numel() >= 4096:
+            out[name], out[name + SCALE] = quantise(value)
+        else:
+            out[name] = value.half() if value.is_floating_point() else value
+    return out
+
+
+def expand(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `compress`: everything floating in fp32."""
+    out: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name.endswith(SCALE):
+            continue
+        scale = tensors.get(name + SCALE)
+        out[name] = dequantise(value, scale) if scale is not None else value.float() if value.is_floating_point() else value
+    return out
+
+
+def save_pack(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    """Writes a pack with the hash of its tensors; returns the hash."""
+    digest = hash_tensors(tensors)
+    save_tensors(path, tensors, metadata | {"hash": digest, "format": FORMAT})
+    return digest
+
+
+def load_pack(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors in fp32 and metadata. Raises FileError where the file is no pack, is of a newer format, or its bytes have changed."""
+    tensors, metadata = load_tensors(path)
+    meta: dict[str, Any] = dict(metadata)
+    if "kind" not in meta or "hash" not in meta:
+        raise FileError(f"{path} is a safetensors file, but not one of sfumato's: it says nothing of its kind")
+    if meta.get("format", FORMAT) > FORMAT:
+        raise FileError(f"{path} has format {meta['format']}, this sfumato reads up to {FORMAT}: update sfumato")
+    if hash_tensors(tensors) != meta["hash"]:
+        raise FileError(f"{path} is damaged: its tensors do not have the hash it was written with; get it again")
+    return expand(tensors), meta

@@ -1,0 +1,119 @@
+"""What a user asks for: one frozen dataclass behind the CLI flags, the Python call, and the metadata inside a PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato.core.config import from_json, nearest, to_json
+
+LONGEST_PROMPT = 2_000
+MOST_STEPS, MOST_IMAGES = 1_000, 10_000
+SEEDS = 2**63
+METADATA_KEY = "sfumato"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """A request for `count` pictures; picture i has the seed `seed + i`.
+
+    prompt: None draws without text. style: a name, or "noto:0.5,twemoji:0.5"; None lets each seed draw its own mixture.
+    guidance: 1 is none; guidance_interval (low, high) in t limits it (arXiv 2404.07724); style_guidance: a strength of its own for the style.
+    eta: fresh noise of the sampler ddim. seed None: a random one is chosen. size: None is what the model was trained at.
+    """
+
+    prompt: str | None = None
+    negative: str | None = None
+    style: str | None = None
+    label: str | None = None
+    seed: int | None = None
+    count: int = 1
+    steps: int = 20
+    guidance: float = 3.0
+    style_guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    sampler: str = "dpmpp_2m"
+    eta: float = 0.0
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative"):
+            text = getattr(self, name)
+            if text is not None and not text.strip():
+                raise ValueError(f"{name} is empty: say what to draw, or leave it out")
+            if text is not None and len(text) > LONGEST_PROMPT:
+                raise ValueError(f"{name} has {len(text):,} characters, at most {LONGEST_PROMPT:,} are allowed: shorten it")
+        for name, low, high in (("count", 1, MOST_IMAGES), ("steps", 1, MOST_STEPS)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} (={getattr(self, name)}) must be between {low} and {high:,}")
+        if self.seed is not None and not 0 <= self.seed < SEEDS - self.count:
+            raise ValueError(f"seed (={self.seed}) must be between 0 and 2^63 - count")
+        for name, low, high in (("guidance", 0, 100), ("style_guidance", 0, 100), ("eta", 0, 1)):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                raise ValueError(f"{name} (={value}) must be between {low} and {high}")
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval (={self.guidance_interval}) must be two rising times between 0 and 1")
+        if self.style is not None:
+            style_weights(self.style)
+
+
+def style_weights(style: str, known: list[str] | None = None) -> dict[str, float]:
+    """ "noto" -> {"noto": 1.0}; "noto:1,twemoji:3" -> {"noto": 0.25, "twemoji": 0.75}. `known` limits the names."""
+    weights: dict[str, float] = {}
+    for part in style.split(","):
+        name, colon, number = part.strip().partition(":")
+        try:
+            weight = float(number) if colon else 1.0
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"style (={style!r}) must be a name, or names with shares such as 'noto:0.5,twemoji:0.5'")
+        if known is not None and name not in known:
+            raise ValueError(f"style (={name!r}) must be one of {', '.join(known)}{nearest(name, known)}")
+        weights[name] = weights.get(name, 0.0) + weight
+    total = sum(weights.values())
+    if total <= 0:
+        raise ValueError(f"style (={style!r}) has no share above 0")
+    return {k: v / total for k, v in weights.items()}
+
+
+def metadata_text(record: dict[str, Any]) -> str:
+    """Our JSON for a PNG; `record` holds a GenerateRequest under "request"."""
+    return json.dumps({k: to_json(v) for k, v in record.items()}, ensure_ascii=False)
+
+
+def parse_metadata(text: str) -> dict[str, Any]:
+    """The inverse of `metadata_text`. Raises ValueError where the text is not ours."""
+    try:
+        record = json.loads(text)
+        return record | {"request": from_json(GenerateRequest, record["request"], "request")}
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"the picture's metadata cannot be read: {e!r}") from None
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,\n:]", text) else text
+
+
+def parameters_text(request: GenerateRequest, *, seed: int, size: int, model: str, model_hash: str, version: str) -> str:
+    """The `parameters` chunk that other programs read: prompt, negative prompt, and one line of "Name: value" pairs."""
+    lines = [(request.prompt or "").replace("\n", " ")]
+    if request.negative:
+        lines.append(f"Negative prompt: {request.negative}")
+    values: dict[str, object] = {
+        "Steps": request.steps,
+        "Sampler": request.sampler,
+        "CFG scale": request.guidance,
+        "Seed": seed,
+        "Size": f"{size}x{size}",
+    }
+    values |= {"Model hash": model_hash[:10], "Model": model}
+    if request.style:
+        values["Style"] = request.style
+    values["Version"] = f"sfumato {version}"
+    return "\n".join([*lines, ", ".join(f"{k}: {_quoted(v)}" for k, v in values.items())])

@@ -1,0 +1,36 @@
+"""Where models are: bundled names, files, run folders. No torch here, so that asking is quick."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from sfumato.core.checkpoint import FileError
+
+BUNDLED = "emoji"
+
+
+def bundled() -> dict[str, Path]:
+    """{name: file} of the models that come with the package."""
+    folder = Path(str(resources.files("sfumato") / "bundled"))
+    return {p.stem: p for p in sorted(folder.glob("*.safetensors"))}
+
+
+def find(model: str | Path | None) -> Path:
+    """A bundled model's name, a pack, or a run folder (its newest pack) -> the file. None is the bundled default."""
+    known = bundled()
+    if model is None:
+        if BUNDLED not in known:
+            raise FileError("this installation has no bundled model: name one with --model FILE")
+        return known[BUNDLED]
+    path = Path(model)
+    if path.is_dir():
+        packs = sorted(path.glob("model-*k.safetensors"))
+        if not packs:
+            raise FileError(f"{path} is a folder without a model-*.safetensors: name a run folder or a model file")
+        return packs[-1]
+    if path.exists():
+        return path
+    if str(model) in known:
+        return known[str(model)]
+    raise FileError(f"model (={str(model)!r}) must be a file, a run folder or one of: {', '.join(known) or '(no bundled models here)'}")

@@ -1,0 +1,68 @@
+"""From a file to something that draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sfumato import zoo
+from sfumato.core.checkpoint import FileError
+from sfumato.core.config import from_json
+from sfumato.core.pack import load_pack
+from sfumato.diffusion.path import PathConfig, make_path
+from sfumato.pipelines.find import find
+from sfumato.pipelines.generate import LatentDiffusion
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def choose_device(device: Device) -> torch.device:
+    """auto: cuda, then mps, then cpu."""
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(d for d in ("cuda", "mps", "cpu") if present[d]))
+    if not present[device]:
+        raise ValueError(f"device (={device!r}) is not available here: use one of {', '.join(d for d, p in present.items() if p)}, or auto")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """auto: fp32 on the CPU and on MPS, bf16 on cuda where the card has it."""
+    if dtype == "auto":
+        dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if dtype == "fp16" and device.type == "cpu":
+        raise ValueError("dtype (='fp16') is not for the CPU: use fp32 or bf16 there")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+
+def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dtype = "auto", threads: int = 0) -> LatentDiffusion:
+    """Loads the bundled model, or the named one, ready to draw. Raises FileError or ValueError with one clear line."""
+    if threads < 0:
+        raise ValueError(f"threads (={threads}) must be at least 0: 0 leaves the choice to torch")
+    if threads:
+        torch.set_num_threads(threads)
+    path = find(model)
+    tensors, meta = load_pack(path)
+    if meta["kind"] != "latent-diffusion":
+        raise FileError(f"{path} is of kind {meta['kind']!r} and does not draw by itself: name a run of `sfumato train diffusion`")
+    where = choose_device(device)
+    kind = choose_dtype(dtype, where)
+    with torch.device("meta"):
+        networks = {"codec": zoo.make(meta["codec"]), "text": zoo.make(meta["text"], meta["tokenizer"]), "denoiser": zoo.make(meta["denoiser"])}
+    for name, network in networks.items():
+        network.to_empty(device="cpu")
+        networks[name] = zoo.load_into(network, tensors, f"{name}.").to(where)
+    networks["denoiser"].to(kind)
+    return LatentDiffusion(
+        codec=networks["codec"],  # type: ignore[arg-type]
+        text=networks["text"],  # type: ignore[arg-type]
+        denoiser=networks["denoiser"],
+        path=make_path(from_json(PathConfig, meta["path"], "path")),
+        meta=meta,
+        name=path.stem,
+        device=where,
+        dtype=kind,
+    )

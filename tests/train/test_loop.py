@@ -1,0 +1,541 @@
+"""The loop on tasks that take milliseconds. Run as a script it is the driver of the tests that need real processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sfumato.core.checkpoint import FileError, load_tensors
+from sfumato.core.runlog import read_log
+from sfumato.train import autoencoder
+from sfumato.train.loop import Batch, Diverged, LoopConfig, Phase, Stopped, Trainer, checkpoint_name, checkpoints, load_averages, run_config
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The networks here are too small for two, and bit-equality is promised for the same number of threads only."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    kind: str = "toy"
+    width: int = 8
+    depth: int = 2
+
+
+class Toy:
+    """Fits the sum of four sines. Positions in `bad` have a picture that is not finite; `fail_at` is a power cut; `pause` is in seconds a step."""
+
+    kind = "toy"
+
+    def __init__(self, bad: frozenset[int] | range = frozenset(), fail_at: int | None = None, pause: float = 0.0) -> None:
+        torch.manual_seed(0)
+        self.networks: dict[str, nn.Module] = {"net": nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))}
+        self.phases = [Phase("net", ("net",), self.loss)]
+        self.bad, self.fail_at, self.pause = bad, fail_at, pause
+        self.seen: list[np.ndarray] = []
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        if self.fail_at is not None and self.fail_at in positions:
+            raise RuntimeError("power cut")
+        time.sleep(self.pause)
+        self.seen.append(positions)
+        x = torch.sin(torch.from_numpy(positions)[:, None] * torch.tensor([1.0, 0.7, 0.31, 0.011])).float()
+        target = x.sum(1, keepdim=True)
+        for row, p in enumerate(positions):
+            if int(p) in self.bad:
+                x[row] = math.nan
+        return {"x": x, "target": target}
+
+    def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        error = networks["net"](batch["x"]) - batch["target"]
+        return error.square().mean(), {"abs": error.detach().abs().mean()}
+
+    def samples(self, networks: dict[str, nn.Module]) -> None:
+        return None
+
+    def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]:
+        batch = Toy().batch(np.arange(100_000, 100_064))
+        return {"score": -(networks["net"](batch["x"]) - batch["target"]).square().mean().item()}
+
+    def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {f"net.{k}": v for k, v in networks["net"].state_dict().items()}, {"kind": "toy"}
+
+
+LOOP = LoopConfig(images=320, batch_size=16, warmup=32, save_every=160, sample_every=320, log_every=32, lr=1e-2, device="cpu")
+THOUSANDS = replace(LOOP, images=6_000, batch_size=1_000, warmup=0, save_every=1_000, sample_every=6_000, log_every=1_000)
+
+
+def fit(out: Path, loop: LoopConfig = LOOP, task: Any = None, config: Any = None, **kwargs: Any) -> Trainer:
+    trainer = Trainer(task or Toy(), loop, out, config or Settings())
+    trainer.train(**kwargs)
+    return trainer
+
+
+def final(run: Path) -> dict[str, Tensor]:
+    return load_tensors(checkpoints(run, "state")[-1])[0]
+
+
+def smoke() -> tuple[autoencoder.AutoencoderRecipe, LoopConfig]:
+    """The autoencoder's smoke preset, cut to 20 steps."""
+    recipe, preset = autoencoder.preset_smoke()
+    return recipe, replace(preset, images=320, save_every=320, sample_every=320, device="cpu")
+
+
+def assert_same(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    """Newest states and packs agree: raw and averaged weights, optimiser, counters."""
+    ours, theirs = (load_tensors(checkpoints(run, "state")[-1]) for run in (a, b))
+    assert ours[0].keys() == theirs[0].keys()
+    assert {k.split(".")[0] for k in ours[0]} == {"raw", "ema", "optimiser"}
+    for name, t in ours[0].items():
+        off = (t.double() - theirs[0][name].double()).abs().max().item() if t.numel() else 0.0
+        assert off <= tolerance, f"{name} differs by {off}"
+    if tolerance == 0:
+        assert ours[1]["counters"] == theirs[1]["counters"]
+        packs = [load_tensors(checkpoints(run, "model")[-1])[1]["hash"] for run in (a, b)]
+        assert packs[0] == packs[1]
+
+
+def script(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """This file as a program of its own."""
+    command = [sys.executable, "-u", __file__, *arguments]
+    return subprocess.Popen(command, env=os.environ | environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_twenty_steps_are_ten_and_ten_bit_for_bit(tmp_path: Path) -> None:
+    recipe, loop = smoke()
+    autoencoder.train(recipe, loop, tmp_path / "whole")
+    autoencoder.train(recipe, loop, tmp_path / "halves", stop_at=160)
+    between = final(tmp_path / "halves")
+    torch.manual_seed(12345)  # global randomness must not matter
+    autoencoder.train(recipe, loop, tmp_path / "halves")
+    assert_same(tmp_path / "whole", tmp_path / "halves")
+    after = final(tmp_path / "halves")
+    assert any(not torch.equal(between[k], after[k]) for k in after if k.startswith("raw.")), "nothing was learned in between"
+
+
+def test_a_run_that_was_terminated_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    recipe, loop = smoke()
+    autoencoder.train(recipe, loop, tmp_path / "whole")
+    process = script("slow-smoke", str(tmp_path / "cut"))
+    assert process.stdout is not None
+    steps = 0
+    while steps < 5:
+        line = process.stdout.readline()
+        assert line, f"the driver ended early with {process.wait()}"
+        steps += line.startswith("step")
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    rest, _ = process.communicate(timeout=30)
+    assert time.monotonic() - began < 8
+    assert process.returncode == 128 + signal.SIGTERM, rest
+    assert "state saved: run the same command again" in rest
+    images = load_tensors(checkpoints(tmp_path / "cut", "state")[-1])[1]["counters"]["images"]  # type: ignore[index]
+    assert 5 * 16 <= images < 320
+    assert not list((tmp_path / "cut").glob("**/*.part"))
+    autoencoder.train(recipe, loop, tmp_path / "cut")
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    fit(tmp_path)
+    before = (final(tmp_path), read_log(tmp_path / "log.jsonl"))
+    task = Toy()
+    fit(tmp_path, task=task)
+    assert task.seen == []
+    assert before[1] == read_log(tmp_path / "log.jsonl")
+    assert all(torch.equal(v, final(tmp_path)[k]) for k, v in before[0].items())
+
+
+def test_a_signal_raises_stopped_and_gives_the_handlers_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    class Interrupted(Toy):
+        def batch(self, positions: np.ndarray) -> Batch:
+            if 48 in positions:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().batch(positions)
+
+    with pytest.raises(Stopped, match="stopped at 64 images") as stopped:
+        fit(tmp_path, task=Interrupted())
+    assert stopped.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    fit(tmp_path)
+    fit(tmp_path / "whole")
+    assert_same(tmp_path, tmp_path / "whole")
+
+
+def test_training_in_a_thread_of_a_server(tmp_path: Path) -> None:
+    thread = threading.Thread(target=fit, args=(tmp_path,))
+    thread.start()
+    thread.join(30)
+    assert load_averages(tmp_path, Toy().networks) == 320
+
+
+CHANGES: list[tuple[LoopConfig, Settings, str]] = [
+    (replace(LOOP, lr=2e-2), Settings(), r"lr in loop"),
+    (replace(LOOP, batch_size=32, seed=1), Settings(), r"batch_size, seed in loop"),
+    (LOOP, Settings(depth=3), r"depth in config"),
+]
+
+
+@pytest.mark.parametrize(("loop", "config", "named"), CHANGES)
+def test_other_settings_are_refused_by_name(tmp_path: Path, loop: LoopConfig, config: Settings, named: str) -> None:
+    fit(tmp_path, stop_at=160)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    with pytest.raises(ValueError, match=named) as error:
+        fit(tmp_path, loop, config=config)
+    assert str(tmp_path) in str(error.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_another_kind_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, stop_at=160)
+    other = Toy()
+    other.kind = "other"
+    with pytest.raises(ValueError, match="kind"):
+        fit(tmp_path, task=other)
+
+
+def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
+    fit(tmp_path, stop_at=160)
+    fit(tmp_path, replace(LOOP, log_every=64, save_every=64, keep=2, images=640))
+    assert run_config(tmp_path)["loop"]["images"] == 640
+
+
+def test_a_cut_newest_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    fit(tmp_path / "whole", THOUSANDS)
+    fit(tmp_path / "cut", THOUSANDS, stop_at=4_000)
+    newest = checkpoints(tmp_path / "cut", "state")[-1]
+    assert newest.name == "state-000004k.safetensors"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    task = Toy()
+    fit(tmp_path / "cut", THOUSANDS, task=task)
+    assert task.seen[0][0] == 3_000
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_foreign_state_is_refused_in_one_line(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / checkpoint_name("state", 1_000))
+    with pytest.raises(ValueError, match=str(tmp_path)) as error:
+        fit(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    for ask in (run_config, lambda run: load_averages(run, {})):
+        with pytest.raises(FileError, match="is it a run folder"):
+            ask(tmp_path)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def names(run: Path, kind: str) -> list[str]:
+    return [p.name for p in checkpoints(run, kind)]
+
+
+def test_old_checkpoints_are_dropped(tmp_path: Path) -> None:
+    fit(tmp_path, replace(THOUSANDS, keep=2))
+    assert names(tmp_path, "state") == ["state-000005k.safetensors", "state-000006k.safetensors"]
+    assert names(tmp_path, "model") == ["model-000005k.safetensors", "model-000006k.safetensors"]
+    assert (tmp_path / "model-best.safetensors").exists()
+
+
+def test_every_nth_pack_is_kept(tmp_path: Path) -> None:
+    fit(tmp_path, replace(THOUSANDS, keep=1, keep_every=2_000))
+    assert names(tmp_path, "state") == ["state-000006k.safetensors"]
+    assert names(tmp_path, "model") == [f"model-00000{n}k.safetensors" for n in (2, 4, 6)]
+
+
+def test_checkpoints_are_ordered_by_number_beyond_a_thousand_million(tmp_path: Path) -> None:
+    for images in (999_999_000, 1_000_000_000, 5_000):
+        (tmp_path / checkpoint_name("state", images)).touch()
+    (tmp_path / "state-best.safetensors").touch()
+    assert [p.name for p in checkpoints(tmp_path, "state")] == [checkpoint_name("state", n) for n in (5_000, 999_999_000, 1_000_000_000)]
+
+
+def test_the_pack_holds_the_averaged_weights(tmp_path: Path) -> None:
+    trainer = fit(tmp_path)
+    tensors, metadata = load_tensors(checkpoints(tmp_path, "model")[-1])
+    average = trainer.averages["net"].state_dict()
+    assert all(torch.equal(tensors[f"net.{k}"], v) for k, v in average.items())
+    assert any(not torch.equal(trainer.task.networks["net"].state_dict()[k], v) for k, v in average.items())
+    assert metadata["images"] == 320
+    again = Toy()
+    assert load_averages(tmp_path, again.networks) == 320
+    assert all(torch.equal(again.networks["net"].state_dict()[k], v) for k, v in average.items())
+
+
+def test_log_lines_are_not_duplicated_after_a_crash(tmp_path: Path) -> None:
+    fit(tmp_path / "whole", THOUSANDS)
+    loop = replace(THOUSANDS, save_every=2_000)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path / "cut", loop, task=Toy(fail_at=3_500))
+    assert read_log(tmp_path / "cut" / "log.jsonl")[-1]["images"] == 3_000, "logged beyond what was saved"
+    fit(tmp_path / "cut", loop)
+    whole, cut = ([(x["images"], x["loss"]) for x in read_log(tmp_path / n / "log.jsonl") if "loss" in x] for n in ("whole", "cut"))
+    assert [images for images, _ in cut] == list(range(1_000, 7_000, 1_000))
+    assert cut == whole
+
+
+def test_config_json_says_how_the_run_was_made(tmp_path: Path) -> None:
+    fit(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved == run_config(tmp_path)
+    assert saved["config"] == {"kind": "toy", "width": 8, "depth": 2}
+    assert saved["loop"]["batch_size"] == 16
+
+
+# --- steps that are not finite ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
+    task = Toy(bad=frozenset({20, 40}))  # the second and the third batch
+    trainer = Trainer(task, LOOP, tmp_path, Settings())
+    for step in range(4):
+        before = {k: v.clone() for k, v in task.networks["net"].state_dict().items()}
+        trainer.step([task.batch(p) for p in trainer.positions(16 * step)])
+        same = all(torch.equal(before[k], v) for k, v in task.networks["net"].state_dict().items())
+        assert same == (step in (1, 2))
+        assert trainer.counters["skipped_in_a_row"] == (0, 1, 2, 0)[step]
+    assert trainer.counters == {"images": 64, "steps": 4, "skipped": 2, "skipped_in_a_row": 0}
+
+
+def test_a_skipped_step_leaves_every_state_finite_and_is_logged(tmp_path: Path) -> None:
+    fit(tmp_path, task=Toy(bad=frozenset({20})))
+    assert all(torch.isfinite(v).all() for v in final(tmp_path).values())
+    assert read_log(tmp_path / "log.jsonl")[0]["skipped"] == 1
+
+
+def test_the_log_is_json_that_any_reader_accepts(tmp_path: Path) -> None:
+    """NaN is no JSON; one skipped step must not hide the loss of the whole period."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in the log")
+
+    fit(tmp_path, task=Toy(bad=frozenset({20})))
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_five_in_a_row_end_the_run_without_a_best(tmp_path: Path) -> None:
+    task = Toy(bad=range(10_000))
+    before = {k: v.clone() for k, v in task.networks["net"].state_dict().items()}
+    with pytest.raises(Diverged, match=r"5 steps in a row were not finite, last at 80 images.*lower lr \(=0\.01\)"):
+        fit(tmp_path, replace(LOOP, sample_every=16, save_every=10_000), task=task)
+    assert len(task.seen) == 5
+    assert not (tmp_path / "model-best.safetensors").exists()
+    assert all(torch.equal(before[k], v) for k, v in task.networks["net"].state_dict().items())
+
+
+def test_divergence_keeps_the_best_and_the_newest_state(tmp_path: Path) -> None:
+    loop = replace(LOOP, sample_every=16, save_every=32)
+    with pytest.raises(Diverged):
+        fit(tmp_path, loop, task=Toy(bad=range(96, 10_000)))
+    assert load_tensors(tmp_path / "model-best.safetensors")[1]["images"] <= 96  # type: ignore[operator]
+    assert all(torch.isfinite(v).all() for v in final(tmp_path).values())
+    fit(tmp_path, loop)
+    assert load_averages(tmp_path, Toy().networks) == 320
+
+
+def test_a_skipped_first_step_does_not_count_as_an_optimiser_step(tmp_path: Path) -> None:
+    """Saving before the optimiser ever stepped must not make it step: with and without the save, the run is the same."""
+    bad = frozenset({5})
+    fit(tmp_path / "whole", task=Toy(bad=bad))
+    fit(tmp_path / "halves", task=Toy(bad=bad), stop_at=16)
+    fit(tmp_path / "halves", task=Toy(bad=bad))
+    assert_same(tmp_path / "whole", tmp_path / "halves")
+
+
+# --- schedule and order -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_values() -> None:
+    loop = LoopConfig(images=1_000, batch_size=10, warmup=100, decay=0.2, lr=2.0)
+    at = {0: 0.2, 40: 1.0, 90: 2.0, 500: 2.0, 800: 2.0, 900: 1.0, 990: 0.1}
+    assert {seen: loop.lr_at(seen) for seen in at} == pytest.approx(at)
+    flat = replace(loop, warmup=0, decay=0.0)
+    assert {flat.lr_at(seen) for seen in range(0, 1_000, 10)} == {2.0}
+    triangle = replace(loop, warmup=0, decay=1.0)
+    assert [triangle.lr_at(s) for s in (0, 250, 500)] == pytest.approx([2.0, 1.5, 1.0])
+
+
+@given(st.integers(1, 500), st.integers(1, 64), st.integers(0, 600), st.floats(0, 1), st.floats(0, 0.999))
+def test_the_learning_rate_is_never_zero_or_above_its_setting(images: int, batch: int, warmup: int, decay: float, at: float) -> None:
+    loop = LoopConfig(images=images, batch_size=batch, warmup=warmup, decay=decay, lr=1.0)
+    assert 0 < loop.lr_at(int(at * images)) <= 1.0
+
+
+def test_the_optimiser_gets_the_scheduled_rate(tmp_path: Path) -> None:
+    task = Toy()
+    task.phases = [replace(task.phases[0], lr_scale=0.5)]
+    trainer = Trainer(task, LOOP, tmp_path, Settings())
+    for step in range(3):
+        stats = trainer.step([task.batch(p) for p in trainer.positions(16 * step)])
+        assert stats["lr"] == pytest.approx(LOOP.lr_at(16 * step))
+        assert [g["lr"] for g in trainer.optimisers["net"].param_groups] == pytest.approx([0.5 * stats["lr"]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("images", 0, r"images \(=0\) must be at least 1"), ("decay", 1.5, r"decay \(=1\.5\)"), ("lr", 0.0, r"lr \(=0\.0\) must be above 0")],
+)
+def test_settings_are_checked(field: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoopConfig(**{field: value})
+
+
+def test_a_batch_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch_size \(=16\) must be a multiple of processes x accumulate \(=1 x 3\)"):
+        Trainer(Toy(), replace(LOOP, accumulate=3), tmp_path, Settings())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_the_data_order_does_not_depend_on_the_split(tmp_path: Path, accumulate: int) -> None:
+    first, rest = Toy(), Toy()
+    loop = replace(LOOP, accumulate=accumulate)
+    fit(tmp_path, loop, task=first, stop_at=160)
+    fit(tmp_path, loop, task=rest)
+    seen = [*first.seen, *rest.seen]
+    assert len(seen) == 20 * accumulate
+    assert np.array_equal(np.concatenate(seen), np.arange(320))
+
+
+def test_accumulation_does_not_change_the_result(tmp_path: Path) -> None:
+    fit(tmp_path / "one")
+    fit(tmp_path / "two", replace(LOOP, accumulate=2))
+    assert_same(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    fit(tmp_path, replace(LOOP, images=3_200, log_every=320))
+    losses = [line["loss"] for line in read_log(tmp_path / "log.jsonl") if "loss" in line]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+# --- several phases ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Two(Toy):
+    """A generator whose loss runs through a critic with a loss of its own. `leak`: its gradient reaches the critic's weights in passing."""
+
+    def __init__(self, leak: bool = True, every: int = 1) -> None:
+        super().__init__()
+        self.leak = leak
+        self.networks = {"net": nn.Linear(4, 4), "critic": nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))}
+        self.phases = [Phase("g", ("net",), self.generator), Phase("d", ("critic",), self.critic, every=every)]
+
+    def generator(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        y, critic = networks["net"](batch["x"]), networks["critic"]
+        score = critic(y) if self.leak else functional_call(critic, {k: v.detach() for k, v in critic.named_parameters()}, (y,))
+        return -score.mean(), {}
+
+    def critic(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        return (networks["critic"](batch["x"]) - batch["target"]).square().mean(), {}
+
+    def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]:
+        return {}
+
+
+def test_one_phase_leaves_no_gradient_for_the_next(tmp_path: Path) -> None:
+    fit(tmp_path / "passing", task=Two(leak=True))
+    fit(tmp_path / "closed", task=Two(leak=False))
+    assert_same(tmp_path / "passing", tmp_path / "closed", 1e-6)
+
+
+def test_a_phase_runs_in_its_period_and_resumes(tmp_path: Path) -> None:
+    task = Two(leak=False, every=3)
+    trainer = Trainer(task, LOOP, tmp_path / "steps", Settings())
+    for step in range(6):
+        before = [{k: v.clone() for k, v in task.networks[n].state_dict().items()} for n in ("net", "critic")]
+        stats = trainer.step([task.batch(p) for p in trainer.positions(16 * step)])
+        changed = [
+            any(not torch.equal(b[k], v) for k, v in task.networks[n].state_dict().items()) for b, n in zip(before, ("net", "critic"), strict=True)
+        ]
+        assert changed == [True, step % 3 == 0]
+        assert ("d/loss" in stats) == (step % 3 == 0)
+        assert "g/loss" in stats
+    fit(tmp_path / "whole", task=Two(leak=False, every=3))
+    fit(tmp_path / "halves", task=Two(leak=False, every=3), stop_at=160)
+    fit(tmp_path / "halves", task=Two(leak=False, every=3))
+    assert_same(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_gradient_norms_are_told_apart_by_phase(tmp_path: Path) -> None:
+    task = Two(leak=False)
+    trainer = Trainer(task, LOOP, tmp_path, Settings())
+    assert {"g/grad_norm", "d/grad_norm"} <= trainer.step([task.batch(p) for p in trainer.positions(0)]).keys()
+
+
+# --- several processes ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    both = [script("toy", str(tmp_path / "two"), RANK=str(r), LOCAL_RANK=str(r), **world) for r in range(2)]
+    for process in both:
+        said, _ = process.communicate(timeout=90)
+        assert process.returncode == 0, said
+        assert "2 processes" in said
+    fit(tmp_path / "one")
+    assert_same(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+class Slow(autoencoder.AutoencoderTask):
+    """The smoke task, slowed down so that a signal can hit it, and heard."""
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        print("step", positions[0])
+        time.sleep(0.2)
+        return super().batch(positions)
+
+
+def drive(what: str, out: str) -> None:
+    torch.set_num_threads(1)
+    try:
+        if what == "toy":
+            print(fit(Path(out)).accelerator.num_processes, "processes")
+        else:
+            recipe, loop = smoke()
+            Trainer(Slow(recipe, loop.seed), loop, Path(out), recipe).train()
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(128 + stopped.signum)
+
+
+if __name__ == "__main__":
+    drive(*sys.argv[1:])
