@@ -37,6 +37,8 @@ def from_json(kind: type[T], data: Any, where: str = "config") -> T:
         raise ValueError(f"{where} must be an object, not {data!r}")
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if hints.get("kind") is str and "kind" in data and data["kind"] != fields["kind"].default:
+        raise ValueError(f"{where}.kind (={data['kind']!r}) must be {fields['kind'].default!r}")
     for key in data:
         if key not in fields:
             raise ValueError(f"{where}.{key} is not a field of {kind.__name__}{nearest(key, fields)}")
@@ -63,6 +65,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} (={value!r}) must have {len(inner)} entries")
         return tuple(_value(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(inner, value, strict=True)))
     if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} (={value!r}) must be an object")
         return {k: _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is typing.Literal:
         if value not in args:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALE = "#scale"
 FORMAT = 1
@@ -18,7 +18,7 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 per row (first axis): weight = int8 * scale, error at most half a step of max |row| / 127."""
     rows = weight.float().flatten(1)
     scale = (rows.abs().amax(1) / 127).clamp_min(1e-7).half()
-    q = (rows / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    q = (rows / scale.float()[:, None]).round().clamp(-127, 127).char()
     return q.reshape(weight.shape), scale
 
 

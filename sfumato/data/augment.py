@@ -77,6 +77,10 @@ class Variety:
     pair: float = 0.0
     scene: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.count + self.pair + self.scene > 1:
+            raise ValueError(f"count + pair + scene (={self.count + self.pair + self.scene}) must be at most 1: they are rates of one choice")
+
 
 def draw_scene(rng: np.random.Generator, variety: Variety, drawing: int, may_flip: bool, partners: Sequence[tuple[int, bool]] = ()) -> Scene:
     """A scene about `drawing`. `partners` are the (drawing, may_flip) that may stand beside it, of the same style."""

@@ -30,7 +30,8 @@ STYLES = ("twemoji", "noto", "fluent", "fluent-flat", "openmoji", "emojione")
 LANGUAGES = ("en", "zh", "zh-hant")
 RASTER_VERSION = 1
 DIRECTED = ("arrow", "keycap", "alphanum", "math", "punctuation", "currency", "time", "geometric", "other-symbol", "religion", "transport-sign")
-DIRECTED_WORDS = ("left", "right", "arrow", "clock", "o’clock", "thirty", "calendar", "sign", "button", "writing", "book", "memo", "musical")
+DIRECTED_WORDS = ("left", "right", "arrow", "clock", "o’clock", "thirty", "calendar", "sign", "button", "writing", "book", "memo", "musical",
+                  "chart", "medal", "hundred", "8 ball")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def preset_bundled() -> tuple[AutoencoderRecipe, LoopConfig]:
 
     `sfumato train autoencoder --preset bundled --data emoji --out runs/codec`
     """
-    return AutoencoderRecipe(), LoopConfig(images=300_000, batch_size=32, lr=1e-3, warmup=5_000, dtype="bf16", save_every=25_000, sample_every=25_000)
+    return AutoencoderRecipe(), LoopConfig(images=200_000, batch_size=32, lr=1e-3, warmup=5_000, dtype="bf16", save_every=25_000, sample_every=25_000)
 
 
 def preset_smoke() -> tuple[AutoencoderRecipe, LoopConfig]:

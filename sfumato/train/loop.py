@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
-from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors, read_metadata, save_tensors, write_json
+from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors, save_tensors, write_json
 from sfumato.core.config import to_json
 from sfumato.core.images import save_png
 from sfumato.core.runlog import RunLog
@@ -42,7 +42,7 @@ class LoopConfig:
     """How long and how a run trains. Counts and periods are in images; `batch_size` is over all processes.
 
     The learning rate rises over `warmup` images, stays, and falls linearly to zero over the last `decay` of the run. `ema` is the
-    half-life of the averaged weights as a fraction of the run. `accumulate` splits each batch into that many parts.
+    half-life of the averaged weights as a fraction of the run. `accumulate` splits each batch into that many parts. `clip` 0 clips nothing.
     """
 
     images: int = 100_000
@@ -125,13 +125,19 @@ class Diverged(RuntimeError):
     """Five steps in a row were not finite."""
 
 
+def thousands(images: int) -> str:
+    """500000 -> "000500k", 320 -> "000000.320k": names that sort by time and do not collide."""
+    return f"{images // 1000:06d}{f'.{images % 1000:03d}' if images % 1000 else ''}k"
+
+
 def checkpoint_name(kind: str, images: int) -> str:
-    return f"{kind}-{images // 1000:06d}k.safetensors"
+    return f"{kind}-{thousands(images)}.safetensors"
 
 
 def checkpoints(run: Path, kind: str) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    return sorted(p for p in run.glob(f"{kind}-*k.safetensors") if re.fullmatch(rf"{kind}-\d+k\.safetensors", p.name))
+    found = {p: re.fullmatch(rf"{kind}-(\d+(\.\d+)?)k\.safetensors", p.name) for p in run.glob(f"{kind}-*k.safetensors")}
+    return sorted((p for p, m in found.items() if m), key=lambda p: float(found[p][1]))
 
 
 class Trainer:
@@ -142,7 +148,6 @@ class Trainer:
 
         if loop.threads:
             torch.set_num_threads(loop.threads)
-        torch.set_flush_denormal(True)
         self.task, self.loop, self.run = task, loop, Path(run)
         self.config = {"kind": task.kind, "config": to_json(config), "loop": to_json(loop)}
         _forget_accelerator()
@@ -153,6 +158,8 @@ class Trainer:
             project_dir=str(run),
         )
         self.device = self.accelerator.device
+        if loop.device not in ("auto", self.device.type):
+            raise ValueError(f"device (={loop.device!r}) is not available here: accelerate chose {self.device.type}; use auto or {self.device.type}")
         world = self.accelerator.num_processes
         if loop.batch_size % (world * loop.accumulate):
             raise ValueError(f"batch_size (={loop.batch_size}) must be a multiple of processes x accumulate (={world} x {loop.accumulate})")
@@ -205,6 +212,8 @@ class Trainer:
         optimiser, a = self.optimisers[phase.name], self.accelerator
         for group in optimiser.param_groups:
             group["lr"] = lr * phase.lr_scale
+        for other in self.task.networks.values():
+            other.zero_grad(set_to_none=True)
         stats: dict[str, list[float]] = defaultdict(list)
         for i, batch in enumerate(batches):
             waiting = [a.no_sync(self.prepared[n]) for n in phase.networks] if i < len(batches) - 1 else []
@@ -216,12 +225,15 @@ class Trainer:
             for k, v in {"loss": loss.detach(), **found}.items():
                 stats[k if len(self.task.phases) == 1 else f"{phase.name}/{k}"].append(float(v))
         parameters = [p for n in phase.networks for p in self.task.networks[n].parameters()]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.loop.clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.loop.clip or math.inf)
         finite = bool(a.reduce(torch.isfinite(norm).float().reshape(1), "sum").item() == a.num_processes)
         if finite:
             optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return finite, {k: sum(v) / len(v) for k, v in stats.items()} | {"grad_norm": float(norm)}
+        if not finite:
+            return False, {}
+        norm_name = "grad_norm" if len(self.task.phases) == 1 else f"{phase.name}/grad_norm"
+        return True, {k: sum(v) / len(v) for k, v in stats.items()} | {norm_name: float(norm)}
 
     # --- the run ------------------------------------------------------------------------------------------------------------------------------
 
@@ -241,7 +253,7 @@ class Trainer:
         sums: dict[str, list[float]] = defaultdict(list)
         started, began = time.perf_counter(), self.counters["images"]
         bar = tqdm(total=loop.images, initial=began, unit=" images", disable=not main, dynamic_ncols=True, smoothing=0.05, mininterval=2)
-        with _signals() as signalled, bar:
+        with _signals() as signalled, _no_denormals(), bar:
             for batches in self._batches(end):
                 for k, v in self.step(batches).items():
                     sums[k].append(v)
@@ -259,14 +271,14 @@ class Trainer:
                         "images_per_s": round((images - began) / (time.perf_counter() - started), 2),
                         "skipped": self.counters["skipped"],
                     }
-                    bar.set_postfix(loss=f"{line.get('loss', next(iter(line.values()))):.4f}")
+                    bar.set_postfix(loss=f"{line.get('loss', math.nan):.4f}")
                     sums.clear()
                     if log:
                         log.write(**line)
                     if loop.trackers:
                         self.accelerator.log(line, step=images)
                 stop = self._any(signalled["signum"])
-                if self._due(loop.sample_every) or (images >= loop.images and not stop):
+                if self._due(loop.sample_every) or images >= loop.images:
                     self._look(log)
                 if self._due(loop.save_every) or images >= end or stop:
                     self.save()
@@ -308,7 +320,7 @@ class Trainer:
             picture = self.task.samples(self.averages)
         images = self.counters["images"]
         if picture is not None:
-            save_png(self.run / "samples" / f"{images // 1000:06d}k.png", picture)
+            save_png(self.run / "samples" / f"{thousands(images)}.png", picture)
         if log and scores:
             log.write(images=images, **{k: round(v, 5) for k, v in scores.items()})
         score = scores.get("score", math.nan)
@@ -322,8 +334,8 @@ class Trainer:
         """Every tensor that the run needs to go on exactly."""
         tensors = {f"raw.{n}.{k}": v for n, net in self.task.networks.items() for k, v in net.state_dict().items()}
         tensors |= {f"ema.{n}.{k}": v for n, net in self.averages.items() for k, v in net.state_dict().items()}
-        if self.counters["steps"]:
-            for phase in self.task.phases:
+        for phase in self.task.phases:
+            if self.optimisers[phase.name].state:  # asking an optimiser that never stepped would make it step
                 found = get_optimizer_state_dict(self._module(phase), self.optimisers[phase.name])["state"]
                 tensors |= {f"optimiser.{phase.name}.{p}#{k}": v for p, values in found.items() for k, v in values.items()}
         return tensors
@@ -341,8 +353,8 @@ class Trainer:
         self._save_pack(self.run / checkpoint_name("model", images))
         for kind in ("state", "model"):
             for old in checkpoints(self.run, kind)[: -self.loop.keep]:
-                number = int(re.findall(r"\d+", old.name)[0]) * 1000
-                if not (self.loop.keep_every and kind == "model" and number % self.loop.keep_every == 0):
+                number = round(float(re.findall(r"[\d.]+(?=k)", old.name)[0]) * 1000)
+                if not (self.loop.keep_every and kind == "model" and number % self.loop.keep_every < self.loop.batch_size):
                     old.unlink(missing_ok=True)
 
     def _save_pack(self, path: Path) -> None:
@@ -357,6 +369,8 @@ class Trainer:
             except FileError as e:
                 tqdm.write(f"{e}; trying the one before")
                 continue
+            if not {"run", "counters"} <= metadata.keys():
+                raise FileError(f"{path} is not the state of a run: move it away, or use another --out")
             _check_same(self.config, metadata["run"], self.run)
             self._load(tensors, metadata["counters"])
             return
@@ -375,30 +389,13 @@ class Trainer:
                     state[parameter][what] = v
             if state:
                 module, optimiser = self._module(phase), self.optimisers[phase.name]
+                for name, p in module.named_parameters():  # in the parameter's own memory format: the fused optimiser walks memory, not indices
+                    if name in state:
+                        state[name] = {k: torch.empty_like(p, device="cpu").copy_(v) if v.shape == p.shape else v for k, v in state[name].items()}
                 whole = get_optimizer_state_dict(module, optimiser)
                 set_optimizer_state_dict(module, optimiser, {"state": dict(state), "param_groups": whole["param_groups"]})
         self.best = -math.inf if counters["best"] is None else counters["best"]
         self.counters = {k: counters[k] for k in self.counters}
-
-
-def load_averages(run: Path, networks: dict[str, nn.Module]) -> int:
-    """Puts the averaged weights of a run's newest state into `networks`; returns its images."""
-    found = checkpoints(Path(run), "state")
-    if not found:
-        raise FileError(f"there is no state-*.safetensors in {run}: is it a run folder?")
-    tensors, metadata = load_tensors(found[-1])
-    for name, network in networks.items():
-        start = f"ema.{name}."
-        network.load_state_dict({k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)})
-    return metadata["counters"]["images"]  # type: ignore[index]
-
-
-def run_config(run: Path) -> dict[str, Any]:
-    """{"kind", "config", "loop"} of a run folder."""
-    found = checkpoints(Path(run), "state")
-    if not found:
-        raise FileError(f"there is no state-*.safetensors in {run}: is it a run folder?")
-    return read_metadata(found[-1])["run"]  # type: ignore[return-value]
 
 
 def _check_same(ours: dict, theirs: Any, run: Path) -> None:
@@ -422,6 +419,16 @@ def _forget_accelerator() -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()
+
+
+@contextlib.contextmanager
+def _no_denormals() -> Iterator[None]:
+    """Numbers too small to matter are zero while training: on some CPUs they cost many times as much."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,169 @@
+"""What the benches share: claims and their JSON, 95 % intervals, the machine, and a model that draws many prompts in one batch."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from sfumato.core.images import to_pil
+from sfumato.core.request import GenerateRequest, style_weights
+from sfumato.core.seams import Cond
+from sfumato.data.emoji import premultiply
+from sfumato.pipelines.generate import LatentDiffusion
+
+ROOT = Path(__file__).resolve().parents[1]
+TOGETHER = 32  # pictures drawn in one batch
+GOALS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
+
+
+# --- the report -------------------------------------------------------------------------------------------------------------------------------
+
+
+def claim(name: str, value: float, unit: str = "", goal: str | None = None) -> dict[str, Any]:
+    """One line of the report. `goal` is such as ">= 26"; a value that is not a number holds no goal."""
+    holds = None
+    if goal is not None:
+        sign, number = goal.split()
+        holds = math.isfinite(value) and GOALS[sign](value, float(number))
+    return {"name": name, "value": round(float(value), 4) if math.isfinite(value) else None, "unit": unit, "goal": goal, "holds": holds}
+
+
+def report(started: float, seed: int, claims: list[dict[str, Any]], details: dict[str, Any]) -> dict[str, Any]:
+    """The one JSON object that a bench prints; `started` is a reading of time.perf_counter."""
+    seconds = round(time.perf_counter() - started, 1)
+    return {"machine": machine(), "commit": commit(), "seed": seed, "seconds": seconds, "claims": claims, "details": plain(details)}
+
+
+def plain(value: Any) -> Any:
+    """Numbers rounded to four places, what is not finite as None, arrays as lists: ready for JSON."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return round(float(value), 4) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def emit(found: dict[str, Any]) -> None:
+    print(json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on; `load` tells whether it had other work to do."""
+    names = [line.split(":")[1].strip() for line in _text("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    memory = [int(line.split()[1]) / 2**20 for line in _text("/proc/meminfo").splitlines() if line.startswith("MemTotal")]
+    return {
+        "system": platform.platform(),
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory[0], 1) if memory else None,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def commit() -> str | None:
+    """The commit, with "+" where tracked files have changed since; None outside a repository."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------------------------------
+
+
+def ratio(a: np.ndarray, b: np.ndarray) -> float:
+    """mean(a) / mean(b); nan where nothing is to be divided by."""
+    below = float(np.mean(b)) if len(b) else 0.0
+    return float(np.mean(a)) / below if below > 0 else math.nan
+
+
+def gap(a: np.ndarray, b: np.ndarray) -> float:
+    """|mean(a) - mean(b)|."""
+    return abs(float(np.mean(a)) - float(np.mean(b))) if len(a) and len(b) else math.nan
+
+
+def mean(a: np.ndarray) -> float:
+    return float(np.mean(a)) if len(a) else math.nan
+
+
+def interval(statistic: Callable[..., float], *columns: np.ndarray, seed: int = 0, draws: int = 1000) -> list[float]:
+    """The 95 % percentile bootstrap interval of statistic(*columns); rows (prompts) are drawn together from all columns."""
+    n = len(columns[0])
+    assert all(len(c) == n for c in columns)
+    if n == 0:
+        return [math.nan, math.nan]
+    rng = np.random.Generator(np.random.PCG64(seed))
+    columns = tuple(np.asarray(c, dtype=np.float64) for c in columns)
+    values = [statistic(*(c[rows] for c in columns)) for rows in (rng.integers(0, n, n) for _ in range(draws))]
+    finite = [v for v in values if math.isfinite(v)]
+    return [float(v) for v in np.percentile(finite, (2.5, 97.5))] if finite else [math.nan, math.nan]
+
+
+def with_interval(a: np.ndarray) -> list[float]:
+    """[mean, low, high]."""
+    return [mean(a), *interval(mean, a)]
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Many(LatentDiffusion):
+    """The same model with a prompt per picture: the lines of the request's prompt. Noise, steps and decoder are the model's own."""
+
+    def _cond(self, request: GenerateRequest, prompt: str | None, styles: list[dict[str, float] | None]) -> Cond:
+        cond = super()._cond(request, prompt, styles)
+        lines = (prompt or "").split("\n")
+        if len(lines) == 1:
+            return cond
+        states, mask, pooled = self.text.encode(lines)
+        return replace(cond, text=states, mask=mask, pooled=pooled)
+
+
+def draw(
+    model: LatentDiffusion, prompts: Sequence[str], styles: Sequence[str], seeds: Sequence[int], what: str = "", **options: Any
+) -> list[Image.Image]:
+    """Picture i of prompt i in style i from seed i, as `model.generate` draws it alone (within a level); far quicker in batches."""
+    many = Many(**{f.name: getattr(model, f.name) for f in fields(model)})
+    images: list[Image.Image] = []
+    with tqdm(total=len(prompts), desc=what, unit=" pictures", leave=False) as bar:
+        for start in range(0, len(prompts), TOGETHER):
+            rows = slice(start, start + TOGETHER)
+            request = GenerateRequest(prompt="\n".join(prompts[rows]), **options)
+            shares = [style_weights(s, model.styles) for s in styles[rows]]
+            *_, x = many.latents(request, list(seeds[rows]), shares)
+            images += to_pil(many.decode(x))
+            bar.update(len(shares))
+    return images
+
+
+def from_pil(images: Sequence[Image.Image]) -> Tensor:
+    """Pictures as a user gets them -> premultiplied RGBA "b 4 h w" in [0, 1]."""
+    arrays = np.stack([premultiply(np.asarray(i.convert("RGBA"))) for i in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
