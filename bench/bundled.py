@@ -18,7 +18,7 @@ Beside the model stand three others, judged in the same way:
 - *nearest training drawing*: the model's picture replaced by the training drawing that Lite0 finds nearest. On held-out pairs it says
   what a model that merely repeats its training set would score: the model must lie above it to have carried a style over.
 
-Default counts draw about 2,500 pictures of 20 steps: near 15 minutes of two cores, with the judge trained before (judge.py, 20 more).
+Default counts draw about 2,500 pictures of 20 steps: some 10 to 15 minutes of two cores, with the judge trained before (judge.py, 20 more).
 """
 
 from __future__ import annotations
@@ -284,8 +284,8 @@ class Bench:
         everything = second.known(second.JudgeRecipe())
         which = () if self.known == everything else tuple(concepts()[c].hexcode for c in self.known)
         found = second.judge(second.JudgeRecipe(which=which), replace(loop, threads=self.options.threads), self.options.judges)
-        self.details["second_judge"] = {"meaningful": not self.options.quick, "images": found.images, **found.scores}
-        return Lite0(self.atlas), Classifier(found, "classifier" if not self.options.quick else "classifier, untrained: not meaningful")
+        self.details["second_judge"] = {"meaningful": found.meaningful, "images": found.images, **found.scores}
+        return Lite0(self.atlas), Classifier(found, "classifier" if found.meaningful else "classifier, hardly trained: not meaningful")
 
     def claim(self, name: str, value: float, unit: str = "", goal: str | None = None, between: list[float] | None = None) -> None:
         self.claims.append(claim(name, value, unit, goal))

@@ -155,7 +155,7 @@ class JudgeTask:
 
     def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]:
         """Accuracy on real held-out pairs as drawn over white, and on varied training drawings."""
-        n = min(512, 4 * len(self.train))
+        n = min(512, len(self.train))
         parts = [self.batch(p, "measure") for p in np.split(np.arange(n), range(64, n, 64))]
         varied = {k: torch.cat([p[k] for p in parts]) for k in ("x", "concept", "style")}
         scores = {f"train_{k}": v for k, v in _accuracy(networks["judge"], varied["x"], varied["concept"], varied["style"]).items()}
@@ -195,6 +195,10 @@ class Judge:
     size: int
     images: int
     scores: dict[str, float]
+
+    @property
+    def meaningful(self) -> bool:
+        return self.images >= LOOP.images // 2
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             started,
             loop.seed,
             claims,
-            {"meaningful": not options.quick, "images": found.images, "parameters": parameters, "classes": len(found.known)},
+            {"meaningful": found.meaningful, "images": found.images, "parameters": parameters, "classes": len(found.known)},
         )
     )
 

@@ -76,7 +76,8 @@ def svg_of(s: dict, name: str) -> str | None:
         return None
     left, top = icon.get("left", 0), icon.get("top", 0)
     width, height = icon.get("width", s["size"][0]), icon.get("height", s["size"][1])
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {spaces} viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
 
 
 def read_concepts(packages: Path) -> list[dict]:
@@ -99,7 +100,8 @@ def read_concepts(packages: Path) -> list[dict]:
 
 def write_archive(style: str, drawings: dict[str, str]) -> None:
     package, version, licence, attribution, home = SETS[style]
-    notice = f"{attribution}\n{home}\nLicence: {licence}\nSource: npm package {package} {version}; unchanged drawings, without flags, components and skin tones.\n"
+    left_out = "unchanged drawings, without flags, components and skin tones"
+    notice = f"{attribution}\n{home}\nLicence: {licence}\nSource: npm package {package} {version}; {left_out}.\n"
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, text in [("LICENCE.txt", notice), *((f"{h}.svg", svg) for h, svg in sorted(drawings.items()))]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,3 +26,15 @@ def exact_arithmetic() -> Iterator[None]:
     """A trainer flushes subnormal numbers to zero, for the whole process; hypothesis refuses to draw floats then."""
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs codec, text and diffusion of the smoke presets: a real model, trained for seconds."""
+    from sfumato.train import autoencoder, diffusion, text
+
+    folder = tmp_path_factory.mktemp("smoke")
+    autoencoder.train(*autoencoder.preset_smoke(), folder / "codec")
+    text.train(*text.preset_smoke(), folder / "text")
+    diffusion.train(*diffusion.preset_smoke(), folder / "diffusion", codec=folder / "codec", text=folder / "text")
+    return folder

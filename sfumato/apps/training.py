@@ -87,7 +87,8 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
         ],
         frozen=True,
     )
-    made.__doc__ = f"Trains: {(presets[name].__doc__ or '').splitlines()[0]} Rerunning the same command goes on where it stopped; --plan only says what it would take."
+    first_line = (presets[name].__doc__ or "").splitlines()[0]
+    made.__doc__ = f"Trains: {first_line} Rerunning the same command goes on where it stopped; --plan only says what it would take."
     return made
 
 

@@ -40,7 +40,7 @@ GROUNDS_ZH = {
 NUMBERS = {2: ("two", "两"), 3: ("three", "三")}
 MEASURES = (  # the first subgroup prefix that fits; what is not named here is counted with 个
     ("animal-marine", "条"), ("animal", "只"), ("cat-face", "只"), ("monkey-face", "只"), ("plant-flower", "朵"), ("plant", "棵"),
-    ("transport-ground", "辆"), ("transport-air", "架"), ("transport-water", "艘"), ("place-building", "座"), ("book-paper", "本"), ("food-fruit", "个"),
+    ("transport-ground", "辆"), ("transport-air", "架"), ("transport-water", "艘"), ("place-building", "座"), ("book-paper", "本"),
 )  # fmt: skip
 TRADITIONAL = str.maketrans("个只条棵辆两张红绿蓝紫黄图画贴纸标请给园滩里漠间坐着", "個隻條棵輛兩張紅綠藍紫黃圖畫貼紙標請給園灘裡漠間坐著")
 

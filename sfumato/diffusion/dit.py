@@ -19,7 +19,10 @@ from sfumato.nn.layers import MLP
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """A denoiser of "b channels h w" latents. `cross_every` blocks one attends to the text; 0 styles or labels: no such input; `text_width` 0: no text."""
+    """A denoiser of "b channels h w" latents; in every `cross_every`-th block tokens attend to the text.
+
+    `text_width`, `styles` or `labels` 0: no such input.
+    """
 
     kind: str = "dit"
     channels: int = 16

@@ -24,7 +24,7 @@ from sfumato.data.augment import Variety, draw_scene, render
 from sfumato.data.emoji import Drawings, concepts, drawings
 from sfumato.losses.perceptual import perceptual
 from sfumato.nn.backbones import efficientnet_lite0, over
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first
 
 WIDE = Variety(place=0.6, scale=(0.6, 1.25), angle=20.0, recolour=0.15, count=0.05, pair=0.05, scene=0.1)
 
@@ -177,6 +177,6 @@ class AutoencoderTask:
 
 def train(recipe: AutoencoderRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the codec in the run folder `out`."""
-    trainer = Trainer(AutoencoderTask(recipe, loop.seed), loop, out, recipe)
+    trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed)), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

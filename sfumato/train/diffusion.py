@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sfumato import zoo
 from sfumato.codecs.autoencoder import Autoencoder, measure_latents
-from sfumato.core.checkpoint import FileError, cache_folder, hash_tensors, load_tensors
+from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors
 from sfumato.core.config import to_json
 from sfumato.core.images import grid, to_pil
 from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
@@ -34,7 +34,7 @@ from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.samplers import sample_heun
 from sfumato.text.encoder import TextEncoder
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, checkpoints
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, checkpoints, main_first
 
 GENTLE = Variety(place=0.6, scale=(0.75, 1.0), angle=10.0, recolour=0.2, count=0.03, pair=0.03, scene=0.05)
 PREVIEW = (("🐱", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸鱼", 3), ("a rocket", 4), ("a frog", 5), ("sunflower", 0), ("汉堡", 1),
@@ -103,8 +103,8 @@ class DiffusionTask:
 
     kind = "diffusion"
 
-    def __init__(self, recipe: DiffusionRecipe, seed: int, codec: Path, text: Path, run: Path) -> None:
-        self.recipe, self.seed = recipe, seed
+    def __init__(self, recipe: DiffusionRecipe, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu") -> None:
+        self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
         self.codec, self.codec_meta = self._load_codec(frozen_part(codec, run, "codec"))
         self.text, self.text_meta = self._load_text(frozen_part(text, run, "text"))
         self.size = int(self.codec_meta["size"])
@@ -130,7 +130,7 @@ class DiffusionTask:
             raise ValueError(
                 f"denoiser.channels (={self.recipe.denoiser.channels}) must be the codec's latent channels (={codec.spec.latent_channels})"
             )
-        return codec, meta
+        return codec.to(self.device), meta
 
     def _load_text(self, pack: Path) -> tuple[TextEncoder, dict[str, Any]]:
         tensors, meta = load_tensors(pack)
@@ -139,7 +139,7 @@ class DiffusionTask:
         text = zoo.load_into(zoo.make(meta["text"], meta["tokenizer"]), tensors, "text.")  # type: ignore[arg-type]
         if text.config.width != self.recipe.denoiser.text_width:
             raise ValueError(f"denoiser.text_width (={self.recipe.denoiser.text_width}) must be the text encoder's width (={text.config.width})")
-        return text, meta
+        return text.to(self.device), meta
 
     def _drawings(self) -> Drawings:
         """Only what the run may draw; the rows held out stay apart for validation."""
@@ -161,7 +161,7 @@ class DiffusionTask:
     def pictures(self, indices: np.ndarray) -> Tensor:
         """Augmented pictures "b 4 size size" in [-1, 1]."""
         x = render(self.art.pixels, [self.scene(int(i))[0] for i in indices], self.size) * 2 - 1
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.to(self.device).contiguous(memory_format=torch.channels_last)
 
     def _measure(self) -> None:
         """Standardises over augmented pictures of this run's own data."""
@@ -171,18 +171,17 @@ class DiffusionTask:
 
     def _latents(self, run: Path) -> Tensor:
         r = self.recipe
-        made_from = {
-            "codec": hash_tensors(self.codec.state_dict()), "seed": self.seed, "variety": to_json(r.variety), "each": r.each, "drawings": len(self.art)
-        }  # fmt: skip
-        path = run / "latents.safetensors" if r.limit else cache_folder() / f"latents-{hash_name(made_from)}.safetensors"
-        with torch.no_grad():
-            return cached_latents(path, lambda i: self.codec.encode(self.pictures(i)).mean, len(self.art) * r.each, made_from)  # type: ignore[arg-type, return-value]
+        made_from = {"codec": hash_tensors(self.codec.state_dict()), "seed": self.seed, "variety": to_json(r.variety), "each": r.each}
+        encode = lambda i: self.codec.encode(self.pictures(i)).mean  # noqa: E731
+        return cached_latents(run / "latents.safetensors", encode, len(self.art) * r.each, made_from)
 
     def _validation(self) -> dict[str, Any]:
         """Held-out pairs as drawn, with fixed times and noise: a deterministic validation loss."""
         exact = F.avg_pool2d(self.kept_apart.pixels.float() / 255, 2) * 2 - 1
-        with torch.no_grad():
-            x0 = torch.cat([self.codec.encode(p).mean for p in exact.split(64)]) if len(exact) else self.latents[:8].float()  # type: ignore[misc]
+        x0 = self.latents[:8].float()
+        if len(exact):
+            with torch.no_grad():
+                x0 = torch.cat([self.codec.encode(p.to(self.device)).mean.cpu() for p in exact.split(64)])  # type: ignore[union-attr]
         n = len(x0)
         of = self.kept_apart if len(exact) else self.art
         names = [concepts()[c].names["en" if i % 2 else "zh"] for i, c in enumerate(of.concept[:n])]
@@ -208,19 +207,25 @@ class DiffusionTask:
             draws.append(rng.random(5))
         ids, mask = self.text.tokenize(texts)
         x0 = self.latents[torch.tensor(indices)].float()
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=torch_rng(self.seed, "train/noise", int(p))) for p in positions])
+        shown_style = torch.from_numpy(self.art.style[np.array(indices) // self.recipe.each])
         u = torch.tensor(np.array(draws), dtype=torch.float32)
-        d = self.recipe.drop
-        both = u[:, 4] < d.both
+        drop = self.recipe.drop
+        both = u[:, 4] < drop.both
         return {
-            "x0": x0, "noise": noise, "ids": ids, "mask": mask, "style": F.one_hot(torch.from_numpy(self.art.style[np.array(indices) // self.recipe.each]), len(STYLES)).float(),
-            "t": draw_t(self.recipe.objective, u[:, 0].clamp(1e-6, 1 - 1e-6), u[:, 1]), "no_text": (u[:, 2] < d.text) | both, "no_style": (u[:, 3] < d.style) | both,
-        }  # fmt: skip
+            "x0": x0,
+            "noise": torch.stack([torch.randn(x0.shape[1:], generator=torch_rng(self.seed, "train/noise", int(p))) for p in positions]),
+            "t": draw_t(self.recipe.objective, u[:, 0].clamp(1e-6, 1 - 1e-6), u[:, 1]),
+            "ids": ids,
+            "mask": mask,
+            "style": F.one_hot(shown_style, len(STYLES)).float(),
+            "no_text": (u[:, 2] < drop.text) | both,
+            "no_style": (u[:, 3] < drop.style) | both,
+        }
 
     def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         device = batch["x0"].device
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps"):
-            states, pooled = self.text.to(device)(batch["ids"], batch["mask"])
+            states, pooled = self.text(batch["ids"], batch["mask"])
         cond = Cond(text=states.float(), mask=batch["mask"], pooled=pooled.float(), style=batch["style"])
         cond = without_style(without_text(cond, batch["no_text"]), batch["no_style"])
         return loss(networks["denoiser"], batch["x0"], batch["noise"], batch["t"], cond, self.path, self.recipe.objective)
@@ -232,27 +237,23 @@ class DiffusionTask:
     def samples(self, networks: dict[str, nn.Module]) -> Image.Image:
         """The preview prompts in fixed styles with fixed noise, two of each."""
         net = networks["denoiser"]
-        device = next(net.parameters()).device
-        self.text.to(device)
         prompts = [p for p in PREVIEW for _ in range(2)]
         style = F.one_hot(torch.tensor([s for _, s in prompts]), len(STYLES)).float()
         cond = self.cond([t for t, _ in prompts], style)
-        everything = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        everything = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
         denoise = guided(cfg(Precond(net, self.recipe.objective.prediction, self.path), cond, without_text(cond, everything), 3.0))
         noise = torch.stack(
             [torch.randn(self.latents.shape[1:], generator=torch_rng(derive(self.seed, "preview"), "noise", i)) for i in range(len(prompts))]
         )
-        z = [s.x for s in sample_heun(denoise, noise.to(device), timesteps(self.path, 12), self.path)][-1]
-        return grid(to_pil(self.codec.decode(z.cpu())), columns=8)
+        z = [s.x for s in sample_heun(denoise, noise.to(self.device), timesteps(self.path, 12), self.path)][-1]
+        return grid(to_pil(self.codec.decode(z)), columns=8)
 
     def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]:
         v, net = self._held_out, networks["denoiser"]
-        device = next(net.parameters()).device
-        self.text.to(device)
         total = 0.0
         for start in range(0, len(v["x0"]), 128):
             rows = slice(start, start + 128)
-            x0, noise, t = (v[k][rows].to(device) for k in ("x0", "noise", "t"))
+            x0, noise, t = (v[k][rows].to(self.device) for k in ("x0", "noise", "t"))
             value, _ = loss(net, x0, noise, t, self.cond(v["names"][rows], v["style"][rows]), self.path, self.recipe.objective)
             total += float(value) * len(x0)
         validation = total / len(v["x0"])
@@ -273,15 +274,9 @@ class DiffusionTask:
         }  # fmt: skip
 
 
-def hash_name(made_from: dict[str, Any]) -> str:
-    import hashlib
-    import json
-
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the denoiser in the run folder `out`; `codec` and `text` are runs or packs, copied in on the first start."""
-    trainer = Trainer(DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out)), loop, out, recipe)
+    task = main_first(loop, lambda device: DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device))
+    trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

@@ -125,6 +125,15 @@ class Diverged(RuntimeError):
     """Five steps in a row were not finite."""
 
 
+def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
+    """Makes a task for the device of the run; the main process first, so that the others find the caches that it filled."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=loop.device == "cpu")
+    with state.main_process_first():
+        return make(state.device)
+
+
 def thousands(images: int) -> str:
     """500000 -> "000500k", 320 -> "000000.320k": names that sort by time and do not collide."""
     return f"{images // 1000:06d}{f'.{images % 1000:03d}' if images % 1000 else ''}k"

@@ -25,9 +25,10 @@ from sfumato.data.captions import any_caption, caption, held_out_keywords, meani
 from sfumato.data.emoji import LANGUAGES, RASTER_VERSION, concepts, drawings
 from sfumato.nn.backbones import efficientnet_lite0, over
 from sfumato.text.encoder import TextConfig, TextEncoder, train_tokenizer
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first
 
 KINDS = ("one", "count", "pair", "scene")
+TALKATIVE = Variety(recolour=0.35, count=0.12, pair=0.1, scene=0.15)
 ATTRIBUTES = {"colour": (None, *COLOURS), "number": (1, 2, 3), "kind": KINDS, "ground": (None, *GROUNDS)}
 
 
@@ -39,7 +40,7 @@ class TextRecipe:
     text: TextConfig = field(default_factory=TextConfig)
     captions_each: int = 4
     attributes: float = 0.5
-    variety: Variety = Variety(recolour=0.35, count=0.12, pair=0.1, scene=0.15)
+    variety: Variety = TALKATIVE
     limit: int = 0
 
 
@@ -49,7 +50,7 @@ def preset_bundled() -> tuple[TextRecipe, LoopConfig]:
     `sfumato train text --preset bundled --data emoji --out runs/text`
     """
     return TextRecipe(), LoopConfig(
-        images=500_000, batch_size=256, lr=1e-3, warmup=20_000, dtype="bf16", log_every=10_240, save_every=100_000, sample_every=100_000
+        images=400_000, batch_size=256, lr=1e-3, warmup=20_000, dtype="bf16", log_every=10_240, save_every=100_000, sample_every=100_000
     )
 
 
@@ -231,6 +232,6 @@ def _hot(indices: Any, n: int) -> Tensor:
 
 def train(recipe: TextRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the text encoder in the run folder `out`."""
-    trainer = Trainer(TextTask(recipe, loop.seed), loop, out, recipe)
+    trainer = Trainer(main_first(loop, lambda _: TextTask(recipe, loop.seed)), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

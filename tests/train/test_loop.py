@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sfumato.core.checkpoint import FileError, load_tensors
+from sfumato.core.checkpoint import load_tensors
 from sfumato.core.runlog import read_log
 from sfumato.train import autoencoder
 from sfumato.train.loop import Batch, Diverged, LoopConfig, Phase, Stopped, Trainer, checkpoint_name, checkpoints

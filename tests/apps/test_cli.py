@@ -1,0 +1,243 @@
+"""The command line as a user meets it: real processes, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato.apps.cli import main
+from sfumato.core.request import METADATA_KEY
+
+
+@pytest.fixture(scope="module")
+def packed(smoke: Path) -> str:
+    main(["pack", str(smoke / "diffusion"), "--out", str(smoke / "packed.safetensors")])
+    return str(smoke / "packed.safetensors")
+
+
+def sfumato(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "sfumato.apps.cli", *argv], capture_output=True, text=True, cwd=cwd, timeout=300, env=os.environ)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """main() in this process: (exit status, stdout, stderr)."""
+    status = 0
+    try:
+        main(list(argv))
+    except SystemExit as e:
+        status = int(e.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_as_a_user_would(packed: str, tmp_path: Path) -> None:
+    done = sfumato("generate", "一只猫", "--model", packed, "--seed", "3", "--steps", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / done.stdout.strip().splitlines()[-1]
+    assert path.name == "一只猫-3.png"
+    with Image.open(path) as image:
+        assert image.mode == "RGBA"
+        record = json.loads(image.info[METADATA_KEY])
+        assert image.info["parameters"].startswith("一只猫\nSteps: 2")
+    assert record["request"]["prompt"] == "一只猫"
+    assert "cpu" in done.stderr
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = "import sys\nfrom sfumato.apps.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip().splitlines()[-1] == "False"
+    assert "generate" in done.stdout
+
+
+def test_questions_load_no_torch(packed: str) -> None:
+    for argv in (["styles"], ["concepts", "grin"], ["info"]):
+        full = [*argv, packed] if argv == ["info"] else [*argv, "--model", packed]
+        code = f"import sys\nfrom sfumato.apps.cli import main\nmain({full!r})\nprint('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip().splitlines()[-1] == "False", done.stderr
+
+
+def test_several_pictures_and_from(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cat.png"
+    status, said, _ = run(capsys, "generate", "a cat", "--model", packed, "--seed", "7", "--count", "4", "--steps", "3", "--out", str(out))
+    assert status == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cat-1.png", "cat-2.png", "cat-3.png", "cat-4.png", "cat-grid.png"]
+    assert said.strip().endswith("cat-grid.png")
+    again = tmp_path / "again.png"
+    status, _, err = run(capsys, "generate", "--from", str(tmp_path / "cat-3.png"), "--model", packed, "--out", str(again))
+    assert status == 0, err
+    assert again.read_bytes() == (tmp_path / "cat-3.png").read_bytes()
+    status, _, _ = run(capsys, "generate", "--from", str(again), "--seed", "8", "--model", packed, "--out", str(tmp_path / "next.png"))
+    assert status == 0
+    assert (np.asarray(Image.open(tmp_path / "next.png")) != np.asarray(Image.open(again))).any()
+
+
+def test_sheet(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = tmp_path / "sheet.png"
+    argv = ["generate", "a cat", "一只狐狸", "--style", "all", "--sheet", str(sheet), "--model", packed, "--steps", "1", "--seed", "1"]
+    status, said, err = run(capsys, *argv)
+    assert status == 0, err
+    assert said.strip() == str(sheet)
+    assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
+    with Image.open(sheet) as image:
+        assert image.width > 6 * 128
+        assert image.height > 2 * 128
+
+
+BAD: list[tuple[list[str], str]] = [
+    (["a cat", "--style", "notto"], "did you mean 'noto'"),
+    (["a cat", "--stile", "noto"], "did you mean --style"),
+    (["a cat", "--sampler", "eulr"], "did you mean 'euler'"),
+    (["a cat", "--size", "100"], "size (=100)"),
+    (["a cat", "--size", "big"], "--size"),
+    ([""], "prompt is empty"),
+    (["x" * 100_000], "100,000 characters"),
+    (["a cat", "--steps", "0"], "steps (=0)"),
+    (["a cat", "--count", "0"], "count (=0)"),
+    (["a cat", "--guidance", "nan"], "guidance"),
+    (["a cat", "--seed", "-1"], "seed (=-1)"),
+    (["a cat", "--threads", "-1"], "threads (=-1)"),
+    (["a cat", "--out", "cat.jpg"], "must end in .png"),
+    (["a cat", "--out", "/dev/null/cat.png"], "cannot write"),
+    (["a cat", "--dtype", "fp16", "--device", "cpu"], "fp16"),
+    (["--from", "/dev/null"], "/dev/null"),
+]
+
+
+@pytest.mark.parametrize(("argv", "named"), BAD, ids=[n for _, n in BAD])
+def test_bad_input_is_one_line_and_status_2(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], named: str) -> None:
+    out = [] if "--out" in argv else ["--out", str(tmp_path / "x.png")]
+    status, said, err = run(capsys, "generate", *argv, "--model", packed, *out)
+    assert status == 2
+    assert said == ""
+    assert named in err
+    assert err.startswith("sfumato: error: ")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "model.safetensors"
+    text.write_text("this is not a model")
+    empty = tmp_path / "empty.safetensors"
+    empty.touch()
+    for path, named in (
+        (text, "not a readable safetensors"),
+        (empty, "not a readable safetensors"),
+        (tmp_path / "gone", "must be a file"),
+        (tmp_path, "folder"),
+    ):
+        status, _, err = run(capsys, "generate", "a cat", "--model", str(path))
+        assert status == 2
+        assert named in err
+        assert err.count("\n") == 1
+
+
+def test_nothing_is_overwritten_without_force(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cat.png"
+    out.write_bytes(b"precious")
+    argv = ["generate", "a cat", "--model", packed, "--seed", "1", "--steps", "1", "--out", str(out)]
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert "--force" in err
+    assert out.read_bytes() == b"precious"
+    assert run(capsys, *argv, "--force")[0] == 0
+    assert out.read_bytes() != b"precious"
+
+
+def test_options_without_effect_are_warned_about(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "generate",
+        "a cat",
+        "--model",
+        packed,
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "x.png"),
+        "--eta",
+        "0.5",
+        "--negative",
+        "dog",
+        "--guidance",
+        "1",
+    ]
+    status, _, err = run(capsys, *argv)
+    assert status == 0
+    assert "warning: eta" in err
+    assert "warning: negative" in err
+
+
+def test_unknown_words_are_named_and_it_draws(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "generate", "a grining face", "--model", packed, "--steps", "1", "--out", str(tmp_path / "x.png"))
+    assert status == 0
+    assert "'grining' is not a word this model knows; near: grin" in err
+    assert (tmp_path / "x.png").exists()
+
+
+def test_questions(packed: str, smoke: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "styles", "--model", packed)[1].split() == ["twemoji", "noto", "fluent", "fluent-flat", "openmoji", "emojione"]
+    assert "😀\tgrinning face\t嘿嘿" in run(capsys, "concepts", "grinning face", "--model", packed)[1]
+    status, out, err = run(capsys, "concepts", "grining", "--model", packed)
+    assert "grinning face" in out
+    assert "nothing is called" in err
+    assert "model (latent-diffusion)" in run(capsys, "info", packed)[1]
+    assert "training run (diffusion)" in run(capsys, "info", str(smoke / "diffusion"))[1]
+    assert "training state" in run(capsys, "info", str(next((smoke / "text").glob("state-*"))))[1]
+    status, _, err = run(capsys, "info", str(tmp_path / "gone"))
+    assert status == 2
+    assert "there is no file" in err
+    assert run(capsys, "models")[0] == 0
+
+
+def test_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys)[0] == 2
+    assert run(capsys, "--version")[1].startswith("sfumato 0.")
+    status, _, err = run(capsys, "generat")
+    assert status == 2
+    assert "did you mean 'generate'" in err
+    status, out, _ = run(capsys, "generate", "--help")
+    assert status == 0
+    assert "--style" in out
+
+
+def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_folder = tmp_path / "codec"
+    argv = ["train", "autoencoder", "--preset", "smoke", "--out", str(run_folder), "--loop.images", "160", "--recipe.kl", "0.002"]
+    status, out, err = run(capsys, *argv)
+    assert status == 0, err
+    assert out.strip() == str(run_folder)
+    assert json.loads((run_folder / "config.json").read_text())["config"]["kl"] == 0.002
+    status, _, err = run(capsys, *argv[:-1], "0.003")
+    assert status == 2
+    assert "kl in config" in err
+    status, out, err = run(capsys, *argv, "--plan")
+    assert status == 0, err
+    plan = json.loads(out)
+    assert plan["recipe"]["kl"] == 0.002
+    assert plan["plan"]["hours"] >= 0
+    assert plan["plan"]["images_per_s"] > 0
+    for bad, named in (
+        (["train", "autoencodr"], "did you mean 'autoencoder'"),
+        (["train", "text", "--preset", "smok"], "did you mean 'smoke'"),
+        (["train", "autoencoder", "--preset", "smoke", "--data", "photos"], "data (='photos')"),
+        (["train", "autoencoder", "--preset", "smoke", "--loop.lr", "-1"], "lr"),
+    ):
+        status, _, err = run(capsys, *bad)
+        assert status == 2
+        assert named in err
+        assert err.count("\n") == 1
+
+
+def test_pack_refuses_to_overwrite(packed: str, smoke: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "pack", str(smoke / "diffusion"), "--out", packed)
+    assert status == 2
+    assert "--force" in err

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sfumato
+from sfumato.core.checkpoint import FileError, load_tensors
+from sfumato.core.pack import save_pack
+from sfumato.core.request import GenerateRequest
+from sfumato.pipelines.generate import CHUNK, LatentDiffusion
+
+
+@pytest.fixture(scope="module")
+def model(smoke: Path) -> LatentDiffusion:
+    return sfumato.load(smoke / "diffusion", device="cpu")
+
+
+def pixels(images: list) -> np.ndarray:
+    return np.stack([np.asarray(i) for i in images]).astype(int)
+
+
+def test_pictures(model: LatentDiffusion) -> None:
+    images = model.generate("a cat", style="noto", seed=7, count=2, steps=4)
+    assert [i.mode for i in images] == ["RGBA", "RGBA"]
+    assert images[0].size == (model.size, model.size)
+
+
+def test_the_same_request_gives_the_same_bytes(model: LatentDiffusion) -> None:
+    a, b = (model.generate("a cat", seed=7, count=3, steps=4) for _ in range(2))
+    assert (pixels(a) == pixels(b)).all()
+
+
+def test_a_picture_is_the_same_alone_and_in_company(model: LatentDiffusion) -> None:
+    together = pixels(model.generate("a cat", seed=7, count=5, steps=4))
+    alone = np.concatenate([pixels(model.generate("a cat", seed=7 + i, steps=4)) for i in range(5)])
+    assert np.abs(together - alone).max() <= 1
+    assert np.abs(together[0] - together[1]).max() > 1
+
+
+@pytest.mark.parametrize("name", ["ancestral", "ddim"])
+def test_fresh_noise_is_of_the_picture_not_of_the_batch(model: LatentDiffusion, name: str) -> None:
+    options = {"sampler": name, "steps": 4, "style": "noto"} | ({"eta": 0.5} if name == "ddim" else {})
+    together = pixels(model.generate("a cat", seed=3, count=3, **options))
+    assert np.abs(together[2:] - pixels(model.generate("a cat", seed=5, **options))).max() <= 1
+
+
+def test_one_picture_of_a_request_is_byte_equal(model: LatentDiffusion) -> None:
+    request = GenerateRequest(prompt="a cat", seed=1, count=CHUNK + 3, steps=2)
+    every = list(model.pictures(request))
+    (one,) = model.pictures(request, only=CHUNK + 1)
+    assert one.index == CHUNK + 1
+    assert (pixels([one.image]) == pixels([every[CHUNK + 1].image])).all()
+
+
+def test_conditions_matter(model: LatentDiffusion) -> None:
+    base = pixels(model.generate("grinning face", style="noto", seed=1, steps=6))
+    for other in (
+        {"prompt": "clown"},
+        {"style": "openmoji"},
+        {"guidance": 8.0},
+        {"negative": "a grinning face"},
+        {"style_guidance": 6.0},
+        {"prompt": None},
+    ):
+        options = {"prompt": "grinning face", "style": "noto", "seed": 1, "steps": 6} | other
+        assert np.abs(pixels(model.generate(**options)) - base).max() > 1, other
+
+
+def test_guidance_one_is_one_call_a_step(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    forward = type(model.denoiser).forward
+    monkeypatch.setattr(type(model.denoiser), "forward", lambda self, x, t, cond: (rows.append(len(x)), forward(self, x, t, cond))[1])
+    model.generate("a cat", seed=1, steps=5, guidance=1.0)
+    assert rows == [1] * 5
+    rows.clear()
+    model.generate("a cat", seed=1, steps=5, guidance=3.0)
+    assert rows == [2] * 5
+
+
+def test_without_a_style_each_seed_has_its_own_mixture(model: LatentDiffusion) -> None:
+    records = [p.record["style"] for p in model.pictures(GenerateRequest(prompt="a cat", seed=0, count=8, steps=1))]
+    assert len({str(r) for r in records}) > 4
+    assert all(sum(r.values()) == pytest.approx(1) for r in records)
+
+
+def test_progress(model: LatentDiffusion) -> None:
+    seen: list[tuple[int, int]] = []
+    model.generate("a cat", seed=0, count=2, steps=3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"style": "notto"}, "did you mean 'noto'"), ({"size": 100}, r"size \(=100\)"), ({"sampler": "hoin"}, "sampler"), ({"label": "x"}, "no labels")],
+)
+def test_what_the_model_cannot_do_is_named(model: LatentDiffusion, options: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        model.generate("a cat", **options)
+
+
+def test_unknown_words(model: LatentDiffusion) -> None:
+    assert model.unknown("grinning face") == []
+    word, near = model.unknown("a grining face")[0]
+    assert word == "grining"
+    assert any("grin" in n for n in near)
+
+
+def broken(smoke: Path, target: Path, change: object) -> Path:
+    tensors, meta = load_tensors(sorted((smoke / "diffusion").glob("model-*k.safetensors"))[-1])
+    change(tensors, meta)  # type: ignore[operator]
+    save_pack(target, tensors, {k: v for k, v in meta.items() if k != "hash"})
+    return target
+
+
+def test_broken_models_are_refused_in_one_line(smoke: Path, tmp_path: Path) -> None:
+    def nan(tensors: dict, meta: dict) -> None:
+        tensors["denoiser.stem.weight"][0, 0] = float("nan")
+
+    def missing(tensors: dict, meta: dict) -> None:
+        del tensors["denoiser.stem.weight"]
+
+    def unknown_field(tensors: dict, meta: dict) -> None:
+        meta["denoiser"]["wdth"] = 3
+
+    def wrong_kind(tensors: dict, meta: dict) -> None:
+        meta["denoiser"]["kind"] = "unet9"
+
+    for change, named in ((nan, "not finite"), (missing, "do not fit"), (unknown_field, "did you mean 'width'"), (wrong_kind, "unet9")):
+        path = broken(smoke, tmp_path / f"{change.__name__}.safetensors", change)
+        with pytest.raises(ValueError, match=named) as error:
+            sfumato.load(path)
+        assert "\n" not in str(error.value)
+
+
+def test_parts_do_not_draw_by_themselves(smoke: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="does not draw"):
+        sfumato.load(smoke / "codec")
+    with pytest.raises(FileError, match="must be a file"):
+        sfumato.load(tmp_path / "nothing.safetensors")
+    with pytest.raises(FileError, match="without a model"):
+        sfumato.load(tmp_path)
+
+
+def test_devices_and_formats_are_checked(smoke: Path) -> None:
+    with pytest.raises(ValueError, match="fp16"):
+        sfumato.load(smoke / "diffusion", device="cpu", dtype="fp16")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="cuda"):
+            sfumato.load(smoke / "diffusion", device="cuda")
+
+
+def test_bf16_draws_about_the_same(smoke: Path, model: LatentDiffusion) -> None:
+    half = sfumato.load(smoke / "diffusion", device="cpu", dtype="bf16")
+    a, b = (pixels(m.generate("a cat", style="noto", seed=7, steps=8)) for m in (model, half))
+    assert np.abs(a - b).mean() < 4

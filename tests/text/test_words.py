@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from sfumato.data.captions import FILLER
+from sfumato.text.words import nearest_words, normalise, unknown_words
+
+KNOWN = ["cat", "cat face", "dog face", "grinning face", "red apple", "dragon", "猫", "狐狸", "狗脸", "青苹果", "t-rex"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("  A  Cat ", "a cat"), ("ＣＡＴ", "cat"), ("STRASSE ß", "strasse ss"), ("❤️", "❤"), ("猫\n狗", "猫 狗"), ("ﬁsh", "fish")],
+)
+def test_normalise(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+    assert normalise(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a cat", []),
+        ("two cats and a red apple in a garden", []),
+        ("a blue dog, sitting", []),
+        ("a hippogriff", ["hippogriff"]),
+        ("一只猫", []),
+        ("蓝色的狐狸在花园里", []),
+        ("一只恐龙", ["恐龙"]),
+        ("恐龙和猫", ["恐龙"]),
+        ("Cat CAT ＣＡＴ 3", []),
+    ],
+)
+def test_unknown_words(prompt: str, unknown: list[str]) -> None:
+    assert [w for w, _ in unknown_words(prompt, KNOWN, filler=FILLER)] == unknown
+
+
+def test_near_words_are_named_best_first() -> None:
+    assert nearest_words("dragn", KNOWN)[0] == "dragon"
+    assert nearest_words("grining", KNOWN)[0] == "grinning face"
+    assert nearest_words("青萍果", KNOWN)[0] == "青苹果"
+    assert nearest_words("qqq", KNOWN) == []

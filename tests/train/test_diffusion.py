@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.core.checkpoint import FileError, load_tensors
+from sfumato.core.config import from_json, to_json
+from sfumato.core.runlog import read_log
+from sfumato.data.emoji import STYLES, concepts, is_held_out
+from sfumato.diffusion.dit import DiTConfig
+from sfumato.train.diffusion import PRESETS, DiffusionRecipe, DiffusionTask, preset_smoke, train
+from sfumato.train.loop import checkpoints
+
+
+@pytest.fixture(scope="module")
+def task(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> DiffusionTask:
+    return DiffusionTask(preset_smoke()[0], 0, smoke / "codec", smoke / "text", tmp_path_factory.mktemp("run"))
+
+
+def test_no_held_out_pair_is_ever_encoded(task: DiffusionTask) -> None:
+    for c, s in zip(task.art.concept, task.art.style, strict=True):
+        assert not is_held_out(concepts()[c].hexcode, STYLES[s])
+    used = {i.drawing for n in range(len(task.latents)) for i in task.scene(n)[0].items}
+    assert max(used) < len(task.art)
+
+
+def test_latents_are_standardised(task: DiffusionTask) -> None:
+    live = task.latents.float()[:, torch.tensor(task.codec.spec.std) > 0]
+    assert abs(float(live.mean())) < 0.2
+    assert 0.8 < float(live.std()) < 1.2
+
+
+def test_batches_are_a_pure_function_of_the_position(task: DiffusionTask) -> None:
+    whole = task.batch(np.arange(24))
+    parts = [task.batch(np.arange(s, s + 6)) for s in range(0, 24, 6)]
+    for key in ("x0", "noise", "style", "t", "no_text", "no_style"):
+        assert torch.equal(whole[key], torch.cat([p[key] for p in parts]))
+
+
+def test_styles_are_balanced(task: DiffusionTask) -> None:
+    style = task.batch(np.arange(60))["style"]
+    assert style.sum(0).tolist() == [10.0] * 6
+
+
+def test_latent_style_and_caption_belong_together(task: DiffusionTask) -> None:
+    """The latents of a batch are those of a drawing in the style that the batch names."""
+    batch = task.batch(np.arange(30))
+    for x0, style in zip(batch["x0"], batch["style"], strict=True):
+        index = next(i for i, z in enumerate(task.latents) if torch.equal(z.float(), x0))
+        assert int(style.argmax()) == task.art.style[index // task.recipe.each]
+
+
+def test_conditions_are_dropped_as_often_as_asked(task: DiffusionTask) -> None:
+    batch = task.batch(np.arange(3000))
+    text, style = batch["no_text"].float(), batch["no_style"].float()
+    assert abs(float(text.mean()) - 0.127) < 0.025
+    assert abs(float((text * style).mean()) - (0.03 + 0.97 * 0.01)) < 0.015
+
+
+def test_training_learns_and_shows(smoke: Path) -> None:
+    log = read_log(smoke / "diffusion" / "log.jsonl")
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert losses[-1] < 0.9 * losses[0]
+    assert any("validation_loss" in line for line in log)
+    pictures = sorted((smoke / "diffusion" / "samples").glob("*.png"))
+    assert len(pictures) == 2
+    assert Image.open(pictures[-1]).getbbox() is not None
+
+
+def test_resume_is_exact_and_the_run_can_be_moved(smoke: Path, tmp_path: Path) -> None:
+    recipe, loop = preset_smoke()
+    parts = {"codec": smoke / "codec", "text": smoke / "text"}
+    train(recipe, loop, tmp_path / "parts", **parts, stop_at=320)
+    shutil.move(tmp_path / "parts", tmp_path / "moved")
+    nowhere = dict.fromkeys(parts, tmp_path / "nowhere")
+    train(recipe, loop, tmp_path / "moved", **nowhere)
+    whole, moved = (load_tensors(checkpoints(r, "state")[-1])[0] for r in (smoke / "diffusion", tmp_path / "moved"))
+    assert whole.keys() == moved.keys()
+    assert all(torch.equal(whole[k], moved[k]) for k in whole)
+
+
+def test_parts_that_do_not_fit_are_refused(smoke: Path, tmp_path: Path) -> None:
+    recipe, loop = preset_smoke()
+    wide = replace(recipe, denoiser=replace(recipe.denoiser, channels=8))
+    with pytest.raises(ValueError, match=r"channels \(=8\)"):
+        train(wide, loop, tmp_path / "a", codec=smoke / "codec", text=smoke / "text")
+    with pytest.raises(ValueError, match=r"text_width \(=16\)"):
+        train(replace(recipe, denoiser=replace(recipe.denoiser, text_width=16)), loop, tmp_path / "b", codec=smoke / "codec", text=smoke / "text")
+    with pytest.raises(FileError, match="no codec"):
+        train(recipe, loop, tmp_path / "c", codec=smoke / "text", text=smoke / "text")
+    with pytest.raises(FileError, match="no model"):
+        train(recipe, loop, tmp_path / "d", codec=tmp_path, text=smoke / "text")
+
+
+def test_recipes_round_trip() -> None:
+    for preset in PRESETS.values():
+        assert from_json(DiffusionRecipe, to_json(preset()[0])) == preset()[0]
+    assert isinstance(preset_smoke()[0].denoiser, DiTConfig)
