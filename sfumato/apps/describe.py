@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from sfumato.core.checkpoint import FileError, read_metadata
+from sfumato.core.checkpoint import FileError, checkpoints, read_metadata
 from sfumato.core.request import METADATA_KEY
 
 
@@ -62,7 +62,7 @@ def _run(path: Path) -> dict[str, Any]:
     if not config.exists():
         raise FileError(f"{path} is a folder without a config.json: not a run of sfumato")
     settings = json.loads(config.read_text())
-    states = sorted(path.glob("state-*k.safetensors"))
+    states = checkpoints(path, "state")
     facts: dict[str, Any] = {"what": f"training run ({settings['kind']})"}
     if states:
         counters: Any = read_metadata(states[-1])["counters"]

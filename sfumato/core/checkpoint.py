@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,3 +135,18 @@ def cached(path: Path, make: Callable[[], tuple[dict[str, Tensor], dict[str, obj
     tensors, metadata = make()
     save_tensors(path, tensors, metadata)
     return tensors
+
+
+def thousands(images: int) -> str:
+    """500000 -> "000500k", 320 -> "000000.320k": names that sort by time and do not collide."""
+    return f"{images // 1000:06d}{f'.{images % 1000:03d}' if images % 1000 else ''}k"
+
+
+def checkpoint_name(kind: str, images: int) -> str:
+    return f"{kind}-{thousands(images)}.safetensors"
+
+
+def checkpoints(run: Path, kind: str) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    found = {p: re.fullmatch(rf"{kind}-(\d+(\.\d+)?)k\.safetensors", p.name) for p in run.glob(f"{kind}-*k.safetensors")}
+    return sorted((p for p, m in found.items() if m), key=lambda p: float(found[p][1]))

@@ -163,3 +163,8 @@ def without_style(cond: Cond, rows: Tensor) -> Cond:
 def without_label(cond: Cond, rows: Tensor) -> Cond:
     """The condition with the label of `rows` ("b" bool) taken away."""
     return cond if cond.label is None else Cond(**(cond.__dict__ | {"label": cond.label.masked_fill(rows, -1)}))
+
+
+def silent(cond: Cond, rows: Tensor) -> Cond:
+    """The condition with text and label of `rows` ("b" bool) taken away: what guidance leans on."""
+    return without_label(without_text(cond, rows), rows)

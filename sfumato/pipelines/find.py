@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from sfumato.core.checkpoint import FileError
+from sfumato.core.checkpoint import FileError, checkpoints
 
 BUNDLED = "emoji"
 
@@ -25,7 +25,7 @@ def find(model: str | Path | None) -> Path:
         return known[BUNDLED]
     path = Path(model)
     if path.is_dir():
-        packs = sorted(path.glob("model-*k.safetensors"))
+        packs = checkpoints(path, "model")
         if not packs:
             raise FileError(f"{path} is a folder without a model-*.safetensors: name a run folder or a model file")
         return packs[-1]

@@ -20,7 +20,7 @@ from sfumato.core.images import png_bytes, to_pil
 from sfumato.core.request import METADATA_KEY, GenerateRequest, metadata_text, parameters_text, style_weights
 from sfumato.core.rng import numpy_rng, torch_rng
 from sfumato.core.seams import Cond, Denoise
-from sfumato.diffusion.dit import without_label, without_style, without_text
+from sfumato.diffusion.dit import silent, without_style, without_text
 from sfumato.diffusion.guidance import cfg, guided, text_style
 from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond
@@ -56,7 +56,7 @@ class LatentDiffusion:
     """Codec, text encoder and denoiser of one pack. Made by `sfumato.load`."""
 
     codec: Autoencoder
-    text: TextEncoder
+    text: TextEncoder | None
     denoiser: nn.Module
     path: Path
     meta: dict[str, Any]
@@ -93,6 +93,8 @@ class LatentDiffusion:
         if request.size not in (None, self.size):
             raise ValueError(f"size (={request.size}) must be {self.size}: this model draws {self.size} x {self.size} pixels")
         sampler(request.sampler)
+        if self.text is None and (request.prompt or request.negative):
+            raise ValueError(f"prompt (={request.prompt or request.negative!r}) must be left out: this model was trained without captions")
 
     def generate(
         self, prompt: str | None = None, *, progress: Progress | None = None, request: GenerateRequest | None = None, **options: Any
@@ -158,7 +160,7 @@ class LatentDiffusion:
         cond = self._cond(request, request.prompt, styles)
         everything = torch.ones(n, dtype=torch.bool, device=self.device)
         predict = Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
-        empty = self._cond(request, request.negative, styles) if request.negative else without_label(without_text(cond, everything), everything)
+        empty = self._cond(request, request.negative, styles) if request.negative else silent(cond, everything)
         if request.style_guidance is None:
             return guided(cfg(predict, cond, empty, request.guidance, request.guidance_interval))
         neither = without_style(empty, everything)
@@ -166,12 +168,14 @@ class LatentDiffusion:
 
     def _cond(self, request: GenerateRequest, prompt: str | None, styles: list[dict[str, float] | None]) -> Cond:
         n = len(styles)
-        states, mask, pooled = (t.expand(n, *t.shape[1:]) for t in self.text.encode([prompt or ""]))
         weights = torch.tensor([[(s or {}).get(name, 0.0) for name in self.styles] for s in styles]).to(self.device)
-        label = None
+        cond = Cond(style=weights if self.styles else None)
         if self.meta["labels"]:
-            label = torch.full((n,), self.meta["labels"].index(request.label) if request.label else -1, device=self.device)
-        cond = Cond(text=states, mask=mask, pooled=pooled, style=weights if self.styles else None, label=label)
+            index = self.meta["labels"].index(request.label) if request.label and prompt == request.prompt else -1
+            cond = replace(cond, label=torch.full((n,), index, device=self.device))
+        if self.text is not None:
+            states, mask, pooled = (t.expand(n, *t.shape[1:]) for t in self.text.encode([prompt or ""]))
+            cond = replace(cond, text=states, mask=mask, pooled=pooled)
         return cond if prompt else without_text(cond, torch.ones(n, dtype=torch.bool, device=self.device))
 
     def _style_of(self, request: GenerateRequest, seed: int) -> dict[str, float] | None:

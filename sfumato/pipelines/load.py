@@ -51,14 +51,16 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     with torch.device("meta"):
-        networks = {"codec": zoo.make(meta["codec"]), "text": zoo.make(meta["text"], meta["tokenizer"]), "denoiser": zoo.make(meta["denoiser"])}
+        networks = {"codec": zoo.make(meta["codec"]), "denoiser": zoo.make(meta["denoiser"])}
+        if "text" in meta:
+            networks["text"] = zoo.make(meta["text"], meta["tokenizer"])
     for name, network in networks.items():
         network.to_empty(device="cpu")
         networks[name] = zoo.load_into(network, tensors, f"{name}.").to(where)
     networks["denoiser"].to(kind)
     return LatentDiffusion(
         codec=networks["codec"],  # type: ignore[arg-type]
-        text=networks["text"],  # type: ignore[arg-type]
+        text=networks.get("text"),  # type: ignore[arg-type]
         denoiser=networks["denoiser"],
         path=make_path(from_json(PathConfig, meta["path"], "path")),
         meta=meta,

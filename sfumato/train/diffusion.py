@@ -6,9 +6,9 @@ Latents are encoded once, several augmented pictures per drawing, and captions a
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from sfumato.codecs.autoencoder import Autoencoder, measure_latents
 from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors
 from sfumato.core.config import to_json
 from sfumato.core.images import grid, to_pil
+from sfumato.core.pack import save_pack
 from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
 from sfumato.core.seams import Cond
 from sfumato.data.augment import Scene, Variety, draw_scene, render
 from sfumato.data.captions import FILLER, any_caption
 from sfumato.data.emoji import LANGUAGES, STYLES, Drawings, concepts, drawable, drawings
 from sfumato.data.latents import cached_latents
-from sfumato.diffusion.dit import DiT, DiTConfig, without_style, without_text
+from sfumato.diffusion.dit import DiT, DiTConfig, silent, without_style
 from sfumato.diffusion.guidance import cfg, guided
 from sfumato.diffusion.objective import ObjectiveConfig, draw_t, loss
 from sfumato.diffusion.path import PathConfig, make_path, timesteps
@@ -52,7 +53,10 @@ class Drop:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionRecipe:
-    """What decides what a denoiser learns. `each` augmented pictures per drawing are encoded; `limit` takes the first concepts only."""
+    """What decides what a denoiser learns. `each` augmented pictures per drawing are encoded; `limit` takes the first concepts only.
+
+    `labels` teaches a class beside (or, with `denoiser.text_width` 0, instead of) captions: the group of a concept ("food-drink") or its name.
+    """
 
     kind: str = "train-diffusion"
     denoiser: DiTConfig = field(default_factory=DiTConfig)
@@ -61,6 +65,7 @@ class DiffusionRecipe:
     drop: Drop = field(default_factory=Drop)
     variety: Variety = GENTLE
     each: int = 16
+    labels: Literal["none", "group", "concept"] = "none"
     limit: int = 0
 
 
@@ -105,18 +110,21 @@ class DiffusionTask:
 
     def __init__(self, recipe: DiffusionRecipe, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu") -> None:
         self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
-        self.codec, self.codec_meta = self._load_codec(frozen_part(codec, run, "codec"))
-        self.text, self.text_meta = self._load_text(frozen_part(text, run, "text"))
+        part = frozen_part(codec, run, "codec")
+        self.codec, self.codec_meta = self._load_codec(part)
+        self.text, self.text_meta = self._load_text(frozen_part(text, run, "text")) if recipe.denoiser.text_width else (None, {})
         self.size = int(self.codec_meta["size"])
         self.art = self._drawings()
         self.flips = self.art.may_flip
         self.of_style = [np.flatnonzero(self.art.style == s) for s in range(len(STYLES))]
-        self._measure()
+        self.labels, self.label_of = self._labels()
+        self._measure(part)
         self.path = make_path(recipe.path)
         self.latents = self._latents(run)
         self._held_out = self._validation()
         torch.manual_seed(seed)
-        self.networks: dict[str, nn.Module] = {"denoiser": DiT(recipe.denoiser)}
+        self.denoiser = replace(recipe.denoiser, labels=len(self.labels))
+        self.networks: dict[str, nn.Module] = {"denoiser": DiT(self.denoiser)}
         self.phases = [Phase("denoiser", ("denoiser",), self.loss)]
 
     # --- frozen parts and data ----------------------------------------------------------------------------------------------------------------
@@ -150,6 +158,19 @@ class DiffusionTask:
         self.kept_apart = art.rows(art.held_out)
         return art.rows(~art.held_out)
 
+    def _labels(self) -> tuple[list[str], np.ndarray]:
+        """The names of the labels, and the label of each concept (by its index)."""
+        known = concepts()
+        match self.recipe.labels:
+            case "none":
+                return [], np.full(len(known), -1)
+            case "group":
+                names = sorted({known[c].group for c in self.art.concept})
+                return names, np.array([names.index(c.group) if c.group in names else -1 for c in known])
+            case "concept":
+                there = sorted(set(self.art.concept.tolist()))
+                return [known[c].name for c in there], np.array([there.index(i) if i in there else -1 for i in range(len(known))])
+
     def scene(self, index: int) -> tuple[Scene, tuple[int, ...]]:
         """What the index-th encoded picture shows, and the concepts of its items. Picture i is of drawing i // each."""
         row = index // self.recipe.each
@@ -163,11 +184,15 @@ class DiffusionTask:
         x = render(self.art.pixels, [self.scene(int(i))[0] for i in indices], self.size) * 2 - 1
         return x.to(self.device).contiguous(memory_format=torch.channels_last)
 
-    def _measure(self) -> None:
-        """Standardises over augmented pictures of this run's own data."""
+    def _measure(self, part: Path) -> None:
+        """Standardises the codec's latents over augmented pictures of this run's own data, once: the run's copy of the codec keeps the result."""
+        if self.codec_meta.get("measured"):
+            return
         n = min(2048, len(self.art) * self.recipe.each)
         every = np.linspace(0, len(self.art) * self.recipe.each - 1, n).astype(int)
         measure_latents(self.codec, (self.pictures(every[i : i + 64]) for i in range(0, n, 64)))
+        meta = {k: v for k, v in self.codec_meta.items() if k != "hash"} | {"measured": True}
+        save_pack(part, {f"codec.{k}": v for k, v in self.codec.state_dict().items()}, meta)
 
     def _latents(self, run: Path) -> Tensor:
         r = self.recipe
@@ -188,13 +213,14 @@ class DiffusionTask:
         noise = torch.stack([torch.randn(x0.shape[1:], generator=torch_rng(self.seed, "validation/noise", i)) for i in range(n)])
         t = (torch.arange(n) + 0.5) / n
         t = t[torch.randperm(n, generator=torch_rng(self.seed, "validation/t"))]
-        return {"x0": x0, "noise": noise, "t": t, "names": names, "style": F.one_hot(torch.from_numpy(of.style[:n]), len(STYLES)).float()}
+        style = F.one_hot(torch.from_numpy(of.style[:n]), len(STYLES)).float()
+        return {"x0": x0, "noise": noise, "t": t, "names": names, "style": style, "label": torch.from_numpy(self.label_of[of.concept[:n]])}
 
     # --- training -----------------------------------------------------------------------------------------------------------------------------
 
     def batch(self, positions: np.ndarray) -> Batch:
         """Every six positions hold each style once; within a style the drawings come in shuffled epochs."""
-        indices, texts, draws = [], [], []
+        indices, texts, labels, draws = [], [], [], []
         styles = shuffled(len(STYLES), self.seed, "order/style", positions)
         for position, style in zip(positions, styles, strict=True):
             rows = self.of_style[style]
@@ -204,8 +230,9 @@ class DiffusionTask:
             scene, shown = self.scene(index)
             indices.append(index)
             texts.append(any_caption(scene, shown, rng)[0])
+            labels.append(self.label_of[shown[0]])
             draws.append(rng.random(5))
-        ids, mask = self.text.tokenize(texts)
+        ids, mask = self.text.tokenize(texts) if self.text else (torch.zeros(len(texts), 1), torch.ones(len(texts), 1, dtype=torch.bool))
         x0 = self.latents[torch.tensor(indices)].float()
         shown_style = torch.from_numpy(self.art.style[np.array(indices) // self.recipe.each])
         u = torch.tensor(np.array(draws), dtype=torch.float32)
@@ -218,30 +245,37 @@ class DiffusionTask:
             "ids": ids,
             "mask": mask,
             "style": F.one_hot(shown_style, len(STYLES)).float(),
+            "label": torch.tensor(np.array(labels)),
             "no_text": (u[:, 2] < drop.text) | both,
             "no_style": (u[:, 3] < drop.style) | both,
         }
 
     def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        device = batch["x0"].device
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps"):
-            states, pooled = self.text(batch["ids"], batch["mask"])
-        cond = Cond(text=states.float(), mask=batch["mask"], pooled=pooled.float(), style=batch["style"])
-        cond = without_style(without_text(cond, batch["no_text"]), batch["no_style"])
+        cond = Cond(style=batch["style"], label=batch["label"])
+        if self.text:
+            kind = batch["x0"].device.type
+            with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=kind != "mps"):
+                states, pooled = self.text(batch["ids"], batch["mask"])
+            cond = replace(cond, text=states.float(), mask=batch["mask"], pooled=pooled.float())
+        cond = without_style(silent(cond, batch["no_text"]), batch["no_style"])
         return loss(networks["denoiser"], batch["x0"], batch["noise"], batch["t"], cond, self.path, self.recipe.objective)
 
-    def cond(self, texts: list[str], style: Tensor) -> Cond:
+    def cond(self, texts: list[str], style: Tensor, label: Tensor | None = None) -> Cond:
+        cond = Cond(style=style.to(self.device), label=None if label is None else label.to(self.device))
+        if self.text is None:
+            return cond
         states, mask, pooled = self.text.encode(texts)
-        return Cond(text=states, mask=mask, pooled=pooled, style=style.to(states.device))
+        return replace(cond, text=states, mask=mask, pooled=pooled)
 
     def samples(self, networks: dict[str, nn.Module]) -> Image.Image:
         """The preview prompts in fixed styles with fixed noise, two of each."""
         net = networks["denoiser"]
         prompts = [p for p in PREVIEW for _ in range(2)]
         style = F.one_hot(torch.tensor([s for _, s in prompts]), len(STYLES)).float()
-        cond = self.cond([t for t, _ in prompts], style)
+        label = torch.arange(len(prompts)) // 2 % len(self.labels) if self.labels else None
+        cond = self.cond([t for t, _ in prompts], style, label)
         everything = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
-        denoise = guided(cfg(Precond(net, self.recipe.objective.prediction, self.path), cond, without_text(cond, everything), 3.0))
+        denoise = guided(cfg(Precond(net, self.recipe.objective.prediction, self.path), cond, silent(cond, everything), 3.0))
         noise = torch.stack(
             [torch.randn(self.latents.shape[1:], generator=torch_rng(derive(self.seed, "preview"), "noise", i)) for i in range(len(prompts))]
         )
@@ -254,24 +288,30 @@ class DiffusionTask:
         for start in range(0, len(v["x0"]), 128):
             rows = slice(start, start + 128)
             x0, noise, t = (v[k][rows].to(self.device) for k in ("x0", "noise", "t"))
-            value, _ = loss(net, x0, noise, t, self.cond(v["names"][rows], v["style"][rows]), self.path, self.recipe.objective)
+            cond = self.cond(v["names"][rows], v["style"][rows], v["label"][rows])
+            value, _ = loss(net, x0, noise, t, cond, self.path, self.recipe.objective)
             total += float(value) * len(x0)
         validation = total / len(v["x0"])
         return {"validation_loss": validation, "score": -validation}
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {
-            f"{part}.{k}": v
-            for part, net in (("codec", self.codec), ("text", self.text), ("denoiser", networks["denoiser"]))
-            for k, v in net.state_dict().items()
-        }
+        parts = {"codec": self.codec, "denoiser": networks["denoiser"]} | ({"text": self.text} if self.text else {})
+        tensors = {f"{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
         known = concepts()[: self.recipe.limit] if self.recipe.limit else drawable()
         words = {c.hexcode: {t: [c.names[t], *c.keywords[t]] for t in LANGUAGES} | {"emoji": [c.emoji], "group": [c.group]} for c in known}
-        return tensors, {
-            "kind": "latent-diffusion", "codec": self.codec_meta["codec"], "text": self.text_meta["text"], "tokenizer": self.text_meta["tokenizer"],
-            "denoiser": to_json(self.recipe.denoiser), "path": to_json(self.recipe.path), "prediction": self.recipe.objective.prediction,
-            "size": self.size, "styles": list(STYLES), "labels": [], "words": words, "filler": FILLER,
-        }  # fmt: skip
+        meta = {
+            "kind": "latent-diffusion",
+            "codec": self.codec_meta["codec"],
+            "denoiser": to_json(self.denoiser),
+            "path": to_json(self.recipe.path),
+            "prediction": self.recipe.objective.prediction,
+            "size": self.size,
+            "styles": list(STYLES),
+            "labels": self.labels,
+            "words": words,
+            "filler": FILLER,
+        }
+        return tensors, meta | ({"text": self.text_meta["text"], "tokenizer": self.text_meta["tokenizer"]} if self.text else {})
 
 
 def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:

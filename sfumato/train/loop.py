@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
-from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors, save_tensors, write_json
+from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, hash_tensors, load_tensors, save_tensors, thousands, write_json
 from sfumato.core.config import to_json
 from sfumato.core.images import save_png
 from sfumato.core.runlog import RunLog
@@ -132,21 +132,6 @@ def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
     state = PartialState(cpu=loop.device == "cpu")
     with state.main_process_first():
         return make(state.device)
-
-
-def thousands(images: int) -> str:
-    """500000 -> "000500k", 320 -> "000000.320k": names that sort by time and do not collide."""
-    return f"{images // 1000:06d}{f'.{images % 1000:03d}' if images % 1000 else ''}k"
-
-
-def checkpoint_name(kind: str, images: int) -> str:
-    return f"{kind}-{thousands(images)}.safetensors"
-
-
-def checkpoints(run: Path, kind: str) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    found = {p: re.fullmatch(rf"{kind}-(\d+(\.\d+)?)k\.safetensors", p.name) for p in run.glob(f"{kind}-*k.safetensors")}
-    return sorted((p for p, m in found.items() if m), key=lambda p: float(found[p][1]))
 
 
 class Trainer:

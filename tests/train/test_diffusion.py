@@ -102,3 +102,31 @@ def test_recipes_round_trip() -> None:
     for preset in PRESETS.values():
         assert from_json(DiffusionRecipe, to_json(preset()[0])) == preset()[0]
     assert isinstance(preset_smoke()[0].denoiser, DiTConfig)
+
+
+def test_labels_instead_of_captions(smoke: Path, tmp_path: Path) -> None:
+    """A model without captions: no text encoder in its pack, drawn by label or by nothing at all."""
+    import sfumato
+
+    recipe, loop = preset_smoke()
+    recipe = replace(recipe, labels="concept", denoiser=replace(recipe.denoiser, text_width=0))
+    train(recipe, loop, tmp_path, codec=smoke / "codec", text=tmp_path / "nowhere")
+    model = sfumato.load(tmp_path, device="cpu")
+    assert model.text is None
+    assert len(model.meta["labels"]) == 12
+    a, b = (np.asarray(model.generate(label=lab, style="noto", seed=1, guidance=8.0)[0]).astype(int) for lab in (model.meta["labels"][0], None))
+    assert np.abs(a - b).max() >= 1
+    with pytest.raises(ValueError, match="without captions"):
+        model.generate("a cat")
+    with pytest.raises(ValueError, match="did you mean 'grinning face'"):
+        model.generate(label="grining face")
+
+
+def test_the_codec_is_measured_once(smoke: Path, task: DiffusionTask, tmp_path: Path) -> None:
+    """The run's copy of the codec carries the statistics, so that a resume on another machine does not measure others."""
+    recipe, _ = preset_smoke()
+    first = DiffusionTask(recipe, 0, smoke / "codec", smoke / "text", tmp_path)
+    again = DiffusionTask(recipe, 0, tmp_path / "nowhere", tmp_path / "nowhere", tmp_path)
+    assert torch.equal(first.codec.latent_std, again.codec.latent_std)
+    assert load_tensors(tmp_path / "parts" / "codec.safetensors")[1]["measured"] is True
+    assert torch.equal(first.latents, again.latents)
