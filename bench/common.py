@@ -97,32 +97,32 @@ def commit() -> str | None:
 # --- arithmetic -------------------------------------------------------------------------------------------------------------------------------
 
 
-def ratio(a: np.ndarray, b: np.ndarray) -> float:
+def mean(a: np.ndarray) -> Any:
+    """The mean over the last axis; nan where there is nothing."""
+    return np.mean(a, axis=-1) if a.shape[-1] else math.nan
+
+
+def ratio(a: np.ndarray, b: np.ndarray) -> Any:
     """mean(a) / mean(b); nan where nothing is to be divided by."""
-    below = float(np.mean(b)) if len(b) else 0.0
-    return float(np.mean(a)) / below if below > 0 else math.nan
+    below = np.asarray(mean(b), dtype=np.float64)
+    return np.where(below > 0, mean(a) / np.where(below > 0, below, 1.0), math.nan)[()]
 
 
-def gap(a: np.ndarray, b: np.ndarray) -> float:
+def gap(a: np.ndarray, b: np.ndarray) -> Any:
     """|mean(a) - mean(b)|."""
-    return abs(float(np.mean(a)) - float(np.mean(b))) if len(a) and len(b) else math.nan
+    return abs(mean(a) - mean(b))
 
 
-def mean(a: np.ndarray) -> float:
-    return float(np.mean(a)) if len(a) else math.nan
-
-
-def interval(statistic: Callable[..., float], *columns: np.ndarray, seed: int = 0, draws: int = 1000) -> list[float]:
-    """The 95 % percentile bootstrap interval of statistic(*columns); rows (prompts) are drawn together from all columns."""
+def interval(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0, draws: int = 1000) -> list[float]:
+    """The 95 % percentile bootstrap interval of statistic(*columns), which works along the last axis; rows (prompts) are drawn together."""
     n = len(columns[0])
     assert all(len(c) == n for c in columns)
     if n == 0:
         return [math.nan, math.nan]
-    rng = np.random.Generator(np.random.PCG64(seed))
-    columns = tuple(np.asarray(c, dtype=np.float64) for c in columns)
-    values = [statistic(*(c[rows] for c in columns)) for rows in (rng.integers(0, n, n) for _ in range(draws))]
-    finite = [v for v in values if math.isfinite(v)]
-    return [float(v) for v in np.percentile(finite, (2.5, 97.5))] if finite else [math.nan, math.nan]
+    rows = np.random.Generator(np.random.PCG64(seed)).integers(0, n, (draws, n))
+    values = statistic(*(np.asarray(c, dtype=np.float64)[rows] for c in columns))
+    finite = values[np.isfinite(values)]
+    return [float(v) for v in np.percentile(finite, (2.5, 97.5))] if len(finite) else [math.nan, math.nan]
 
 
 def with_interval(a: np.ndarray) -> list[float]:

@@ -16,10 +16,17 @@ from sfumato.data.augment import GROUNDS, Placed, Scene
 from sfumato.data.emoji import LANGUAGES, Concept, concepts
 
 SHARED_BY_MANY = 8  # a keyword of more concepts than this ("animal") names a kind of thing, not a thing
+PLAIN = 0.35  # how often nothing but the thing itself is said
 TEMPLATES = {
-    "en": ("{}", "{}", "{}", "a picture of {}", "a drawing of {}", "an icon of {}", "{}, sticker", "draw {}", "an emoji of {}"),
-    "zh": ("{}", "{}", "{}", "{}的图画", "画{}", "{}贴纸", "{}的图标", "请画{}"),
-}
+    "en": (
+        "a picture of {}", "a drawing of {}", "an icon of {}", "an emoji of {}", "an image of {}", "a cartoon of {}", "{}, sticker", "{} emoji", "{} icon",
+        "{}, please", "draw {}", "paint {}", "show me {}", "i want {}", "could you draw {}", "make {}", "here is {}", "this is {}", "cute {}", "{} in cartoon style",
+    ),
+    "zh": (
+        "{}的图画", "{}的图标", "{}的图片", "{}的卡通画", "一张{}的图片", "一幅{}的画", "{}贴纸", "{}图标", "{}表情", "画{}", "请画{}", "帮我画{}",
+        "画一下{}", "给我{}", "给我看{}", "我要{}", "我想要{}", "来{}", "这是{}", "可爱的{}", "生成{}", "卡通风格的{}",
+    ),
+}  # fmt: skip
 HELD_OUT_TEMPLATES = {"en": ("a sticker of {}", "please paint {}"), "zh": ("{}的表情", "给我画{}")}
 COLOURS_ZH = {
     "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色",
@@ -42,7 +49,7 @@ MEASURES = (  # the first subgroup prefix that fits; what is not named here is c
     ("animal-marine", "条"), ("animal", "只"), ("cat-face", "只"), ("monkey-face", "只"), ("plant-flower", "朵"), ("plant", "棵"),
     ("transport-ground", "辆"), ("transport-air", "架"), ("transport-water", "艘"), ("place-building", "座"), ("book-paper", "本"),
 )  # fmt: skip
-TRADITIONAL = str.maketrans("个只条棵辆两张红绿蓝紫黄图画贴纸标请给园滩里漠间坐着", "個隻條棵輛兩張紅綠藍紫黃圖畫貼紙標請給園灘裡漠間坐著")
+TRADITIONAL = str.maketrans("个只条辆两张红绿蓝黄图画贴纸标请给园滩里间帮来这爱风", "個隻條輛兩張紅綠藍黃圖畫貼紙標請給園灘裡間幫來這愛風")
 
 
 def keyword_held_out(hexcode: str, language: str, keyword: str) -> bool:
@@ -161,7 +168,8 @@ def caption(
             text = f"{text} {'sitting ' if living else ''}{GROUNDS_EN[scene.ground]}"
         else:
             text = f"{text}{'坐' if living else ''}在{GROUNDS_ZH[scene.ground]}"
-    text = str(rng.choice((HELD_OUT_TEMPLATES if unseen else TEMPLATES)[tongue])).format(text)
+    if unseen or rng.random() >= PLAIN:
+        text = str(rng.choice((HELD_OUT_TEMPLATES if unseen else TEMPLATES)[tongue])).format(text)
     return _traditional(text, words) if language == "zh-hant" else text
 
 
