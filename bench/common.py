@@ -27,7 +27,7 @@ from sfumato.data.emoji import premultiply
 from sfumato.pipelines.generate import LatentDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
-TOGETHER = 32  # pictures drawn in one batch
+TOGETHER = 16  # pictures drawn in one batch, as many as the model itself draws together
 GOALS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 
 
@@ -39,7 +39,7 @@ def claim(name: str, value: float, unit: str = "", goal: str | None = None) -> d
     holds = None
     if goal is not None:
         sign, number = goal.split()
-        holds = math.isfinite(value) and GOALS[sign](value, float(number))
+        holds = bool(math.isfinite(value) and GOALS[sign](value, float(number)))
     return {"name": name, "value": round(float(value), 4) if math.isfinite(value) else None, "unit": unit, "goal": goal, "holds": holds}
 
 

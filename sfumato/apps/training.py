@@ -41,6 +41,8 @@ def train(argv: list[str]) -> None:
         print(json.dumps(plan(what, asked), indent=2, ensure_ascii=False))
         return
     trainer = _run(what, asked.recipe, asked.loop, asked.out, asked)
+    if not trainer.accelerator.is_main_process:
+        return
     print(f"{asked.out}: {trainer.counters['images']:,} images, {trainer.counters['skipped']} steps skipped", file=sys.stderr)
     print(asked.out)
 
@@ -140,7 +142,7 @@ class Pack:
     """A run folder of `sfumato train diffusion`."""
     out: Path | None = None
     """The file to write; RUN/packed.safetensors without it."""
-    int8: tuple[str, ...] = ("denoiser.", "text.")
+    int8: tuple[str, ...] = ("codec.", "text.", "denoiser.")
     """Parts whose matrices are stored as int8 rows; the others are fp16."""
     force: bool = False
     """Overwrite a file that exists."""

@@ -19,8 +19,9 @@ SHARED_BY_MANY = 8  # a keyword of more concepts than this ("animal") names a ki
 PLAIN = 0.35  # how often nothing but the thing itself is said
 TEMPLATES = {
     "en": (
-        "a picture of {}", "a drawing of {}", "an icon of {}", "an emoji of {}", "an image of {}", "a cartoon of {}", "{}, sticker", "{} emoji", "{} icon",
-        "{}, please", "draw {}", "paint {}", "show me {}", "i want {}", "could you draw {}", "make {}", "here is {}", "this is {}", "cute {}", "{} in cartoon style",
+        "a picture of {}", "a drawing of {}", "an icon of {}", "an emoji of {}", "an image of {}", "a cartoon of {}", "{}, sticker", "{} emoji",
+        "{} icon", "{}, please", "draw {}", "paint {}", "show me {}", "i want {}", "could you draw {}", "make {}", "here is {}", "this is {}",
+        "cute {}", "{} in cartoon style",
     ),
     "zh": (
         "{}的图画", "{}的图标", "{}的图片", "{}的卡通画", "一张{}的图片", "一幅{}的画", "{}贴纸", "{}图标", "{}表情", "画{}", "请画{}", "帮我画{}",

@@ -125,11 +125,16 @@ class Diverged(RuntimeError):
     """Five steps in a row were not finite."""
 
 
+def on_cpu(loop: LoopConfig) -> bool:
+    """Said to accelerate outright: on a machine without a GPU it would otherwise take the processes of a launcher for separate runs."""
+    return loop.device == "cpu" or (loop.device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
+
+
 def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
     """Makes a task for the device of the run; the main process first, so that the others find the caches that it filled."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=loop.device == "cpu")
+    state = PartialState(cpu=on_cpu(loop))
     with state.main_process_first():
         return make(state.device)
 
@@ -146,7 +151,7 @@ class Trainer:
         self.config = {"kind": task.kind, "config": to_json(config), "loop": to_json(loop)}
         _forget_accelerator()
         self.accelerator = Accelerator(
-            cpu=loop.device == "cpu",
+            cpu=on_cpu(loop),
             mixed_precision="bf16" if loop.dtype == "bf16" else "no",
             log_with=list(loop.trackers) or None,
             project_dir=str(run),
@@ -259,7 +264,7 @@ class Trainer:
                         f"lower lr (={loop.lr}) or use dtype fp32"
                     )
                 if self._due(loop.log_every) or images >= end:
-                    line = {k: round(sum(v) / len(v), 6) for k, v in sums.items()}
+                    line = self._means(sums)
                     line |= {
                         "images": images,
                         "images_per_s": round((images - began) / (time.perf_counter() - started), 2),
@@ -284,6 +289,14 @@ class Trainer:
     def _due(self, every: int) -> bool:
         images = self.counters["images"]
         return images // every > (images - self.loop.batch_size) // every
+
+    def _means(self, sums: dict[str, list[float]]) -> dict[str, Any]:
+        """Statistics of the steps since the last line, over all processes."""
+        names = sorted(sums)
+        if not names:
+            return {}
+        mine = torch.tensor([sum(sums[k]) / len(sums[k]) for k in names], device=self.device)
+        return {k: round(float(v), 6) for k, v in zip(names, self.accelerator.reduce(mine, "mean"), strict=True)}
 
     def _any(self, signum: int) -> int:
         if self.accelerator.num_processes == 1:
