@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.codecs.bottlenecks.kl import KL, KLConfig, split
@@ -29,7 +30,7 @@ class AutoencoderConfig:
 
 
 class Autoencoder(nn.Module):
-    """See `sfumato.core.seams.Codec`. Images are "b c h w" in [-1, 1]; sides must be multiples of the factor."""
+    """See `sfumato.core.seams.Codec`. Images are in [-1, 1]; their sides must be multiples of the factor."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -46,13 +47,15 @@ class Autoencoder(nn.Module):
         mean, std = tuple(self.latent_mean.tolist()), tuple(self.latent_std.tolist())
         return LatentSpec(image_channels=c.convnet.image_channels, latent_channels=c.bottleneck.channels, factor=c.convnet.factor, mean=mean, std=std)
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b zc zh zw"] | None = None
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, ""], dict[str, Tensor]]:
         """Reconstruction, bottleneck loss, statistics: what training needs."""
         self._check(x)
         z, loss, stats = self.bottleneck(self.encoder(x), noise)
         return self.decoder(z).float(), loss, stats
 
-    def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Latents:
+    def encode(self, x: Float[Tensor, "b c h w"], *, noise: Float[Tensor, "b zc zh zw"] | None = None) -> Latents:
         """Posterior mean and std "b c h/f w/f" in standardised units; with `noise` the mean is a sample instead."""
         self._check(x)
         mean, std = split(self.encoder(x))
@@ -62,8 +65,8 @@ class Autoencoder(nn.Module):
         scale = torch.where(live, self.latent_std[:, None, None], 1.0)
         return Latents(mean=(mean - self.latent_mean[:, None, None]) / scale * live, std=std / scale * live)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Standardised latents "b c h w" -> image in about [-1, 1] (not clamped)."""
+    def decode(self, z: Float[Tensor, "b zc zh zw"]) -> Float[Tensor, "b c h w"]:
+        """Standardised latents -> image in about [-1, 1] (not clamped)."""
         return self.decoder(z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]).float()
 
     def _check(self, x: Tensor) -> None:
@@ -73,7 +76,7 @@ class Autoencoder(nn.Module):
 
 
 @torch.no_grad()
-def measure_latents(codec: Autoencoder, batches: Iterable[Tensor]) -> None:
+def measure_latents(codec: Autoencoder, batches: Iterable[Float[Tensor, "b c h w"]]) -> None:
     """Sets the codec's per-channel statistics from posterior means over `batches` of images.
 
     Dead channels (std below 0.1 of the median) get std 0: they encode to zero and always decode from their mean.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -82,11 +83,18 @@ class Variety:
             raise ValueError(f"count + pair + scene (={self.count + self.pair + self.scene}) must be at most 1: they are rates of one choice")
 
 
-def draw_scene(rng: np.random.Generator, variety: Variety, drawing: int, may_flip: bool, partners: Sequence[tuple[int, bool]] = ()) -> Scene:
+def draw_scene(
+    rng: np.random.Generator,
+    variety: Variety,
+    drawing: int,
+    may_flip: bool,
+    partners: Sequence[tuple[int, bool]] = (),
+    may_recolour: bool = True,
+) -> Scene:
     """A scene about `drawing`. `partners` are the (drawing, may_flip) that may stand beside it, of the same style."""
     kind = rng.choice(("count", "pair", "scene", "one"), p=_rates(variety, bool(partners)))
     colour = str(rng.choice(list(COLOURS))) if rng.random() < variety.recolour else None
-    placed = Placed(drawing, flip=bool(may_flip and rng.random() < 0.5), colour=colour)
+    placed = Placed(drawing, flip=bool(may_flip and rng.random() < 0.5), colour=colour if may_recolour else None)
     if kind == "count":
         return Scene(_in_a_row([placed] * int(rng.integers(2, 4)), rng), kind)
     if kind == "pair":
@@ -123,10 +131,10 @@ def _in_a_row(items: list[Placed], rng: np.random.Generator) -> tuple[Placed, ..
     return tuple(replace(p, scale=scale, dx=x + float(j[0]), dy=y + float(j[1])) for p, (x, y), j in zip(items, spots, jitter, strict=True))
 
 
-def recolour(rgba: Tensor, colour: Tensor) -> Tensor:
+def recolour(rgba: Float[Tensor, "b 4 h w"], colour: Float[Tensor, "b 3"]) -> Float[Tensor, "b 4 h w"]:
     """Tints drawings: their mean lightness becomes `colour`, darker parts go to black and lighter ones to white.
 
-    rgba "b 4 h w" premultiplied in [0, 1], colour "b 3" -> the same shape; alpha is unchanged.
+    rgba is premultiplied, both are in [0, 1]; alpha is unchanged.
     """
     alpha = rgba[:, 3:]
     straight = rgba[:, :3] / alpha.clamp_min(1e-4)
@@ -138,8 +146,8 @@ def recolour(rgba: Tensor, colour: Tensor) -> Tensor:
     return torch.cat([(below + above) * alpha, alpha], dim=1)
 
 
-def ground(name: str, size: int) -> Tensor:
-    """An opaque ground "4 size size": two flat halves that meet softly at the horizon; the night has stars, the sky is one gradient."""
+def ground(name: str, size: int) -> Float[Tensor, "4 {size} {size}"]:
+    """An opaque ground: two flat halves that meet softly at the horizon; the night has stars, the sky is one gradient."""
     upper, lower, horizon = (torch.tensor(v) for v in GROUNDS[name])
     y = (torch.arange(size) + 0.5) / size
     t = y if name == "sky" else ((y - horizon) * size / 2 + 0.5).clamp(0, 1)
@@ -151,8 +159,8 @@ def ground(name: str, size: int) -> Tensor:
     return torch.cat([rgb, torch.ones(1, size, size)])
 
 
-def place(rgba: Tensor, items: Sequence[Placed], size: int) -> Tensor:
-    """Moves drawings "b 4 s s" as `items` say and samples them at `size`: bilinear at twice the size, then averaged, so that it does not alias."""
+def place(rgba: Float[Tensor, "b 4 s s"], items: Sequence[Placed], size: int) -> Float[Tensor, "b 4 {size} {size}"]:
+    """Moves drawings as `items` say and samples them at `size`: bilinear at twice the size, then averaged, so that it does not alias."""
     angle = torch.tensor([math.radians(i.angle) for i in items])
     scale = torch.tensor([i.scale for i in items])
     mirror = torch.tensor([-1.0 if i.flip else 1.0 for i in items])
@@ -164,8 +172,8 @@ def place(rgba: Tensor, items: Sequence[Placed], size: int) -> Tensor:
     return F.avg_pool2d(F.grid_sample(rgba, grid, mode="bilinear", padding_mode="zeros", align_corners=False), 2)
 
 
-def render(pixels: Tensor, scenes: Sequence[Scene], size: int) -> Tensor:
-    """Scenes over the drawings `pixels` (uint8 "n 4 s s", premultiplied) -> "b 4 size size" in [0, 1], premultiplied."""
+def render(pixels: UInt8[Tensor, "n 4 s s"], scenes: Sequence[Scene], size: int) -> Float[Tensor, "{len(scenes)} 4 {size} {size}"]:
+    """Scenes over the drawings `pixels` -> pictures in [0, 1]; both are premultiplied."""
     canvas = torch.zeros(len(scenes), 4, size, size)
     for row, scene in enumerate(scenes):
         if scene.ground is not None:

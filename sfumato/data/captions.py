@@ -6,6 +6,7 @@ One keyword in ten and two templates per language are kept out of all training, 
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
@@ -46,16 +47,37 @@ GROUNDS_ZH = {
     "sky": "天空中",
 }
 NUMBERS = {2: ("two", "两"), 3: ("three", "三")}
+UNCHANGED = ("sheep", "fish", "deer", "bison", "people", "mice", "geese", "rice", "bread", "broccoli")
+MANNERS = (
+    ("small", 0.4),
+    ("tilted", 0.25),
+    ("mirrored", 0.1),
+    ("left", 0.3),
+    ("right", 0.3),
+    ("top", 0.3),
+    ("bottom", 0.3),
+)  # how often each is said
+PLACES_EN = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+MANNERS_ZH = {
+    "small": "小小的", "tilted": "歪歪的", "mirrored": "镜像的", "left": "左边的", "right": "右边的", "top": "上面的", "bottom": "下面的",
+}  # fmt: skip
 MEASURES = (  # the first subgroup prefix that fits; what is not named here is counted with 个
     ("animal-marine", "条"), ("animal", "只"), ("cat-face", "只"), ("monkey-face", "只"), ("plant-flower", "朵"), ("plant", "棵"),
     ("transport-ground", "辆"), ("transport-air", "架"), ("transport-water", "艘"), ("place-building", "座"), ("book-paper", "本"),
 )  # fmt: skip
-TRADITIONAL = str.maketrans("个只条辆两张红绿蓝黄图画贴纸标请给园滩里间帮来这爱风", "個隻條輛兩張紅綠藍黃圖畫貼紙標請給園灘裡間幫來這愛風")
+TRADITIONAL = str.maketrans(
+    "边转镜个只条辆两张红绿蓝黄图画贴纸标请给园滩里间帮来这爱风", "邊轉鏡個隻條輛兩張紅綠藍黃圖畫貼紙標請給園灘裡間幫來這愛風"
+)
 
 
-def keyword_held_out(hexcode: str, language: str, keyword: str) -> bool:
-    """True for the one keyword in ten that no training run may see."""
-    return int(hashlib.sha256(f"{hexcode}/{language}/{keyword}".encode()).hexdigest(), 16) % 10 == 0
+def folded(word: str) -> str:
+    """The form in which words are compared: NFKC, case folded."""
+    return unicodedata.normalize("NFKC", word).casefold()
+
+
+def keyword_held_out(hexcode: str, keyword: str) -> bool:
+    """True for the one keyword in ten that no training run may see, in whatever language it is written so."""
+    return int(hashlib.sha256(f"{hexcode}/{folded(keyword)}".encode()).hexdigest(), 16) % 10 == 0
 
 
 @cache
@@ -65,7 +87,7 @@ def meanings(language: str) -> dict[str, frozenset[int]]:
     for c in concepts():
         for word in (c.names[language], *c.keywords[language]):
             if word:
-                found[word.casefold()].add(c.index)
+                found[folded(word)].add(c.index)
     return {w: frozenset(s) for w, s in found.items()}
 
 
@@ -73,20 +95,23 @@ def meanings(language: str) -> dict[str, frozenset[int]]:
 def training_keywords(concept: int, language: str) -> tuple[str, ...]:
     """Keywords of a concept that name it fairly and are not held out."""
     c = concepts()[concept]
-    fair = (k for k in c.keywords[language] if len(meanings(language)[k.casefold()]) <= SHARED_BY_MANY)
-    return tuple(k for k in fair if not keyword_held_out(c.hexcode, language, k))
+    return tuple(k for k in _fair(c, language) if not keyword_held_out(c.hexcode, k))
+
+
+def _fair(c: Concept, language: str) -> list[str]:
+    return [k for k in c.keywords[language] if len(meanings(language)[folded(k)]) <= SHARED_BY_MANY]
+
+
+@cache
+def trained_words() -> frozenset[str]:
+    """Every word that training may say of a thing, in any language."""
+    return frozenset(folded(w) for c in concepts() for t in LANGUAGES for w in (c.names[t], *training_keywords(c.index, t)))
 
 
 def held_out_keywords(concept: int, language: str) -> tuple[str, ...]:
-    """Keywords that training never shows, neither for this concept nor as another's word."""
+    """Keywords that training never says, neither of this concept nor of another, in no language."""
     c = concepts()[concept]
-    out = (k for k in c.keywords[language] if len(meanings(language)[k.casefold()]) <= SHARED_BY_MANY and keyword_held_out(c.hexcode, language, k))
-    return tuple(k for k in out if not _trained(k, language))
-
-
-def _trained(keyword: str, language: str) -> bool:
-    word = keyword.casefold()
-    return any(concepts()[i].names[language].casefold() == word or keyword in training_keywords(i, language) for i in meanings(language)[word])
+    return tuple(k for k in _fair(c, language) if keyword_held_out(c.hexcode, k) and folded(k) not in trained_words())
 
 
 def word_for(concept: int, language: str, rng: np.random.Generator, keyword_rate: float = 0.35) -> str:
@@ -103,43 +128,46 @@ def measure(concept: Concept) -> str:
 
 
 def article(noun: str) -> str:
-    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+    """ "a cat", "an apple", "a unicorn", "an hour"."""
+    noun_ = noun.lower()
+    vowel = noun_.startswith(("a", "e", "i", "o", "u", "hour", "honest", "heir")) and not noun_.startswith(("uni", "uk", "eu", "use", "one"))
+    return f"{'an' if vowel else 'a'} {noun}"
 
 
 def plural(noun: str) -> str:
     """Good enough for the head of "cat", "red apple", "box", "berry"; a longer phrase is left alone."""
-    if " with " in noun or " of " in noun or ":" in noun or noun.endswith("s"):
+    if " with " in noun or " of " in noun or ":" in noun or noun.endswith(UNCHANGED):
         return noun
-    if noun.endswith(("ch", "sh", "x", "z")):
+    if noun.endswith(("ch", "sh", "x", "z", "ss", "us")):
         return noun + "es"
+    if noun.endswith("s"):
+        return noun
     return noun[:-1] + "ies" if noun.endswith("y") and noun[-2:-1] not in "aeiou" else noun + "s"
 
 
-def _uncoloured(word: str, concept: Concept) -> str:
-    """ "red apple" -> "apple", so that a recoloured one is "blue apple"."""
-    first, _, rest = concept.name.partition(" ")
-    if not rest or first not in COLOURS_ZH:
-        return word
-    if word.startswith(first + " "):
-        return word[len(first) + 1 :]
-    colour = COLOURS_ZH[first]
-    return next((word[len(c) :] for c in (colour + "的", colour, colour[0]) if word.startswith(c) and len(word) > len(c)), word)
+def _manner(item: Placed, alone: bool, rng: np.random.Generator) -> list[str]:
+    """Which of the words of MANNERS to say; what is seen is not always said."""
+    if not alone:
+        return []
+    side = max(("left", -item.dx), ("right", item.dx), ("top", -item.dy), ("bottom", item.dy), key=lambda s: s[1])
+    seen = {"small": item.scale < 0.8, "tilted": abs(item.angle) > 6, "mirrored": item.flip, side[0]: side[1] > 0.05}
+    return [m for m, rate in MANNERS if seen.get(m) and rng.random() < rate]
 
 
-def _english(item: Placed, concept: Concept, word: str, rng: np.random.Generator, number: int = 1) -> str:
-    adjectives = [item.colour] if item.colour else []
-    if item.scale < 0.78 and number == 1 and rng.random() < 0.4:
-        adjectives.insert(0, str(rng.choice(("small", "little", "tiny"))))
-    noun = " ".join([*adjectives, _uncoloured(word, concept) if item.colour else word])
+def _english(item: Placed, concept: Concept, word: str, rng: np.random.Generator, alone: bool, number: int = 1) -> str:
+    manner = _manner(item, alone, rng)
+    adjectives = [m for m in manner if m not in PLACES_EN]
+    if "small" in adjectives:
+        adjectives[adjectives.index("small")] = str(rng.choice(("small", "little", "tiny")))
+    noun = " ".join([*adjectives, *([item.colour] if item.colour else []), word])
     if number > 1:
         return f"{NUMBERS[number][0]} {plural(noun)}"
-    return article(noun) if not noun.endswith("s") and rng.random() < 0.6 else noun
+    noun = article(noun) if not noun.endswith("s") and rng.random() < 0.6 else noun
+    return " ".join([noun, *(PLACES_EN[m] for m in manner if m in PLACES_EN)])
 
 
-def _chinese(item: Placed, concept: Concept, word: str, rng: np.random.Generator, number: int = 1) -> str:
-    colour = f"{COLOURS_ZH[item.colour]}的" if item.colour else ""
-    size = "小小的" if item.scale < 0.78 and number == 1 and rng.random() < 0.4 else ""
-    noun = size + colour + (_uncoloured(word, concept) if item.colour else word)
+def _chinese(item: Placed, concept: Concept, word: str, rng: np.random.Generator, alone: bool, number: int = 1) -> str:
+    noun = "".join(MANNERS_ZH[m] for m in _manner(item, alone, rng)) + (f"{COLOURS_ZH[item.colour]}的" if item.colour else "") + word
     if number > 1:
         return f"{NUMBERS[number][1]}{measure(concept)}{noun}"
     return f"一{measure(concept)}{noun}" if rng.random() < 0.4 else noun
@@ -158,9 +186,9 @@ def caption(
     phrase = _english if tongue == "en" else _chinese
     known = concepts()
     if scene.kind == "count":
-        text = phrase(scene.items[0], known[shown[0]], words[0], rng, len(scene.items))
+        text = phrase(scene.items[0], known[shown[0]], words[0], rng, False, len(scene.items))
     else:
-        parts = [phrase(item, known[c], w, rng) for item, c, w in zip(scene.items, shown, words, strict=True)]
+        parts = [phrase(item, known[c], w, rng, scene.kind == "one") for item, c, w in zip(scene.items, shown, words, strict=True)]
         text = (" and " if tongue == "en" else "和").join(parts)
     if scene.ground is not None:
         assert scene.ground in GROUNDS
@@ -200,7 +228,7 @@ def means(words: Sequence[str], shown: Sequence[int]) -> frozenset[int]:
     found = set(shown)
     for word in words:
         for language in LANGUAGES:
-            found |= meanings(language).get(word.casefold(), frozenset())
+            found |= meanings(language).get(folded(word), frozenset())
     return frozenset(found)
 
 

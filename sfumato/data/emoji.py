@@ -30,6 +30,7 @@ STYLES = ("twemoji", "noto", "fluent", "fluent-flat", "openmoji", "emojione")
 LANGUAGES = ("en", "zh", "zh-hant")
 RASTER_VERSION = 1
 DIRECTED = ("arrow", "keycap", "alphanum", "math", "punctuation", "currency", "time", "geometric", "other-symbol", "religion", "transport-sign")
+COLOUR_WORDS = {"red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey", "gray", "blond"}
 DIRECTED_WORDS = ("left", "right", "arrow", "clock", "o’clock", "thirty", "calendar", "sign", "button", "writing", "book", "memo", "musical",
                   "chart", "medal", "hundred", "8 ball")  # fmt: skip
 
@@ -55,6 +56,11 @@ class Concept:
         """Whether the mirrored drawing still means the same."""
         directed = self.group == "symbols" or any(self.subgroup.startswith(s) for s in DIRECTED)
         return not directed and not any(w in self.name for w in DIRECTED_WORDS)
+
+    @property
+    def may_recolour(self) -> bool:
+        """Whether "a blue ..." can be said of it: not of what has a colour in its name already."""
+        return not COLOUR_WORDS & set(self.name.split())
 
 
 def _art(name: str) -> bytes:
@@ -95,6 +101,12 @@ def vectors(style: str) -> dict[str, str]:
         raise ValueError(f"style (={style!r}) must be one of {', '.join(STYLES)}")
     with tarfile.open(fileobj=io.BytesIO(_art(f"{style}.tar.xz"))) as tar:
         return {m.name[:-4]: tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".svg")}  # type: ignore[union-attr]
+
+
+@cache
+def art_digest() -> str:
+    """Twelve hexadecimal digits that change with the drawings."""
+    return hashlib.sha256(b"".join(_art(f"{s}.tar.xz") for s in STYLES)).hexdigest()[:12]
 
 
 def is_held_out(hexcode: str, style: str) -> bool:
@@ -153,6 +165,10 @@ class Drawings:
     def may_flip(self) -> np.ndarray:
         return np.array([concepts()[c].may_flip for c in self.concept], dtype=bool)
 
+    @property
+    def may_recolour(self) -> np.ndarray:
+        return np.array([concepts()[c].may_recolour for c in self.concept], dtype=bool)
+
 
 def pairs(which: Sequence[Concept], styles: Sequence[str] = STYLES) -> list[tuple[Concept, str]]:
     """The (concept, style) pairs that exist, concept by concept."""
@@ -168,7 +184,7 @@ def drawings(size: int, which: Sequence[Concept] | None = None, styles: Sequence
         svgs = [vectors(s)[c.hexcode] for c, s in found]
         jobs = [(svgs[i : i + 64], size) for i in range(0, len(svgs), 64)]
         if len(jobs) > 4:
-            with ProcessPoolExecutor(os.cpu_count()) as pool:
+            with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
                 parts = list(
                     tqdm(pool.map(_rasterise_many, jobs), total=len(jobs), desc=f"rasterising {len(svgs)} drawings at {size} px", leave=False)
                 )
@@ -176,8 +192,7 @@ def drawings(size: int, which: Sequence[Concept] | None = None, styles: Sequence
             parts = [_rasterise_many(j) for j in jobs]
         return {"pixels": torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous()}, {"size": size}
 
-    digest = hashlib.sha256(b"".join(_art(f"{s}.tar.xz") for s in STYLES)).hexdigest()[:12] if every else ""
-    path = cache_folder() / f"emoji-v{RASTER_VERSION}-{digest}-{size}.safetensors"
+    path = cache_folder() / f"emoji-v{RASTER_VERSION}-{art_digest()}-{size}.safetensors"
     pixels = cached(path, make)["pixels"] if every else make()[0]["pixels"]
     return Drawings(pixels, np.array([c.index for c, _ in found]), np.array([STYLES.index(s) for _, s in found]))
 

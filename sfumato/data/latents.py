@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float16
 from torch import Tensor
 from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, load_tensors, read_metadata, save_tensors
 
 
-def cached_latents(path: Path, encode: Callable[[np.ndarray], Tensor], count: int, made_from: dict[str, Any], *, batch: int = 128) -> Tensor:
-    """Latents "count c h w" (fp16) of pictures 0..count-1; read from `path` or encoded and stored there.
+def cached_latents(
+    path: Path, encode: Callable[[np.ndarray], Float[Tensor, "b c h w"]], count: int, made_from: dict[str, Any], *, batch: int = 128
+) -> Float16[Tensor, "{count} c h w"]:
+    """Latents of pictures 0..count-1; read from `path` or encoded and stored there.
 
     encode: picture indices -> latents. `made_from` says what they depend on ("codec" hash, seed, variety...); a file that was made from
     something else raises ValueError.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sfumato.core.seams import Cond
@@ -19,7 +20,7 @@ from sfumato.nn.layers import MLP
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """A denoiser of "b channels h w" latents; in every `cross_every`-th block tokens attend to the text.
+    """A denoiser of latents; in every `cross_every`-th block tokens attend to the text.
 
     `text_width`, `styles` or `labels` 0: no such input.
     """
@@ -58,8 +59,9 @@ class DiTBlock(nn.Module):
             nn.init.zeros_(self.cross.out.weight)
             nn.init.zeros_(self.cross.out.bias)
 
-    def forward(self, x: Tensor, modulation: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x "b n w", modulation "b 6 w", context "b m text_width"."""
+    def forward(
+        self, x: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 6 d"], context: Float[Tensor, "b m e"] | None, mask: Bool[Tensor, "b m"] | None
+    ) -> Float[Tensor, "b n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.offsets)[:, :, None].unbind(1)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
         if self.cross is not None:
@@ -69,7 +71,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """net(x_t "b c h w", t "b" in [0, 1], Cond) -> prediction "b c h w". Sides must be multiples of the patch."""
+    """net(x_t, t in [0, 1], Cond) -> prediction. Sides must be multiples of the patch."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -101,14 +103,14 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         c, p = self.config, self.config.patch
         if x.ndim != 4 or x.shape[1] != c.channels or x.shape[2] % p or x.shape[3] % p:
             raise ValueError(f"x must be 'b {c.channels} h w' with sides that are multiples of {p}, not of shape {tuple(x.shape)}")
         h, w = x.shape[2] // p, x.shape[3] // p
         tokens = self.stem(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
         tokens = tokens + grid_positions(h, w, c.width).to(tokens)
-        vector, context, mask = self._condition(t.to(x.dtype), cond, len(x))
+        vector, context, mask = self._condition(t, cond, x)
         active = nn.functional.silu(vector)
         modulation = rearrange(self.modulation(active), "b (k w) -> b k w", k=6)
         for block in self.blocks:
@@ -117,24 +119,27 @@ class DiT(nn.Module):
         out = self.last(self.norm(tokens) * (1 + scale) + shift)
         return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
 
-    def _condition(self, t: Tensor, cond: Cond, batch: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The conditioning vector "b width", and what cross-attention sees: token states and a style token, with their mask."""
-        c = self.config
+    def _condition(self, t: Tensor, cond: Cond, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The conditioning vector "b width", and what cross-attention sees: token states and a style token, with their mask.
+
+        Time is embedded in fp32 whatever the dtype of x: bf16 has too few digits to tell steps apart.
+        """
+        c, batch = self.config, len(x)
         vector = self.time(sinusoidal(t, 256).to(self.last.weight.dtype))
         styles = None
         if c.styles:
-            weights = t.new_zeros(batch, c.styles) if cond.style is None else cond.style.to(t)
+            weights = x.new_zeros(batch, c.styles) if cond.style is None else cond.style.to(x)
             styles = torch.cat([weights, 1 - weights.sum(1, keepdim=True)], dim=1)
             vector = vector + styles @ self.style.weight
         if c.labels:
-            label = torch.full((batch,), -1, device=t.device) if cond.label is None else cond.label
+            label = torch.full((batch,), -1, device=x.device) if cond.label is None else cond.label
             vector = vector + self.label(torch.where(label < 0, c.labels, label))
         if not c.text_width:
             return vector, None, None
         if cond.text is None or cond.mask is None or cond.pooled is None:
-            context, mask = t.new_zeros(batch, 1, c.text_width), torch.ones(batch, 1, dtype=torch.bool, device=t.device)
+            context, mask = x.new_zeros(batch, 1, c.text_width), torch.ones(batch, 1, dtype=torch.bool, device=x.device)
             return vector + self.pooled(context[:, 0]), *self._with_style(context, mask, styles)
-        return vector + self.pooled(cond.pooled.to(t)), *self._with_style(cond.text.to(t), cond.mask, styles)
+        return vector + self.pooled(cond.pooled.to(x)), *self._with_style(cond.text.to(x), cond.mask, styles)
 
     def _with_style(self, context: Tensor, mask: Tensor, styles: Tensor | None) -> tuple[Tensor, Tensor]:
         if styles is None or self.style_token is None:
@@ -143,8 +148,8 @@ class DiT(nn.Module):
         return torch.cat([context, token.to(context.dtype)], dim=1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
 
 
-def without_text(cond: Cond, rows: Tensor) -> Cond:
-    """The condition with the text of `rows` ("b" bool) taken away: as if nothing had been said."""
+def without_text(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
+    """The condition with the text of `rows` taken away: as if nothing had been said."""
     if cond.text is None or cond.mask is None or cond.pooled is None:
         return cond
     keep = ~rows
@@ -155,16 +160,16 @@ def without_text(cond: Cond, rows: Tensor) -> Cond:
     return Cond(**values)
 
 
-def without_style(cond: Cond, rows: Tensor) -> Cond:
-    """The condition with the style of `rows` ("b" bool) taken away."""
+def without_style(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
+    """The condition with the style of `rows` taken away."""
     return cond if cond.style is None else Cond(**(cond.__dict__ | {"style": cond.style * (~rows)[:, None]}))
 
 
-def without_label(cond: Cond, rows: Tensor) -> Cond:
-    """The condition with the label of `rows` ("b" bool) taken away."""
+def without_label(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
+    """The condition with the label of `rows` taken away."""
     return cond if cond.label is None else Cond(**(cond.__dict__ | {"label": cond.label.masked_fill(rows, -1)}))
 
 
-def silent(cond: Cond, rows: Tensor) -> Cond:
-    """The condition with text and label of `rows` ("b" bool) taken away: what guidance leans on."""
+def silent(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
+    """The condition with text and label of `rows` taken away: what guidance leans on."""
     return without_label(without_text(cond, rows), rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ def guided(terms: Iterable[Term], post: Iterable[Post] = (), batched: bool | Non
         raise ValueError("terms (=[]) must hold at least one (predict, cond, weight): plain sampling is [(predict, cond, 1.0)]")
     together = len({id(predict) for predict, _, _ in terms}) == 1 if batched is None else batched
 
-    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+    def denoise(x_t: Float[Tensor, " b *rest"], t: Float[Tensor, " b"]) -> Float[Tensor, " b *rest"]:
         parts = _evaluate(terms, _weights(terms, t), together, x_t, t)
         x0 = sum(w * d for w, d in parts if d is not None)
         for f in post:
@@ -171,7 +172,7 @@ def rescale(phi: float, prediction: Prediction, path: Path) -> Post:
     if not 0 <= phi <= 1:
         raise ValueError(f"phi (={phi}) must be in [0, 1]: 0 rescales nothing, arXiv 2305.08891 has 0.7")
 
-    def post(x0: Tensor, x_t: Tensor, t: Tensor, parts: list[Part]) -> Tensor:
+    def post(x0: Float[Tensor, " b *rest"], x_t: Float[Tensor, " b *rest"], t: Float[Tensor, " b"], parts: list[Part]) -> Float[Tensor, " b *rest"]:
         first = parts[0][1]
         if phi == 0 or first is None or _alone(parts):
             return x0
@@ -192,7 +193,7 @@ def apg(eta: float = 0.0, norm_threshold: float = 0.0) -> Post:
     if norm_threshold < 0:
         raise ValueError(f"norm_threshold (={norm_threshold}) must be >= 0: 0 cuts nothing")
 
-    def post(x0: Tensor, x_t: Tensor, t: Tensor, parts: list[Part]) -> Tensor:
+    def post(x0: Float[Tensor, " b *rest"], x_t: Float[Tensor, " b *rest"], t: Float[Tensor, " b"], parts: list[Part]) -> Float[Tensor, " b *rest"]:
         weight, first = parts[0]
         if first is None or _alone(parts):
             return x0

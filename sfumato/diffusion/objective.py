@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.core.config import nearest
@@ -45,16 +46,16 @@ class ObjectiveConfig:
             raise ValueError(f"min_snr_gamma (={self.min_snr_gamma}) must be > 0, or None for no weighting: arXiv 2303.09556 has 5")
 
 
-def draw_t(config: ObjectiveConfig, u: Tensor, choose: Tensor) -> Tensor:
-    """Times "b" in [0, 1] from two independent uniform draws "b" in (0, 1): u gives the time, choose which distribution it is of."""
+def draw_t(config: ObjectiveConfig, u: Float[Tensor, " b"], choose: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """Times in [0, 1] from two independent uniform draws in (0, 1): u gives the time, choose which distribution it is of."""
     if config.t_sampling == "uniform":
         return u
     t = torch.sigmoid(config.P_mean + config.P_std * torch.special.ndtri(u))
     return torch.where(choose < config.uniform_fraction, u, t)
 
 
-def snr_weight(prediction: Prediction, t: Tensor, path: Path, gamma: float) -> Tensor:
-    """Weights "b" of a prediction's squared error that make it min(SNR, gamma) times that of x0 (arXiv 2303.09556).
+def snr_weight(prediction: Prediction, t: Float[Tensor, " b"], path: Path, gamma: float) -> Float[Tensor, " b"]:
+    """Weights of a prediction's squared error that make it min(SNR, gamma) times that of x0 (arXiv 2303.09556).
 
     SNR = alpha^2 / sigma^2. Written so that nothing is infinite at the ends.
     """
@@ -72,15 +73,15 @@ def snr_weight(prediction: Prediction, t: Tensor, path: Path, gamma: float) -> T
 
 def loss(
     net: Callable[[Tensor, Tensor, Cond], Tensor],
-    x0: Tensor,
-    noise: Tensor,
-    t: Tensor,
+    x0: Float[Tensor, " b *rest"],
+    noise: Float[Tensor, " b *rest"],
+    t: Float[Tensor, " b"],
     cond: Cond,
     path: Path,
     config: ObjectiveConfig,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over samples of weight times squared error, at least in fp32: x0 and unit Gaussian noise "b ...", t "b", weight "b" or None.
+    weight: Float[Tensor, " b"] | None = None,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Mean over samples of weight times squared error, at least in fp32. The noise is unit Gaussian.
 
     Stats: "mse" without weights, and "target_square", the error of a network that always says 0.
     Raises ValueError where the path does not have the prediction.

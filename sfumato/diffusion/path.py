@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,17 +58,17 @@ class Path:
     t_of_lambda: Callable[[Tensor], Tensor]
     reaches_zero: bool
 
-    def lam(self, t: Tensor) -> Tensor:
+    def lam(self, t: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
         """log(alpha / sigma): falls with t; +inf where sigma is 0, -inf where alpha is 0."""
         return self.alpha(t).log() - self.sigma(t).log()
 
-    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Float[Tensor, " *b"], like: Float[Tensor, "*b *rest"]) -> tuple[Tensor, Tensor]:
         """alpha and sigma at t "b" (or one t), as "b 1 ..." to multiply `like` "b ..." with, in its dtype but at least fp32."""
         shape, dtype = t.shape + (1,) * (like.ndim - t.ndim), torch.promote_types(like.dtype, torch.float32)
         return self.alpha(t).to(dtype).reshape(shape), self.sigma(t).to(dtype).reshape(shape)
 
-    def mix(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha x0 + sigma noise: x0 and unit Gaussian noise "b ...", t "b" -> "b ...", at least fp32."""
+    def mix(self, x0: Float[Tensor, " b *rest"], noise: Float[Tensor, " b *rest"], t: Float[Tensor, " b"]) -> Float[Tensor, " b *rest"]:
+        """x_t = alpha x0 + sigma noise, noise unit Gaussian; at least fp32."""
         alpha, sigma = self.coefficients(t, x0)
         return alpha * x0 + sigma * noise
 
@@ -127,8 +128,8 @@ def ve_path(sigma_max: float = 80.0, rho: float = 7.0) -> Path:
     return Path("ve", torch.ones_like, lambda t: sigma_max * t**rho, lambda lam: torch.exp(-(lam + math.log(sigma_max)) / rho), False)
 
 
-def timesteps(path: Path, steps: int, *, schedule: Schedule = "uniform", shift: float = 1.0) -> Tensor:
-    """Times (steps + 1,) in fp64 that fall from exactly 1 to exactly 0.
+def timesteps(path: Path, steps: int, *, schedule: Schedule = "uniform", shift: float = 1.0) -> Float64[Tensor, " {steps+1}"]:
+    """Times that fall from exactly 1 to exactly 0.
 
     "uniform" in t; "lambda" uniform in log-SNR (arXiv 2206.00927); "karras" uniform in (sigma / alpha)^(1/7) (arXiv 2206.00364, eq. 5).
     The latter two end with a step from t = 0.001, or from where sigma / alpha is 1 / 999, to 0. `shift` s then moves every time to

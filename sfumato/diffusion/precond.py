@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.core.config import nearest
@@ -27,8 +28,10 @@ def check_prediction(prediction: str, path: Path | None = None) -> None:
         raise ValueError(f"prediction (='flow') needs the path 'rf', not '{path.kind}': use 'v' there")
 
 
-def target(prediction: Prediction, x0: Tensor, noise: Tensor, t: Tensor, path: Path) -> Tensor:
-    """What a perfect network would say of x_t = mix(x0, noise, t): x0, noise "b ...", t "b" -> "b ..."."""
+def target(
+    prediction: Prediction, x0: Float[Tensor, " b *rest"], noise: Float[Tensor, " b *rest"], t: Float[Tensor, " b"], path: Path
+) -> Float[Tensor, " b *rest"]:
+    """What a perfect network would say of x_t = mix(x0, noise, t)."""
     check_prediction(prediction, path)
     match prediction:
         case "x0":
@@ -42,8 +45,10 @@ def target(prediction: Prediction, x0: Tensor, noise: Tensor, t: Tensor, path: P
             return alpha * noise - sigma * x0
 
 
-def to_x0(prediction: Prediction, out: Tensor, x_t: Tensor, t: Tensor, path: Path) -> Tensor:
-    """A network's output "b ..." for x_t "b ..." at t "b" -> x0 "b ...".
+def to_x0(
+    prediction: Prediction, out: Float[Tensor, " b *rest"], x_t: Float[Tensor, " b *rest"], t: Float[Tensor, " b"], path: Path
+) -> Float[Tensor, " b *rest"]:
+    """A network's output for x_t at t -> x0.
 
     "v", "x0" and "flow" are exact at both ends. "eps" says nothing of x0 where alpha is 0: x0 is 0 there, the mean of standardised
     latents, so that a first-order step from t = 1 keeps the noise and adds no data.
@@ -61,8 +66,10 @@ def to_x0(prediction: Prediction, out: Tensor, x_t: Tensor, t: Tensor, path: Pat
             return (alpha * x_t - sigma * out) / (alpha.square() + sigma.square())  # the divisor is 1 on VP paths
 
 
-def from_x0(prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor, path: Path) -> Tensor:
-    """The inverse of `to_x0`: x0 "b ..." -> the output "b ..." that stands for it.
+def from_x0(
+    prediction: Prediction, x0: Float[Tensor, " b *rest"], x_t: Float[Tensor, " b *rest"], t: Float[Tensor, " b"], path: Path
+) -> Float[Tensor, " b *rest"]:
+    """The inverse of `to_x0`: x0 -> the output that stands for it.
 
     Where sigma is 0 nothing is known of the noise, and it is taken as 0.
     """
@@ -77,7 +84,7 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Precond:
-    """A network `net(x_t, t, cond) -> prediction` as a `Predict`: x_t "b c h w", t "b" in [0, 1] -> x0 "b c h w", at least fp32.
+    """A network `net(x_t, t, cond) -> prediction` as a `Predict`: x_t and t in [0, 1] -> x0, at least fp32.
 
     x_t has about unit variance on the rf and VP paths and goes in unscaled (c_in = 1), and so do the channels of `cond.concat`.
     With `dtype` the network's x_t is cast to it (t to no less than fp32); the way back to x0 keeps the dtype of x_t.
@@ -92,7 +99,7 @@ class Precond:
     def __post_init__(self) -> None:
         check_prediction(self.prediction, self.path)
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def __call__(self, x_t: Float[Tensor, " b *rest"], t: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, " b *rest"]:
         if self.dtype is None:
             out = self.net(x_t, t, cond)
         else:

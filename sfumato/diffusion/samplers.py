@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.core.config import nearest
@@ -22,12 +23,12 @@ Noise = Callable[[int], Tensor]  # step i -> unit Gaussian noise "b ..." like x,
 
 
 class Step(NamedTuple):
-    """After step i: `x` "b ..." is at time `t`, and `x0` "b ..." is the last denoised picture on the way there."""
+    """After step i: `x` is at time `t`, and `x0` is the last denoised picture on the way there."""
 
     i: int
     t: float
-    x: Tensor
-    x0: Tensor
+    x: Float[Tensor, " b *rest"]
+    x0: Float[Tensor, " b *rest"]
 
 
 class _Grid(NamedTuple):
@@ -63,8 +64,10 @@ def _first_order(x: Tensor, x0: Tensor, g: _Grid, i: int, s_up: float = 0.0) -> 
     return g.alpha[i + 1] * x0 + (s_down / g.sigma[i]) * (x - g.alpha[i] * x0)
 
 
-def sample_ddim(denoise: Denoise, x: Tensor, ts: Tensor, path: Path, *, eta: float = 0.0, noise: Noise | None = None) -> Iterator[Step]:
-    """DDIM (arXiv 2010.02502) from x "b ..." at ts[0] along the falling times ts (steps + 1,). Order 1.
+def sample_ddim(
+    denoise: Denoise, x: Float[Tensor, " b *rest"], ts: Float[Tensor, " times"], path: Path, *, eta: float = 0.0, noise: Noise | None = None
+) -> Iterator[Step]:
+    """DDIM (arXiv 2010.02502) from x at ts[0] along the falling times ts, one more than steps. Order 1.
 
     eta is the share of noise that is fresh: 0 none (Euler), 1 ancestral sampling. s_up = eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)
     (eq. 16, on any path). Raises ValueError where eta is not in [0, 1], or above 0 without `noise`.
@@ -84,7 +87,9 @@ def sample_ddim(denoise: Denoise, x: Tensor, ts: Tensor, path: Path, *, eta: flo
         yield Step(i, g.t[i + 1], x, x0)
 
 
-def sample_heun(denoise: Denoise, x: Tensor, ts: Tensor, path: Path, *, noise: Noise | None = None) -> Iterator[Step]:
+def sample_heun(
+    denoise: Denoise, x: Float[Tensor, " b *rest"], ts: Float[Tensor, " times"], path: Path, *, noise: Noise | None = None
+) -> Iterator[Step]:
     """Heun's method (arXiv 2206.00364, Alg. 1). Order 2, two calls a step, one in a step to sigma = 0. No noise is used.
 
     With n = alpha, y = x / n and w = sigma / n the flow is dy/dw = eps, where eps = (x - alpha D) / sigma. Where alpha can be 0,
@@ -106,7 +111,9 @@ def sample_heun(denoise: Denoise, x: Tensor, ts: Tensor, path: Path, *, noise: N
         yield Step(i, g.t[i + 1], x, x0)
 
 
-def sample_dpmpp_2m(denoise: Denoise, x: Tensor, ts: Tensor, path: Path, *, noise: Noise | None = None) -> Iterator[Step]:
+def sample_dpmpp_2m(
+    denoise: Denoise, x: Float[Tensor, " b *rest"], ts: Float[Tensor, " times"], path: Path, *, noise: Noise | None = None
+) -> Iterator[Step]:
     """DPM-Solver++(2M) (arXiv 2211.01095, Alg. 2): the first-order step with D extrapolated in lambda. Order 2, one call a step. No noise is used.
 
     Its first and last steps are first-order; so is the second where the first began at alpha = 0, infinitely far away in lambda.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.nn.backbones import EfficientNetLite0
 
 
-def perceptual(network: EfficientNetLite0, prediction: Tensor, target: Tensor, last: int = 10) -> tuple[Tensor, dict[str, Tensor]]:
+def perceptual(
+    network: EfficientNetLite0, prediction: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"], last: int = 10
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Mean over resolutions of the squared distance between unit-normalised feature maps.
 
-    prediction and target "b 3 h w" in [-1, 1]; gradients flow into the prediction only. `last` is the last block used.
+    prediction and target are in [-1, 1]; gradients flow into the prediction only. `last` is the last block used.
     """
     ours = network.maps(prediction, last)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from einops import rearrange
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,7 +11,7 @@ from sfumato.nn.layers import RMSNorm
 
 
 class Attention(nn.Module):
-    """x "b n width" attends to itself, or to `context` "b m context_width" where mask "b m" is True."""
+    """x attends to itself, or to `context`, where mask is True."""
 
     def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
         super().__init__()
@@ -23,7 +24,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
         self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "b n d"], context: Float[Tensor, "b m e"] | None = None, mask: Bool[Tensor, "b m"] | None = None
+    ) -> Float[Tensor, "b n d"]:
         context = x if context is None else context
         q, k, v = (rearrange(f(s), "b n (h d) -> b h n d", h=self.heads) for f, s in ((self.q, x), (self.k, context), (self.v, context)))
         allowed = None if mask is None else mask[:, None, None, :]

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,13 +43,13 @@ class InvertedResidual(nn.Module):
         self.project = nn.Sequential(*_conv_norm(wide, cout, 1))
         self.residual = stride == 1 and cin == cout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         y = self.project(self.depthwise(self.expand(x)))
         return x + y if self.residual else y
 
 
 class EfficientNetLite0(nn.Module):
-    """RGB "b 3 h w" in [-1, 1] -> feature maps, pooled features "b 1280" or ImageNet logits "b 1000"."""
+    """RGB in [-1, 1] -> feature maps, pooled features or ImageNet logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class EfficientNetLite0(nn.Module):
         self.head = nn.Sequential(*_conv_norm(320, 1280, 1), nn.ReLU6(inplace=True))
         self.classifier = nn.Linear(1280, 1000)
 
-    def maps(self, x: Tensor, last: int = 15) -> list[Tensor]:
+    def maps(self, x: Float[Tensor, "b 3 h w"], last: int = 15) -> list[Float[Tensor, "b _ _ _"]]:
         """Feature maps at the end of each resolution, up to block `last`."""
         x = self.stem(x)
         found = []
@@ -68,10 +69,10 @@ class EfficientNetLite0(nn.Module):
                 found.append(x)
         return found
 
-    def pooled(self, x: Tensor) -> Tensor:
+    def pooled(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1280"]:
         return self.head(self.maps(x)[-1]).mean((2, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1000"]:
         return self.classifier(self.pooled(x))
 
 
@@ -101,11 +102,11 @@ def efficientnet_lite0() -> EfficientNetLite0:
     return network.eval().requires_grad_(False)
 
 
-def over(rgba: Tensor, ground: float | Tensor = 1.0) -> Tensor:
-    """Premultiplied RGBA "b 4 h w" in [0, 1] over a ground colour -> RGB "b 3 h w"."""
+def over(rgba: Float[Tensor, "b 4 h w"], ground: float | Tensor = 1.0) -> Float[Tensor, "b 3 h w"]:
+    """Premultiplied RGBA in [0, 1] over a ground colour, which broadcasts to the RGB that comes out."""
     return rgba[:, :3] + (1 - rgba[:, 3:]) * ground
 
 
-def resize(x: Tensor, size: int) -> Tensor:
-    """Antialiased bilinear resize of "b c h w" to a square."""
+def resize(x: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c {size} {size}"]:
+    """Antialiased bilinear resize to a square."""
     return x if x.shape[-2:] == (size, size) else F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 class ResBlock(nn.Module):
     """x + conv(silu(conv(silu(norm(x))))): a pre-activation residual block with a single norm (arXiv 1603.05027).
 
-    Shapes "b c h w" -> "b c h w". The last convolution starts at zero, so that a new network is the identity along its trunk.
+    The last convolution starts at zero, so that a new network is the identity along its trunk.
     """
 
     def __init__(self, width: int, groups: int = 16) -> None:
@@ -21,7 +22,7 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         h = self.conv1(F.silu(self.norm(x)))
         return x + self.conv2(F.silu(h))
 
@@ -33,7 +34,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, " *rest d"]) -> Float[Tensor, " *rest d"]:
         return F.rms_norm(x, (x.shape[-1],), self.scale.to(x.dtype), eps=1e-6)
 
 
@@ -45,5 +46,5 @@ class MLP(nn.Module):
         self.up = nn.Linear(width, int(width * ratio))
         self.down = nn.Linear(int(width * ratio), width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, " *rest d"]) -> Float[Tensor, " *rest d"]:
         return self.down(F.gelu(self.up(x), approximate="tanh"))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Float32, Int
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -52,13 +53,13 @@ class Block(nn.Module):
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.norm2, self.mlp = nn.LayerNorm(width), MLP(width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         x = x + self.attention(self.norm1(x), mask=mask)
         return x + self.mlp(self.norm2(x))
 
 
 class TextEncoder(nn.Module):
-    """Captions -> token states "b n width", mask "b n" (True where a token is) and a pooled vector "b width"."""
+    """Captions -> token states, mask (True where a token is) and a pooled vector."""
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer | str) -> None:
         super().__init__()
@@ -71,14 +72,14 @@ class TextEncoder(nn.Module):
         self.pool = nn.Linear(config.width, config.width)
         nn.init.normal_(self.token.weight, std=0.02)
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """ids and mask "b n", n the longest caption of the batch."""
+    def tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+        """ids and mask, n the longest caption of the batch."""
         rows = [[START, *e.ids][: self.config.tokens] for e in self.tokenizer.encode_batch([normalise(t) for t in texts])]
         longest = max(map(len, rows))
         ids = torch.tensor([r + [PAD] * (longest - len(r)) for r in rows])
         return ids, torch.arange(longest)[None] < torch.tensor([[len(r)] for r in rows])
 
-    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b d"]]:
         x = self.token(ids) + self.position[: ids.shape[1]]
         for block in self.blocks:
             x = block(x, mask)
@@ -87,8 +88,8 @@ class TextEncoder(nn.Module):
         return states * weight, self.pool((states * weight).sum(1) / weight.sum(1))
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """(token states, mask, pooled) for captions, in fp32."""
+    def encode(self, texts: Sequence[str]) -> tuple[Float32[Tensor, "b n d"], Bool[Tensor, "b n"], Float32[Tensor, "b d"]]:
+        """(token states, mask, pooled) for captions."""
         device = self.position.device
         ids, mask = (t.to(device) for t in self.tokenize(texts))
         states, pooled = self(ids, mask)

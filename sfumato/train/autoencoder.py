@@ -5,6 +5,7 @@ loss = |d| + mse * d^2 + edges * |grad d| + kl * KL + perceptual * features, whe
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from sfumato.core.rng import numpy_rng, shuffled, torch_rng
 from sfumato.data.augment import Variety, draw_scene, render
 from sfumato.data.emoji import Drawings, concepts, drawings
 from sfumato.losses.perceptual import perceptual
-from sfumato.nn.backbones import efficientnet_lite0, over
+from sfumato.nn.backbones import EfficientNetLite0, efficientnet_lite0, over
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first
 
 WIDE = Variety(place=0.6, scale=(0.6, 1.25), angle=20.0, recolour=0.15, count=0.05, pair=0.05, scene=0.1)
@@ -102,8 +103,9 @@ class AutoencoderTask:
 
     kind = "autoencoder"
 
-    def __init__(self, recipe: AutoencoderRecipe, seed: int) -> None:
-        self.recipe, self.seed = recipe, seed
+    def __init__(self, recipe: AutoencoderRecipe, seed: int, bf16: bool = False) -> None:
+        self.recipe, self.seed, self.bf16 = recipe, seed, bf16
+        self.lite0: EfficientNetLite0 | None = None
         self.train, held_out = split_drawings(2 * recipe.size, recipe.limit)
         exact = held_out if len(held_out) else self.train
         self.exact = F.avg_pool2d(exact.pixels.float() / 255, 2) * 2 - 1
@@ -147,11 +149,17 @@ class AutoencoderTask:
         return loss, found | {"kl": kl.detach(), **stats}
 
     def _perceptual(self, y: Tensor, x: Tensor, ground: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        network = efficientnet_lite0().to(x.device, memory_format=torch.channels_last)
+        network = self._features(x.device)
         size = self.recipe.perceptual_size
         flat = [F.interpolate(over((v + 1) / 2, ground) * 2 - 1, size=(size, size), mode="bilinear", align_corners=False) for v in (y, x)]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type != "mps"):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return perceptual(network, *flat)
+
+    def _features(self, device: torch.device) -> EfficientNetLite0:
+        """This run's own copy of the feature network, where the pictures are."""
+        if self.lite0 is None:
+            self.lite0 = copy.deepcopy(efficientnet_lite0()).to(device, memory_format=torch.channels_last)
+        return self.lite0
 
     def reconstruct(self, codec: nn.Module, x: Tensor) -> Tensor:
         device = next(codec.parameters()).device
@@ -177,6 +185,6 @@ class AutoencoderTask:
 
 def train(recipe: AutoencoderRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the codec in the run folder `out`."""
-    trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed)), loop, out, recipe)
+    trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed, loop.dtype == "bf16")), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

@@ -5,7 +5,7 @@ Latents are encoded once, several augmented pictures per drawing, and captions a
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +18,15 @@ from torch.nn import functional as F
 
 from sfumato import zoo
 from sfumato.codecs.autoencoder import Autoencoder, measure_latents
-from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors
+from sfumato.core.checkpoint import FileError, hash_tensors, read_metadata
 from sfumato.core.config import to_json
 from sfumato.core.images import grid, to_pil
-from sfumato.core.pack import save_pack
+from sfumato.core.pack import load_pack, save_pack
 from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
 from sfumato.core.seams import Cond
 from sfumato.data.augment import Scene, Variety, draw_scene, render
 from sfumato.data.captions import FILLER, any_caption
-from sfumato.data.emoji import LANGUAGES, STYLES, Drawings, concepts, drawable, drawings
+from sfumato.data.emoji import LANGUAGES, STYLES, Drawings, art_digest, concepts, drawable, drawings
 from sfumato.data.latents import cached_latents
 from sfumato.diffusion.dit import DiT, DiTConfig, silent, without_style
 from sfumato.diffusion.guidance import cfg, guided
@@ -91,15 +91,21 @@ PRESETS = {"bundled": preset_bundled, "smoke": preset_smoke}
 
 
 def frozen_part(source: Path, run: Path, name: str) -> Path:
-    """Copies the newest pack of another run (or a pack itself) into this run folder, so that it can be moved; returns the copy."""
+    """Copies a pack, or the newest one of another run, into this run folder, so that it can be moved; returns the copy.
+
+    Raises ValueError where the run was begun with another one than `source` holds now.
+    """
     kept = run / "parts" / f"{name}.safetensors"
-    if kept.exists():
+    if source.resolve() == kept.resolve():
         return kept
-    packs = checkpoints(source, "model") if source.is_dir() else [source]
-    if not packs or not packs[-1].exists():
+    packs = checkpoints(source, "model") if source.is_dir() else [p for p in [source] if p.exists()]
+    if not packs and not kept.exists():
         raise FileError(f"{source} has no model-*.safetensors to take the {name} from")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(packs[-1], kept)
+    if not kept.exists():
+        tensors, meta = load_pack(packs[-1])
+        save_pack(kept, tensors, meta | {"source": meta["hash"]})
+    elif packs and read_metadata(packs[-1]).get("hash") != read_metadata(kept)["source"]:
+        raise ValueError(f"{run} was begun with another {name} than {packs[-1]}: name another --out, or {kept} to go on with the old one")
     return kept
 
 
@@ -108,14 +114,14 @@ class DiffusionTask:
 
     kind = "diffusion"
 
-    def __init__(self, recipe: DiffusionRecipe, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu") -> None:
-        self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
+    def __init__(self, recipe: DiffusionRecipe, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
+        self.recipe, self.seed, self.device, self.bf16 = recipe, seed, torch.device(device), bf16
         part = frozen_part(codec, run, "codec")
         self.codec, self.codec_meta = self._load_codec(part)
         self.text, self.text_meta = self._load_text(frozen_part(text, run, "text")) if recipe.denoiser.text_width else (None, {})
         self.size = int(self.codec_meta["size"])
         self.art = self._drawings()
-        self.flips = self.art.may_flip
+        self.flips, self.recolours = self.art.may_flip, self.art.may_recolour
         self.of_style = [np.flatnonzero(self.art.style == s) for s in range(len(STYLES))]
         self.labels, self.label_of = self._labels()
         self._measure(part)
@@ -130,7 +136,7 @@ class DiffusionTask:
     # --- frozen parts and data ----------------------------------------------------------------------------------------------------------------
 
     def _load_codec(self, pack: Path) -> tuple[Autoencoder, dict[str, Any]]:
-        tensors, meta = load_tensors(pack)
+        tensors, meta = load_pack(pack)
         if "codec" not in meta:
             raise FileError(f"{pack} holds no codec: name a run of `sfumato train autoencoder`")
         codec = zoo.load_into(zoo.make(meta["codec"]), tensors, "codec.").to(memory_format=torch.channels_last)  # type: ignore[arg-type, call-overload]
@@ -141,7 +147,7 @@ class DiffusionTask:
         return codec.to(self.device), meta
 
     def _load_text(self, pack: Path) -> tuple[TextEncoder, dict[str, Any]]:
-        tensors, meta = load_tensors(pack)
+        tensors, meta = load_pack(pack)
         if "text" not in meta:
             raise FileError(f"{pack} holds no text encoder: name a run of `sfumato train text`")
         text = zoo.load_into(zoo.make(meta["text"], meta["tokenizer"]), tensors, "text.")  # type: ignore[arg-type]
@@ -175,8 +181,10 @@ class DiffusionTask:
         """What the index-th encoded picture shows, and the concepts of its items. Picture i is of drawing i // each."""
         row = index // self.recipe.each
         rng = numpy_rng(self.seed, "latents/scene", index)
-        friend = int(rng.choice(self.of_style[self.art.style[row]]))
-        scene = draw_scene(rng, self.recipe.variety, row, bool(self.flips[row]), [(friend, bool(self.flips[friend]))])
+        others = self.of_style[self.art.style[row]]
+        friend = int(rng.choice(others[self.art.concept[others] != self.art.concept[row]]))
+        partners = [(friend, bool(self.flips[friend]))]
+        scene = draw_scene(rng, self.recipe.variety, row, bool(self.flips[row]), partners, bool(self.recolours[row]))
         return scene, tuple(int(self.art.concept[i.drawing]) for i in scene.items)
 
     def pictures(self, indices: np.ndarray) -> Tensor:
@@ -196,7 +204,14 @@ class DiffusionTask:
 
     def _latents(self, run: Path) -> Tensor:
         r = self.recipe
-        made_from = {"codec": hash_tensors(self.codec.state_dict()), "seed": self.seed, "variety": to_json(r.variety), "each": r.each}
+        shown = hashlib.sha256(f"{art_digest()} {self.art.concept.tolist()} {self.art.style.tolist()}".encode()).hexdigest()[:12]
+        made_from = {
+            "codec": hash_tensors(self.codec.state_dict()),
+            "seed": self.seed,
+            "variety": to_json(r.variety),
+            "each": r.each,
+            "drawings": shown,
+        }
         encode = lambda i: self.codec.encode(self.pictures(i)).mean  # noqa: E731
         return cached_latents(run / "latents.safetensors", encode, len(self.art) * r.each, made_from)
 
@@ -254,7 +269,7 @@ class DiffusionTask:
         cond = Cond(style=batch["style"], label=batch["label"])
         if self.text:
             kind = batch["x0"].device.type
-            with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=kind != "mps"):
+            with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
                 states, pooled = self.text(batch["ids"], batch["mask"])
             cond = replace(cond, text=states.float(), mask=batch["mask"], pooled=pooled.float())
         cond = without_style(silent(cond, batch["no_text"]), batch["no_style"])
@@ -316,7 +331,7 @@ class DiffusionTask:
 
 def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the denoiser in the run folder `out`; `codec` and `text` are runs or packs, copied in on the first start."""
-    task = main_first(loop, lambda device: DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device))
+    task = main_first(loop, lambda device: DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device, loop.dtype == "bf16"))
     trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

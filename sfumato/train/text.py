@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.nn.functional
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sfumato.core.checkpoint import cache_folder, cached
+from sfumato.core.checkpoint import cache_folder, cached, load_tensors, save_tensors
 from sfumato.core.config import to_json
 from sfumato.core.rng import numpy_rng, shuffled
 from sfumato.data.augment import COLOURS, GROUNDS, Scene, Variety, draw_scene
-from sfumato.data.captions import any_caption, caption, held_out_keywords, meanings, means, training_keywords
-from sfumato.data.emoji import LANGUAGES, RASTER_VERSION, concepts, drawings
+from sfumato.data.captions import any_caption, caption, folded, held_out_keywords, meanings, means, training_keywords
+from sfumato.data.emoji import LANGUAGES, RASTER_VERSION, art_digest, concepts, drawings
 from sfumato.nn.backbones import efficientnet_lite0, over
 from sfumato.text.encoder import TextConfig, TextEncoder, train_tokenizer
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first
@@ -79,7 +80,11 @@ def image_features(limit: int = 0) -> Tensor:
         total = torch.zeros(n, features.shape[1]).index_add_(0, concept, features)
         return {"features": total / torch.bincount(concept, minlength=n)[:, None].clamp_min(1)}, {}
 
-    return make()[0]["features"] if limit else cached(cache_folder() / f"emoji-v{RASTER_VERSION}-lite0-train.safetensors", make)["features"]
+    return (
+        make()[0]["features"]
+        if limit
+        else cached(cache_folder() / f"emoji-v{RASTER_VERSION}-{art_digest()}-lite0-train.safetensors", make)["features"]
+    )
 
 
 def whitened(features: Tensor, width: int = 256) -> Tensor:
@@ -96,7 +101,8 @@ def tokenizer_corpus(limit: int = 0) -> list[str]:
     for c in concepts()[: limit or None]:
         rng = numpy_rng(0, "tokenizer", c.index)
         words = [w for t in LANGUAGES for w in (c.names[t], *training_keywords(c.index, t))]
-        scenes = [draw_scene(rng, Variety(recolour=0.5, count=0.2, scene=0.3), 0, True) for _ in range(8)]
+        variety = Variety(recolour=0.5, count=0.2, scene=0.3)
+        scenes = [draw_scene(rng, variety, 0, c.may_flip, may_recolour=c.may_recolour) for _ in range(8)]
         texts += [*words, *words, *(any_caption(s, [c.index] * len(s.items), rng)[0] for s in scenes)]
     return texts
 
@@ -130,16 +136,22 @@ def contrastive(z: Tensor, positive: Tensor, ignored: Tensor, scale: Tensor) -> 
     return per_row[count > 0].mean() if bool((count > 0).any()) else z.sum() * 0
 
 
+def everyone(x: Tensor) -> Tensor:
+    """The rows of all processes, in their order, with gradients: captions are compared across the whole batch."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return x
+    return torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()))
+
+
 class TextTask:
     """See `sfumato.train.loop.Task`. A "picture" of this task is a caption."""
 
     kind = "text"
 
-    def __init__(self, recipe: TextRecipe, seed: int) -> None:
+    def __init__(self, recipe: TextRecipe, seed: int, run: Path) -> None:
         self.recipe, self.seed = recipe, seed
         self.concepts = [c.index for c in concepts()[: recipe.limit or None]]
-        self.features = whitened(image_features(recipe.limit))
-        tokenizer = train_tokenizer(tokenizer_corpus(recipe.limit), recipe.text.vocabulary)
+        self.features, tokenizer = self._begun(run / "parts" / "begun.safetensors")
         torch.manual_seed(seed)
         self.networks: dict[str, nn.Module] = {
             "text": TextEncoder(recipe.text, tokenizer),
@@ -147,10 +159,19 @@ class TextTask:
         }
         self.phases = [Phase("text", ("text", "heads"), self.loss)]
 
+    def _begun(self, path: Path) -> tuple[Tensor, str]:
+        """Image features and tokenizer, made when the run begins and kept in its folder: a resume must not give the embeddings new meanings."""
+        if not path.exists():
+            tokenizer = train_tokenizer(tokenizer_corpus(self.recipe.limit), self.recipe.text.vocabulary)
+            save_tensors(path, {"features": whitened(image_features(self.recipe.limit))}, {"tokenizer": tokenizer.to_str()})
+        tensors, meta = load_tensors(path)
+        return tensors["features"], str(meta["tokenizer"])
+
     def scene(self, rng: np.random.Generator, concept: int) -> tuple[Scene, tuple[int, ...]]:
         """A scene about a concept, without drawings, and the concepts of its items."""
-        other = int(rng.choice(self.concepts))
-        scene = draw_scene(rng, self.recipe.variety, 0, True, [(1, True)])
+        known, other = concepts(), int(rng.choice([c for c in self.concepts if c != concept]))
+        partners = [(1, known[other].may_flip)]
+        scene = draw_scene(rng, self.recipe.variety, 0, known[concept].may_flip, partners, known[concept].may_recolour)
         return scene, tuple(other if i.drawing else concept for i in scene.items)
 
     def batch(self, positions: np.ndarray) -> Batch:
@@ -175,6 +196,7 @@ class TextTask:
 
     def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         _, pooled = networks["text"](batch["ids"], batch["mask"])
+        pooled, batch = everyone(pooled), {k: everyone(batch[k]) for k in ("means", "shown", "attributes")}
         z = F.normalize(pooled.float(), dim=1)
         prototypes, logits, scales = networks["heads"](self.features.to(z.device), pooled)
         means_, shown = batch["means"], batch["shown"]
@@ -215,7 +237,7 @@ class TextTask:
             part = texts[start : start + 256]
             pooled = networks["text"].encode([t for t, _ in part])[2]  # type: ignore[operator]
             best = (F.normalize(pooled, dim=1) @ prototypes.T).argmax(1).tolist()
-            hits += [b == c or b in meanings(language).get(t.casefold(), ()) for b, (t, c) in zip(best, part, strict=True)]
+            hits += [b == c or b in meanings(language).get(folded(t), ()) for b, (t, c) in zip(best, part, strict=True)]
         return float(np.mean(hits))
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -231,7 +253,10 @@ def _hot(indices: Any, n: int) -> Tensor:
 
 
 def train(recipe: TextRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
-    """Trains, or goes on with, the text encoder in the run folder `out`."""
-    trainer = Trainer(main_first(loop, lambda _: TextTask(recipe, loop.seed)), loop, out, recipe)
+    """Trains, or goes on with, the text encoder in the run folder `out`. Raises ValueError for accumulate > 1."""
+    if loop.accumulate > 1:
+        raise ValueError(f"accumulate (={loop.accumulate}) must be 1 here: the captions of a batch are compared with each other")
+    out = Path(out)
+    trainer = Trainer(main_first(loop, lambda _: TextTask(recipe, loop.seed, out)), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

@@ -74,9 +74,9 @@ def test_masked_tokens_do_not_matter() -> None:
 def test_a_style_mixture_is_between() -> None:
     """Weights of a mixture are linear in the conditioning vector: half and half is the mean of the two vectors."""
     net = trained(SMALL)
-    t = torch.full((3,), 0.4)
+    t, x = torch.full((3,), 0.4), torch.zeros(3, 4, 8, 8)
     styles = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.5, 0.5, 0]])
-    vector = net._condition(t, Cond(style=styles), 3)[0]
+    vector = net._condition(t, Cond(style=styles), x)[0]
     torch.testing.assert_close(vector[2], (vector[0] + vector[1]) / 2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -20,8 +21,8 @@ class KLConfig:
         return 2 * self.channels
 
 
-def split(z_e: Tensor) -> tuple[Tensor, Tensor]:
-    """Encoder output "b 2c h w" -> mean and std, each "b c h w", in fp32."""
+def split(z_e: Float[Tensor, "b k h w"]) -> tuple[Float[Tensor, "b k//2 h w"], Float[Tensor, "b k//2 h w"]]:
+    """Encoder output -> mean and std, half of the channels each, in fp32."""
     mean, logvar = z_e.float().chunk(2, dim=1)
     return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
@@ -33,7 +34,9 @@ class KL(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, z_e: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(
+        self, z_e: Float[Tensor, "b k h w"], noise: Float[Tensor, "b k//2 h w"] | None = None
+    ) -> tuple[Float[Tensor, "b k//2 h w"], Float[Tensor, ""], dict[str, Tensor]]:
         mean, std = split(z_e)
         z = mean if noise is None else mean + std * noise
         loss = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
