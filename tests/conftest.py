@@ -1,14 +1,34 @@
-"""Two threads, reproducible examples, and a cache folder of the session's own."""
+"""Two threads, reproducible examples, shapes checked where they are annotated, and a cache folder of the session's own."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, get_args
 
+import jaxtyping
 import pytest
 import torch
+from beartype import beartype
 from hypothesis import settings
+from jaxtyping import AbstractArray, install_import_hook
+
+SHAPED = ("nn", "codecs", "losses", "diffusion", "text.encoder", "data.augment", "data.latents")  # the modules with shapes in their annotations
+
+
+def shapes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """beartype for the annotations that hold a shape. Other mistakes have errors of their own, which users see and tests ask for."""
+    function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if has_shape(hint)}
+    return beartype(function) if function.__annotations__ else function
+
+
+def has_shape(hint: Any) -> bool:
+    """Whether a jaxtyping annotation is this one or inside it."""
+    return (isinstance(hint, type) and issubclass(hint, AbstractArray)) or any(has_shape(part) for part in get_args(hint))
+
+
+install_import_hook([f"sfumato.{name}" for name in SHAPED], f"sys.modules[{__name__!r}].shapes")  # before sfumato is imported
 
 torch.set_num_threads(2)
 settings.register_profile("sfumato", deadline=None, derandomize=True, max_examples=50, database=None)
@@ -22,10 +42,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def exact_arithmetic() -> Iterator[None]:
-    """A trainer flushes subnormal numbers to zero, for the whole process; hypothesis refuses to draw floats then."""
+def same_arithmetic() -> Iterator[None]:
+    """What a test did to the whole process ends with it: the number of threads changes the last bits of sums."""
     yield
-    torch.set_flush_denormal(False)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Shapes are not checked, as outside of the tests: for what the code itself says of a wrong one."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,8 @@ def styles(asked: Styles) -> Iterator[str]:
 
 
 def concepts(asked: Concepts) -> Iterator[str]:
+    if asked.word is not None and not asked.word.strip():
+        raise ValueError("word is empty: name a thing, or leave it out to see everything")
     rows = list(_meta(asked.model)["words"].values())
     if asked.word is not None:
         rows = _called(asked.word, rows)

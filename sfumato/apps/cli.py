@@ -107,6 +107,9 @@ def _one_line(box: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Runs one command. Errors a user can cause are one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows may not be able to write Chinese otherwise
+            stream.reconfigure(encoding="utf-8", errors="replace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         raise SystemExit(0 if argv else 2)
@@ -133,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _message(e: Exception) -> str:
-    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+    if _is_memory(e):
         return "error: out of memory: ask for fewer pictures at once, a smaller batch_size or more accumulate"
     if isinstance(e, OSError) and e.strerror:
         return f"error: {e.filename or 'a file'}: {e.strerror}"
@@ -145,8 +148,12 @@ def _status(e: Exception) -> int | None:
     """The exit status for an error of the user's or the machine's making; None for our own bugs, which keep their traceback."""
     if type(e).__name__ == "Stopped":
         return 128 + e.signum  # type: ignore[attr-defined]
-    expected = isinstance(e, (ValueError, OSError, MemoryError)) or type(e).__name__ in ("OutOfMemoryError", "Diverged")
-    return 2 if expected else None
+    return 2 if isinstance(e, (ValueError, OSError)) or type(e).__name__ == "Diverged" or _is_memory(e) else None
+
+
+def _is_memory(e: Exception) -> bool:
+    cpu = isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e)
+    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or cpu
 
 
 if __name__ == "__main__":

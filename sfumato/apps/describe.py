@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from sfumato.core.checkpoint import FileError, checkpoints, read_metadata
-from sfumato.core.request import METADATA_KEY
+from sfumato.core.config import to_json
+from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, parse_metadata
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -29,16 +30,26 @@ def _picture(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             facts: dict[str, Any] = {"what": f"{image.format} picture", "size": f"{image.width} x {image.height}", "mode": image.mode}
-            text, parameters = image.info.get(METADATA_KEY), image.info.get("parameters")
-    except (OSError, SyntaxError) as e:
+            text, parameters, several = (image.info.get(k) for k in (METADATA_KEY, "parameters", SEVERAL_KEY))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise FileError(f"{path} begins like a picture but cannot be read: {e}") from None
     if text:
-        record = json.loads(text)
-        facts |= {"drawn by": f"sfumato {record['version']}, model {record['model']['name']} {record['model']['hash'][:10]}, {record['engine']}"}
-        facts |= {k: v for k, v in record["request"].items() if v is not None} | {"seed": record["seed"], "style": record["style"]}
+        facts |= _record(parse_metadata(text))
+    elif several:
+        records = [parse_metadata(json.dumps(r)) for r in json.loads(several)]
+        first = _record(records[0])
+        prompts = list(dict.fromkeys(str(r["request"].prompt) for r in records))
+        facts |= {"pictures": len(records), "drawn by": first["drawn by"], "prompts": "; ".join(prompts), "seeds": [r["seed"] for r in records]}
     elif parameters:
         facts["parameters"] = parameters
     return facts
+
+
+def _record(record: dict[str, Any]) -> dict[str, Any]:
+    model = record["model"]
+    facts = {"drawn by": f"sfumato {record['version']}, model {model['name']} {model['hash'][:10]}, {record['engine']}, {record['dtype']}"}
+    asked = {k: v for k, v in to_json(record["request"]).items() if v is not None}
+    return facts | asked | {"seed": record["seed"], "style": record.get("style")}
 
 
 def _tensors(path: Path) -> dict[str, Any]:
@@ -61,13 +72,17 @@ def _run(path: Path) -> dict[str, Any]:
     config = path / "config.json"
     if not config.exists():
         raise FileError(f"{path} is a folder without a config.json: not a run of sfumato")
-    settings = json.loads(config.read_text())
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        kind, images = settings["kind"], settings["loop"]["images"]
+    except (ValueError, KeyError, TypeError):
+        raise FileError(f"{config} is not the config of a run of sfumato") from None
     states = checkpoints(path, "state")
-    facts: dict[str, Any] = {"what": f"training run ({settings['kind']})"}
+    facts: dict[str, Any] = {"what": f"training run ({kind})"}
     if states:
         counters: Any = read_metadata(states[-1])["counters"]
         facts |= {
-            "images": f"{counters['images']:,} of {settings['loop']['images']:,}",
+            "images": f"{counters['images']:,} of {images:,}",
             "skipped steps": counters["skipped"],
             "newest state": states[-1].name,
         }

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import sys
+import textwrap
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.images import flatten, grid, png_bytes
-from sfumato.core.request import METADATA_KEY, GenerateRequest, parse_metadata
+from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, GenerateRequest, metadata_text, parse_metadata
 
 if TYPE_CHECKING:
     from sfumato.pipelines.generate import LatentDiffusion, Picture
@@ -89,46 +90,87 @@ def run(asked: Generate) -> None:
     """Draws what was asked; the path of the result is the last line on stdout."""
     from sfumato.pipelines.load import load
 
-    base, only = (GenerateRequest(), None) if asked.source is None else read_request(asked.source)
-    changed = _changes(asked)
-    if changed or asked.prompts:
-        only = None
-    request = replace(base, **changed, **({"count": 1} if asked.source is not None and only is None and "count" not in changed else {}))
-    if request.seed is None:
-        request = replace(request, seed=secrets.randbelow(2**31))
-    prompts: list[str | None] = list(asked.prompts) or [request.prompt]
-    requests = [replace(request, prompt=p) for p in prompts]
-    model = load(asked.model, device=asked.device, dtype=asked.dtype, threads=asked.threads)
+    record = None if asked.source is None else read_record(asked.source)
+    request, only = _request(asked, record)
+    requests = [replace(request, prompt=p) for p in asked.prompts or (request.prompt,)]
+    model = load(asked.model, **_engine(asked, record))
+    if record is not None:
+        _compare(model, record, again=only is not None)
     for r in requests:
         model.check(r)
     styles = model.styles if asked.style == "all" else [request.style]
     jobs = _jobs(asked, requests, styles, only)
-    files = [_png(asked.sheet)] if asked.sheet else [f for j in jobs for f in j.files]
+    files = [_png(asked.sheet, "sheet")] if asked.sheet else [f for j in jobs for f in j.files]
     _check_targets(files + ([_grid_path(asked, jobs)] if len(files) > 1 else []), asked.force)
     say(f"{_where(model)}, seed {request.seed}")
     for r in requests:
         _warn(model, r)
     if asked.sheet is not None:
-        return _sheet(model, asked, requests, styles)
+        if asked.out is not None:
+            say("warning: out has no effect together with sheet")
+        return _sheet(model, files[0], requests, styles)
     pictures = _draw(model, jobs)
     result = jobs[0].files[0]
     if len(pictures) > 1:
         result = _grid_path(asked, jobs)
-        write_bytes(result, png_bytes(grid([p.image for p in pictures])))
+        write_bytes(result, png_bytes(grid([p.image for p in pictures]), _several(pictures)))
     print(result)
 
 
-def read_request(source: Path) -> tuple[GenerateRequest, int]:
-    """The request inside one of our PNGs, and which of its pictures this is."""
+def _request(asked: Generate, record: dict[str, Any] | None) -> tuple[GenerateRequest, int | None]:
+    """What to draw; with `only` the one picture of it that a record is of, where nothing about it was changed."""
+    base = GenerateRequest() if record is None else record["request"]
+    changed = _changes(asked)
+    if record is not None and not changed and not asked.prompts:
+        return base, record["index"]
+    if record is not None:  # a variation of that picture, not of the first one of its call
+        changed = {"seed": record["seed"], "count": 1} | changed
+    request = replace(base, **changed)
+    return (request if request.seed is not None else replace(request, seed=secrets.randbelow(2**31))), None
+
+
+def _engine(asked: Generate, record: dict[str, Any] | None) -> dict[str, Any]:
+    """Device, dtype and threads as asked for, else as the record says."""
+    chosen: dict[str, Any] = {"device": asked.device, "dtype": asked.dtype, "threads": asked.threads}
+    if record is None:
+        return chosen
+    threads = min(record["threads"], os.cpu_count() or 1)
+    device = "cpu" if record["device"] == "cpu" else "auto"
+    recorded = {"device": device, "dtype": record["dtype"], "threads": threads}
+    return {k: recorded[k] if v in ("auto", 0) else v for k, v in chosen.items()}
+
+
+def _compare(model: LatentDiffusion, record: dict[str, Any], again: bool) -> None:
+    """Refuses to pass another model's picture off as the same one; says what else is different."""
+    import torch
+
+    drawn_by, here = record["model"]["hash"], model.meta["hash"]
+    if again and drawn_by != here:
+        raise ValueError(
+            f"the picture was drawn by the model {record['model']['name']} {drawn_by[:10]}, this is {model.name} {here[:10]}: "
+            "name that model with --model, or give the prompt again to draw it with this one"
+        )
+    if again and record["engine"] != f"torch {torch.__version__}":
+        say(f"warning: drawn with {record['engine']}, this is torch {torch.__version__}: the picture may differ by a level here and there")
+
+
+def read_record(source: Path) -> dict[str, Any]:
+    """The record inside one of our PNGs: the request, and which of its pictures this is."""
     try:
         with Image.open(source) as image:
-            text = image.info.get(METADATA_KEY)
-    except (OSError, SyntaxError, ValueError) as e:
+            text, several = image.info.get(METADATA_KEY), image.info.get(SEVERAL_KEY)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise FileError(f"{source} is not a picture that can be read: {e}") from None
+    if several is not None:
+        raise FileError(f"{source} shows several pictures: name one of them, or give the prompt again (sfumato info {source} prints it)")
     if text is None:
         raise FileError(f"{source} holds no request of sfumato: it was drawn by something else, or its metadata was stripped")
-    record = parse_metadata(text)
-    return record["request"], int(record["index"])
+    return parse_metadata(text)
+
+
+def _several(pictures: list[Picture]) -> dict[str, str]:
+    """The records of a grid or a sheet, for its PNG."""
+    return {SEVERAL_KEY: "[" + ", ".join(metadata_text(p.record) for p in pictures) + "]"}
 
 
 def _changes(asked: Generate) -> dict[str, Any]:
@@ -142,7 +184,9 @@ def _changes(asked: Generate) -> dict[str, Any]:
 def _where(model: LatentDiffusion) -> str:
     import torch
 
-    return f"{model.name} on {model.device.type}, {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+    from sfumato.pipelines.generate import DTYPES
+
+    return f"{model.name} on {model.device.type}, {DTYPES[model.dtype]}, {torch.get_num_threads()} threads"
 
 
 def _warn(model: LatentDiffusion, r: GenerateRequest) -> None:
@@ -154,6 +198,8 @@ def _warn(model: LatentDiffusion, r: GenerateRequest) -> None:
     if r.guidance_interval and (r.guidance == 1 or r.style_guidance is not None):
         say("warning: guidance_interval has no effect at guidance 1 or together with style_guidance")
     for text in (r.prompt, r.negative):
+        if text and model.too_long(text):
+            say(f"warning: {text[:30]!r}... is longer than this model hears ({model.text.config.tokens} tokens): its end has no effect")  # type: ignore[union-attr]
         for word, near in model.unknown(text) if text else []:
             say(f"note: {word!r} is not a word this model knows" + (f"; near: {', '.join(near)}" if near else ""))
 
@@ -161,7 +207,7 @@ def _warn(model: LatentDiffusion, r: GenerateRequest) -> None:
 def _jobs(asked: Generate, requests: list[GenerateRequest], styles: list[str | None], only: int | None) -> list[Job]:
     pairs = [(r, s) for r in requests for s in styles]
     alone = len(pairs) == 1 and (requests[0].count == 1 or only is not None)
-    jobs, number = [], 0
+    jobs, number, taken = [], 0, set()
     for r, style in pairs:
         wanted = range(r.count) if only is None else [only]
         files = []
@@ -170,14 +216,24 @@ def _jobs(asked: Generate, requests: list[GenerateRequest], styles: list[str | N
             if asked.out is not None:
                 files.append(_png(asked.out) if alone else _png(asked.out).with_stem(f"{_png(asked.out).stem}-{number}"))
             else:
-                files.append(OUT / f"{slug(r.prompt)}{f'-{slug(style)}' if style else ''}-{r.seed + i}.png")  # type: ignore[operator]
+                files.append(_free(OUT / f"{slug(r.prompt)}{f'-{slug(style)}' if style else ''}-{r.seed + i}.png", taken))  # type: ignore[operator]
         jobs.append(Job(replace(r, style=style), tuple(files), only))
     return jobs
 
 
-def _png(path: Path) -> Path:
-    if path.suffix.lower() not in ("", ".png"):
-        raise ValueError(f"out (={str(path)!r}) must end in .png: pictures are written as PNG, which keeps transparency and the request")
+def _free(path: Path, taken: set[str]) -> Path:
+    """The path, numbered where an earlier picture of this call has it: prompts may differ only in what a file name cannot show."""
+    wanted, n = path, 1
+    while str(wanted).casefold() in taken:
+        n += 1
+        wanted = path.with_stem(f"{path.stem}-{n}")
+    taken.add(str(wanted).casefold())
+    return wanted
+
+
+def _png(path: Path, what: str = "out") -> Path:
+    if path.is_dir() or path.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"{what} (={str(path)!r}) must be a file that ends in .png: PNG keeps transparency and the request")
     return path.with_suffix(".png")
 
 
@@ -222,19 +278,20 @@ def _draw(model: LatentDiffusion, jobs: list[Job]) -> list[Picture]:
     return pictures
 
 
-def _sheet(model: LatentDiffusion, asked: Generate, requests: list[GenerateRequest], styles: list[str | None]) -> None:
+def _sheet(model: LatentDiffusion, path: Path, requests: list[GenerateRequest], styles: list[str | None]) -> None:
     """All prompts in all styles as one picture, over white, with the names of what can be written."""
-    path = _png(asked.sheet)  # type: ignore[arg-type]
-    jobs = [Job(replace(r, style=s), (), None) for r in requests for s in styles]
-    images: list[Image.Image] = []
-    with tqdm(total=len(jobs), unit="picture", leave=False, desc="drawing", dynamic_ncols=True) as bar:
-        for job in jobs:
-            images += [p.image for p in model.pictures(job.request)]
-            bar.update(1)
+    with tqdm(unit="step", leave=False, desc="drawing", dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        pictures = list(model.draw([replace(r, style=s) for r in requests for s in styles], progress=progress))
     columns = len(styles) * requests[0].count
-    scale = max(1, 128 // model.size)
-    big = [flatten(i).resize((i.width * scale, i.height * scale), Image.Resampling.LANCZOS) for i in images]
-    write_bytes(path, png_bytes(labelled(grid(big, columns=columns, gap=4), [s or "" for s in styles], [r.prompt or "" for r in requests])))
+    side = model.size * max(1, 128 // model.size)
+    big = [flatten(p.image).resize((side, side), Image.Resampling.LANCZOS) for p in pictures]
+    page = labelled(grid(big, columns=columns, gap=4), [s or "" for s in styles], [r.prompt or "" for r in requests])
+    write_bytes(path, png_bytes(page, _several(pictures)))
     for row, r in enumerate(requests, 1):
         say(f"row {row}: {r.prompt or '(no prompt)'}, seed {r.seed}")
     print(path)
@@ -252,5 +309,6 @@ def labelled(sheet: Image.Image, heads: list[str], rows: list[str]) -> Image.Ima
         draw.text((left + (i + 0.5) * sheet.width / len(heads), top / 2), head, fill="black", font=font, anchor="mm")
     for i, text in enumerate(rows):
         shown = text if text.isascii() else f"row {i + 1}"
-        draw.text((6, top + (i + 0.5) * tall), "\n".join(re.findall(r".{1,14}(?:\s|$)", shown) or [shown[:14]]), fill="black", font=font, anchor="lm")
+        lines = textwrap.wrap(shown, 14)[:5]
+        draw.text((6, top + (i + 0.5) * tall), "\n".join(lines), fill="black", font=font, anchor="lm")
     return page

@@ -9,14 +9,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from sfumato.core.checkpoint import FileError, load_tensors
+from sfumato.core.checkpoint import FileError, checkpoints
 from sfumato.core.config import nearest, to_json
+from sfumato.core.runlog import read_log
 
 WHAT = ("autoencoder", "text", "diffusion")
+LARGE = 24_000_000  # bytes that a bundled file may have
 PLAN_LIMIT = 24  # concepts that are read to time a few steps
 
 
@@ -37,6 +39,8 @@ def train(argv: list[str]) -> None:
     asked = parse(tyro, _arguments(what, recipe, loop, presets, name), argv[1:], f"train {what}")
     if asked.data != "emoji":
         raise ValueError(f"data (={asked.data!r}) must be emoji: the embedded drawings")
+    chosen = {k: v for k in ("device", "dtype", "threads") if (v := getattr(asked, k)) is not None}
+    asked = replace(asked, loop=replace(asked.loop, **chosen))
     if asked.plan:
         print(json.dumps(plan(what, asked), indent=2, ensure_ascii=False))
         return
@@ -83,6 +87,9 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
             ("data", str, field(default="emoji")),
             ("out", Path, field(default=Path("runs") / what)),
             ("plan", bool, field(default=False)),
+            ("device", Literal["auto", "cpu", "cuda", "mps"] | None, field(default=None)),
+            ("dtype", Literal["fp32", "bf16"] | None, field(default=None)),
+            ("threads", int | None, field(default=None)),
             *parts,
             ("recipe", type(recipe), field(default=recipe)),
             ("loop", type(loop), field(default=loop)),
@@ -108,30 +115,66 @@ def _run(what: str, recipe: Any, loop: Any, out: Path, asked: Any, stop_at: int 
 
 
 def plan(what: str, asked: Any) -> dict[str, Any]:
-    """The resolved settings, and hours, memory, disk and parameters measured on a few steps with little data in a temporary folder."""
-    import resource
+    """The resolved settings, and what they would take: a few steps are timed with little data in a temporary folder.
 
+    Memory is this process's peak (host memory; a GPU's is not measured) plus the data that a real run holds.
+    """
     recipe, loop = replace(asked.recipe, limit=PLAN_LIMIT), asked.loop
     if what == "diffusion":
         recipe = replace(recipe, each=1)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        _run(what, recipe, replace(loop, log_every=loop.batch_size), run, asked, stop_at=2 * loop.batch_size)
-        (run / "log.jsonl").unlink()
-        trainer = _run(what, recipe, replace(loop, log_every=loop.batch_size), run, asked, stop_at=6 * loop.batch_size)
-        speed = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["images_per_s"]
-        disk = sum(f.stat().st_size for f in run.glob("*k.safetensors")) / max(len(list(run.glob("state-*"))), 1) * (loop.keep + 1)
+    speed, trainer, disk = _timed(what, recipe, loop, asked)
+    seconds = loop.images / speed
+    if what == "autoencoder" and recipe.perceptual and recipe.perceptual_from < 1:
+        later, _, _ = _timed(what, replace(recipe, perceptual_from=0.0), loop, asked)
+        seconds = loop.images * (recipe.perceptual_from / speed + (1 - recipe.perceptual_from) / later)
+    data = _data_bytes(what, asked.recipe, trainer)
     free = shutil.disk_usage(next(p for p in (asked.out, *asked.out.resolve().parents) if p.exists())).free
     facts = {
         "parameters": {n: sum(p.numel() for p in net.parameters()) for n, net in trainer.task.networks.items()},
         "images_per_s": speed,
-        "hours": round(loop.images / speed / 3600, 2),
-        "memory_GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "disk_GB": round(disk / 1e9, 3),
+        "hours": round(seconds / 3600, 2),
+        "memory_GB": round((_peak_bytes() + data["memory"]) / 1e9, 2),
+        "disk_GB": round((disk * (loop.keep + 1) + data["disk"]) / 1e9, 3),
         "free_disk_GB": round(free / 1e9, 1),
         "device": str(trainer.device),
     }
     return {"plan": facts, "recipe": to_json(asked.recipe), "loop": to_json(loop)}
+
+
+def _timed(what: str, recipe: Any, loop: Any, asked: Any) -> tuple[float, Any, int]:
+    """Images per second after two steps of warming up, the trainer, and the bytes of one checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        loop = replace(loop, log_every=loop.batch_size, save_every=loop.images, sample_every=2 * loop.images)
+        _run(what, recipe, loop, run, asked, stop_at=2 * loop.batch_size)
+        trainer = _run(what, recipe, loop, run, asked, stop_at=6 * loop.batch_size)
+        speed = read_log(run / "log.jsonl")[-1]["images_per_s"]
+        newest = [checkpoints(run, kind)[-1] for kind in ("state", "model")]
+        return speed, trainer, sum(f.stat().st_size for f in newest)
+
+
+def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
+    """What a real run's data takes beyond the few drawings of the plan: rasterised drawings, and latents where there are any."""
+    from sfumato.data.emoji import concepts, drawable, is_held_out, pairs
+
+    if recipe.limit or what == "text":
+        return {"memory": 0, "disk": 0}
+    side = 2 * (recipe.size if what == "autoencoder" else trainer.task.size)
+    rasters = len(pairs(concepts())) * 4 * side * side
+    if what == "autoencoder":
+        return {"memory": rasters, "disk": rasters}
+    trained = sum(not is_held_out(c.hexcode, s) for c, s in pairs(drawable()))
+    latents = trained * recipe.each * trainer.task.latents[0].numel() * 2
+    return {"memory": rasters + latents, "disk": rasters + latents}
+
+
+def _peak_bytes() -> int:
+    """The most memory this process ever held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @dataclass(frozen=True)
@@ -150,15 +193,17 @@ class Pack:
 
 def pack_run(asked: Pack) -> Path:
     """Compresses a run's newest pack; returns the file."""
-    from sfumato.core.pack import compress, save_pack
+    from sfumato.core.pack import compress, load_pack, save_pack
     from sfumato.pipelines.find import find
 
     source = find(asked.run)
     out = asked.out or (asked.run if asked.run.is_dir() else asked.run.parent) / "packed.safetensors"
     if out.exists() and not asked.force:
         raise FileError(f"{out} exists: use --force to overwrite it, or another --out")
-    tensors, meta = load_tensors(source)
+    tensors, meta = load_pack(source)
     small = compress(tensors, int8=asked.int8)
     save_pack(out, small, {k: v for k, v in meta.items() if k != "hash"})
+    if out.stat().st_size > LARGE:
+        print(f"warning: {out} is larger than {LARGE / 1e6:.0f} MB: more parts in --int8 make it smaller", file=sys.stderr)
     print(f"{out.stat().st_size / 1e6:.1f} MB from {source.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
     return out

@@ -76,14 +76,14 @@ class Autoencoder(nn.Module):
 
 
 @torch.no_grad()
-def measure_latents(codec: Autoencoder, batches: Iterable[Float[Tensor, "b c h w"]]) -> None:
+def measure_latents(codec: Autoencoder, batches: Iterable[Float[Tensor, "_ c h w"]]) -> None:
     """Sets the codec's per-channel statistics from posterior means over `batches` of images.
 
     Dead channels (std below 0.1 of the median) get std 0: they encode to zero and always decode from their mean.
     """
     total, square, n = 0.0, 0.0, 0
     for x in batches:
-        mean = split(codec.encoder(x))[0].double()
+        mean = split(codec.encoder(x))[0].cpu().double()
         total, square, n = total + mean.sum((0, 2, 3)), square + mean.square().sum((0, 2, 3)), n + mean.numel() // mean.shape[1]
     if n < 2:
         raise ValueError("measure_latents needs at least two latent cells")

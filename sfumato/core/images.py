@@ -13,11 +13,12 @@ from PIL import Image
 from sfumato.core.checkpoint import write_bytes
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
-def to_pil(x: Tensor) -> list[Image.Image]:
-    """Images "b c h w" in [-1, 1] -> PIL. Four channels are RGBA with premultiplied alpha; PIL's RGBA is straight."""
+def to_pil(x: Float[Tensor, "b c h w"]) -> list[Image.Image]:
+    """Images in [-1, 1] -> PIL. Four channels are RGBA with premultiplied alpha; PIL's RGBA is straight."""
     array = ((x.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(_straight(a) if a.shape[-1] == 4 else _to_u8(a).squeeze(-1) if a.shape[-1] == 1 else _to_u8(a)) for a in array]
 

@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, Any
 from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors, save_tensors
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Float16, Int8
     from torch import Tensor
 
 SCALE = "#scale"
 FORMAT = 1
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 per row (first axis): weight = int8 * scale, error at most half a step of max |row| / 127."""
+def quantise(weight: Float[Tensor, " rows *rest"]) -> tuple[Int8[Tensor, " rows *rest"], Float16[Tensor, " rows"]]:
+    """Symmetric int8 per row (first axis): weight = int8 * scale, the error about half a step of max |row| / 127 at most."""
     rows = weight.float().flatten(1)
     scale = (rows.abs().amax(1) / 127).clamp_min(1e-7).half()
     q = (rows / scale.float()[:, None]).round().clamp(-127, 127).char()
     return q.reshape(weight.shape), scale
 
 
-def dequantise(q: Tensor, scale: Tensor) -> Tensor:
+def dequantise(q: Int8[Tensor, " rows *rest"], scale: Float16[Tensor, " rows"]) -> Float[Tensor, " rows *rest"]:
     return q.float() * scale.float().reshape(-1, *[1] * (q.ndim - 1))
 
 

@@ -14,6 +14,8 @@ LONGEST_PROMPT = 2_000
 MOST_STEPS, MOST_IMAGES = 1_000, 10_000
 SEEDS = 2**63
 METADATA_KEY = "sfumato"
+SEVERAL_KEY = "sfumato-several"  # a list of records, in a grid or a sheet
+RECORD = {"version": str, "index": int, "seed": int, "engine": str, "device": str, "dtype": str, "threads": int}  # what every record holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,13 @@ class GenerateRequest:
             text = getattr(self, name)
             if text is not None and not text.strip():
                 raise ValueError(f"{name} is empty: say what to draw, or leave it out")
+            if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError(f"{name} holds bytes that are no text: give it in UTF-8")
             if text is not None and len(text) > LONGEST_PROMPT:
                 raise ValueError(f"{name} has {len(text):,} characters, at most {LONGEST_PROMPT:,} are allowed: shorten it")
         for name, low, high in (("count", 1, MOST_IMAGES), ("steps", 1, MOST_STEPS)):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} (={getattr(self, name)!r}) must be a whole number")
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} (={getattr(self, name)}) must be between {low} and {high:,}")
         if self.seed is not None and not 0 <= self.seed < SEEDS - self.count:
@@ -76,8 +82,8 @@ def style_weights(style: str, known: list[str] | None = None) -> dict[str, float
             raise ValueError(f"style (={name!r}) must be one of {', '.join(known)}{nearest(name, known)}")
         weights[name] = weights.get(name, 0.0) + weight
     total = sum(weights.values())
-    if total <= 0:
-        raise ValueError(f"style (={style!r}) has no share above 0")
+    if not 0 < total < math.inf:
+        raise ValueError(f"style (={style!r}) must have finite shares, and one above 0")
     return {k: v / total for k, v in weights.items()}
 
 
@@ -90,7 +96,9 @@ def parse_metadata(text: str) -> dict[str, Any]:
     """The inverse of `metadata_text`. Raises ValueError where the text is not ours."""
     try:
         record = json.loads(text)
-        return record | {"request": from_json(GenerateRequest, record["request"], "request")}
+        request = from_json(GenerateRequest, record["request"], "request")
+        whole = {k: kind(record[k]) for k, kind in RECORD.items()} | {"model": {k: str(record["model"][k]) for k in ("name", "hash")}}
+        return record | whole | {"request": request}
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"the picture's metadata cannot be read: {e!r}") from None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sfumato.core.checkpoint import write_bytes
+
 
 class RunLog:
     """Appends to `log.jsonl`. After a resume the lines beyond `images` are dropped, so that the log tells one story."""
@@ -12,18 +14,17 @@ class RunLog:
     def __init__(self, path: Path, images: int = 0) -> None:
         self.path = path
         kept = [line for line in read_log(path) if line.get("images", 0) <= images] if path.exists() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, **values: object) -> None:
-        with open(self.path, "a") as f:
+        with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(values) + "\n")
 
 
 def read_log(path: Path) -> list[dict]:
     """The lines of a log; a last line that was cut off is left out."""
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

@@ -62,7 +62,7 @@ class Path:
         """log(alpha / sigma): falls with t; +inf where sigma is 0, -inf where alpha is 0."""
         return self.alpha(t).log() - self.sigma(t).log()
 
-    def coefficients(self, t: Float[Tensor, " *b"], like: Float[Tensor, "*b *rest"]) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Float[Tensor, " ..."], like: Float[Tensor, " b ..."]) -> tuple[Float[Tensor, " ..."], Float[Tensor, " ..."]]:
         """alpha and sigma at t "b" (or one t), as "b 1 ..." to multiply `like` "b ..." with, in its dtype but at least fp32."""
         shape, dtype = t.shape + (1,) * (like.ndim - t.ndim), torch.promote_types(like.dtype, torch.float32)
         return self.alpha(t).to(dtype).reshape(shape), self.sigma(t).to(dtype).reshape(shape)

@@ -28,7 +28,7 @@ class ResBlock(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in fp32 (arXiv 1910.07467)."""
+    """x / rms(x) * scale over the last axis (arXiv 1910.07467)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

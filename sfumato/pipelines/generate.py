@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from sfumato.core.images import png_bytes, to_pil
 from sfumato.core.request import METADATA_KEY, GenerateRequest, metadata_text, parameters_text, style_weights
 from sfumato.core.rng import numpy_rng, torch_rng
 from sfumato.core.seams import Cond, Denoise
-from sfumato.diffusion.dit import silent, without_style, without_text
+from sfumato.diffusion.dit import without_style, without_text
 from sfumato.diffusion.guidance import cfg, guided, text_style
 from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond
@@ -29,6 +29,7 @@ from sfumato.text.encoder import TextEncoder
 from sfumato.text.words import normalise, unknown_words
 
 CHUNK = 16  # pictures drawn together
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Progress = Callable[[int, int], None]
 
 
@@ -49,6 +50,16 @@ class Picture:
     def png(self) -> bytes:
         """The picture as PNG with its request inside."""
         return png_bytes(self.image, {METADATA_KEY: metadata_text(self.record), "parameters": self.parameters})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture to draw: the `index`-th of its request, with its own seed and shares of styles (None: the model has no styles)."""
+
+    request: GenerateRequest
+    index: int
+    seed: int
+    style: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -74,13 +85,17 @@ class LatentDiffusion:
 
     @cached_property
     def words(self) -> set[str]:
-        """Every word that some concept of this model is known by."""
+        """Every word that some concept of this model is known by, those kept out of its training among them."""
         entries = (w for entry in self.meta["words"].values() for key, words in entry.items() if key != "group" for w in words)
         return {normalise(w) for w in entries} - {""}
 
     def unknown(self, prompt: str) -> list[tuple[str, list[str]]]:
-        """Words of a prompt that this model never learned, each with its nearest known words."""
+        """Words of a prompt that nothing this model draws is known by, each with the nearest that something is."""
         return unknown_words(prompt, self.words, filler=self.meta["filler"])
+
+    def too_long(self, prompt: str) -> bool:
+        """Whether the end of a prompt is not heard, because it has more tokens than the text encoder takes."""
+        return self.text is not None and len(self.text.tokenizer.encode(normalise(prompt)).ids) >= self.text.config.tokens
 
     def check(self, request: GenerateRequest) -> None:
         """Raises ValueError for what this model cannot do."""
@@ -96,47 +111,56 @@ class LatentDiffusion:
         if self.text is None and (request.prompt or request.negative):
             raise ValueError(f"prompt (={request.prompt or request.negative!r}) must be left out: this model was trained without captions")
 
-    def generate(
-        self, prompt: str | None = None, *, progress: Progress | None = None, request: GenerateRequest | None = None, **options: Any
-    ) -> list[Image.Image]:
+    def generate(self, prompt: str | None = None, *, progress: Progress | None = None, **options: Any) -> list[Image.Image]:
         """PIL images for a prompt and the fields of GenerateRequest as options; RGBA where the model draws transparency."""
-        request = request or GenerateRequest(prompt=prompt, **options)
-        return [p.image for p in self.pictures(request, progress=progress)]
+        return [p.image for p in self.pictures(GenerateRequest(prompt=prompt, **options), progress=progress)]
 
     def pictures(self, request: GenerateRequest, *, progress: Progress | None = None, only: int | None = None) -> Iterator[Picture]:
         """Draws a request, CHUNK pictures at a time. `only` gives one picture of it, drawn in the same company, so byte for byte the same.
 
         progress(done, total) counts network steps.
         """
+        if only is None:
+            yield from self.draw([request], progress=progress)
+            return
+        rows = self._rows(request)
+        start = only // CHUNK * CHUNK
+        yield from (p for p in self._draw_rows(rows[start : start + CHUNK], progress) if p.index == only)
+
+    def draw(self, requests: Sequence[GenerateRequest], *, progress: Progress | None = None) -> Iterator[Picture]:
+        """Draws several requests together, in order; they may differ in prompt, negative, style, label, seed and count only."""
+        same = {replace(r, prompt=None, negative=None, style=None, label=None, seed=None, count=1) for r in requests}
+        if len(same) > 1:
+            raise ValueError("requests drawn together must have the same steps, guidance, sampler and size")
+        yield from self._draw_rows([row for r in requests for row in self._rows(r)], progress)
+
+    def _rows(self, request: GenerateRequest) -> list[Row]:
         self.check(request)
         if request.seed is None:
             request = replace(request, seed=secrets.randbelow(2**31))
-        chunks = [range(s, min(s + CHUNK, request.count)) for s in range(0, request.count, CHUNK)]
-        if only is not None:
-            chunks = [c for c in chunks if only in c]
-        total, done = len(chunks) * request.steps, 0
+        seeds = [request.seed + i for i in range(request.count)]  # type: ignore[operator]
+        return [Row(request, i, seed, self._style_of(request, seed)) for i, seed in enumerate(seeds)]
+
+    def _draw_rows(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:
+        chunks = [rows[s : s + CHUNK] for s in range(0, len(rows), CHUNK)]
+        total, done = sum(row[0].request.steps for row in chunks), 0
         for chunk in chunks:
-            seeds = [request.seed + i for i in chunk]  # type: ignore[operator]
-            styles = [self._style_of(request, s) for s in seeds]
-            x = None
-            for step in self.latents(request, seeds, styles):
-                x, done = step, done + 1
+            for x in self.latents(chunk):
+                last, done = x, done + 1
                 if progress:
                     progress(done, total)
-            assert x is not None
-            images = to_pil(self.decode(x))
-            for i, seed, style, image in zip(chunk, seeds, styles, images, strict=True):
-                if only is None or i == only:
-                    yield self._picture(image, request, i, seed, style)
+            for row, image in zip(chunk, to_pil(self.decode(last)), strict=True):
+                yield self._picture(image, row)
 
     # --- the way from noise to latents --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def latents(self, request: GenerateRequest, seeds: list[int], styles: list[dict[str, float] | None]) -> Iterator[Tensor]:
-        """The latents after each step, for these seeds."""
+    def latents(self, rows: list[Row]) -> Iterator[Tensor]:
+        """The latents after each step, for rows that share steps, sampler and guidance."""
+        request = rows[0].request
         shape = (self.codec.spec.latent_channels, *[self.size // self.codec.spec.factor] * 2)
-        x = torch.stack([torch.randn(shape, generator=torch_rng(s, "generate/noise")) for s in seeds]).to(self.device)
-        streams = [torch_rng(s, "generate/steps") for s in seeds]
+        x = torch.stack([torch.randn(shape, generator=torch_rng(r.seed, "generate/noise")) for r in rows]).to(self.device)
+        streams = [torch_rng(r.seed, "generate/steps") for r in rows]
 
         def noise(_: int) -> Tensor:
             return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device)
@@ -144,7 +168,7 @@ class LatentDiffusion:
         function = sampler(request.sampler).function
         extra = {"eta": request.eta} if function is sample_ddim and request.eta else {}
         ts = timesteps(self.path, request.steps)
-        for step in function(self._denoise(request, styles), x, ts, self.path, noise=noise, **extra):
+        for step in function(self._denoise(rows), x, ts, self.path, noise=noise, **extra):
             yield step.x
 
     @torch.no_grad()
@@ -155,28 +179,27 @@ class LatentDiffusion:
             raise ValueError("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps")
         return x
 
-    def _denoise(self, request: GenerateRequest, styles: list[dict[str, float] | None]) -> Denoise:
-        n = len(styles)
-        cond = self._cond(request, request.prompt, styles)
-        everything = torch.ones(n, dtype=torch.bool, device=self.device)
+    def _denoise(self, rows: list[Row]) -> Denoise:
+        request = rows[0].request
+        cond = self._cond(rows, [r.request.prompt for r in rows], [r.request.label for r in rows])
+        empty = self._cond(rows, [r.request.negative for r in rows], [None] * len(rows))
         predict = Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
-        empty = self._cond(request, request.negative, styles) if request.negative else silent(cond, everything)
         if request.style_guidance is None:
             return guided(cfg(predict, cond, empty, request.guidance, request.guidance_interval))
-        neither = without_style(empty, everything)
+        neither = without_style(empty, torch.ones(len(rows), dtype=torch.bool, device=self.device))
         return guided(text_style(predict, cond, empty, neither, request.guidance, request.style_guidance))
 
-    def _cond(self, request: GenerateRequest, prompt: str | None, styles: list[dict[str, float] | None]) -> Cond:
-        n = len(styles)
-        weights = torch.tensor([[(s or {}).get(name, 0.0) for name in self.styles] for s in styles]).to(self.device)
+    def _cond(self, rows: list[Row], prompts: list[str | None], labels: list[str | None]) -> Cond:
+        """What the denoiser is told: a prompt of None is silence, as it was in training."""
+        weights = torch.tensor([[(r.style or {}).get(name, 0.0) for name in self.styles] for r in rows]).to(self.device)
         cond = Cond(style=weights if self.styles else None)
-        if self.meta["labels"]:
-            index = self.meta["labels"].index(request.label) if request.label and prompt == request.prompt else -1
-            cond = replace(cond, label=torch.full((n,), index, device=self.device))
+        names = self.meta["labels"]
+        if names:
+            cond = replace(cond, label=torch.tensor([names.index(n) if n else -1 for n in labels], device=self.device))
         if self.text is not None:
-            states, mask, pooled = (t.expand(n, *t.shape[1:]) for t in self.text.encode([prompt or ""]))
+            states, mask, pooled = self.text.encode([p or "" for p in prompts])
             cond = replace(cond, text=states, mask=mask, pooled=pooled)
-        return cond if prompt else without_text(cond, torch.ones(n, dtype=torch.bool, device=self.device))
+        return without_text(cond, torch.tensor([p is None for p in prompts], device=self.device))
 
     def _style_of(self, request: GenerateRequest, seed: int) -> dict[str, float] | None:
         """The asked style, or a mixture drawn from the seed: mostly one style, sometimes two or three."""
@@ -187,19 +210,20 @@ class LatentDiffusion:
         shares = numpy_rng(seed, "generate/style").dirichlet([0.25] * len(self.styles)).round(2)
         return style_weights(",".join(f"{n}:{w}" for n, w in zip(self.styles, shares, strict=True) if w > 0.05), self.styles)
 
-    def _picture(self, image: Image.Image, request: GenerateRequest, index: int, seed: int, style: dict[str, float] | None) -> Picture:
+    def _picture(self, image: Image.Image, row: Row) -> Picture:
         record = {
             "version": sfumato.__version__,
-            "request": request,
-            "index": index,
-            "seed": seed,
-            "style": style,
+            "request": row.request,
+            "index": row.index,
+            "seed": row.seed,
+            "style": row.style,
             "model": {"name": self.name, "hash": self.meta["hash"]},
             "engine": f"torch {torch.__version__}",
             "device": self.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": DTYPES[self.dtype],
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
         }
-        parameters = parameters_text(request, seed=seed, size=self.size, model=self.name, model_hash=self.meta["hash"], version=sfumato.__version__)
-        return Picture(image, request, index, record, parameters)
+        model, digest = self.name, self.meta["hash"]
+        parameters = parameters_text(row.request, seed=row.seed, size=self.size, model=model, model_hash=digest, version=sfumato.__version__)
+        return Picture(image, row.request, row.index, record, parameters)

@@ -46,6 +46,9 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
         torch.set_num_threads(threads)
     path = find(model)
     tensors, meta = load_pack(path)
+    missing = [k for k in ("codec", "denoiser", "path", "prediction", "size", "styles", "labels", "words") if k not in meta]
+    if meta["kind"] == "latent-diffusion" and missing:
+        raise FileError(f"{path} lacks {', '.join(missing)} in its metadata: it was not written whole, or not by sfumato")
     if meta["kind"] != "latent-diffusion":
         raise FileError(f"{path} is of kind {meta['kind']!r} and does not draw by itself: name a run of `sfumato train diffusion`")
     where = choose_device(device)
@@ -54,6 +57,9 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
         networks = {"codec": zoo.make(meta["codec"]), "denoiser": zoo.make(meta["denoiser"])}
         if "text" in meta:
             networks["text"] = zoo.make(meta["text"], meta["tokenizer"])
+    foreign = [k for k in tensors if k.partition(".")[0] not in networks]
+    if foreign:
+        raise FileError(f"{path} holds tensors that belong to nothing it describes: {', '.join(foreign[:3])}")
     for name, network in networks.items():
         network.to_empty(device="cpu")
         networks[name] = zoo.load_into(network, tensors, f"{name}.").to(where)

@@ -6,8 +6,11 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 
+MOST_NAMED = 10
 CJK = r"[\u3400-\u4dbf\u4e00-\u9fff]"
+PICTOGRAPH = "[\U0001f000-\U0001faff\u2600-\u27bf]"
 
 
 def normalise(text: str) -> str:
@@ -20,18 +23,18 @@ def unknown_words(prompt: str, known: Iterable[str], *, filler: Iterable[str] = 
     """Words of a prompt that no concept is known by, each with the nearest known words by character n-grams.
 
     `known` are names and keywords, `filler` words that may always stand ("a", "the", colours...). CJK text is covered greedily by known
-    words; what stays over is unknown.
+    words; what stays over is unknown. Emoji that nothing is known by are named too. At most MOST_NAMED words are returned.
     """
     known = {normalise(k) for k in known}
     parts = {w for k in known for w in re.findall(r"[^\W_]+", k)} | {normalise(f) for f in filler}
     parts |= {p + "s" for p in parts if p.isascii()} | {p + "es" for p in parts if p.isascii()}
     found = []
-    for word in re.findall(rf"{CJK}+|[^\W_]+", normalise(prompt)):
+    for word in re.findall(rf"{CJK}+|[^\W_]+|{PICTOGRAPH}", normalise(prompt)):
         if re.match(CJK, word):
             found += _uncovered(word, known | parts)
         elif not word.isdigit() and word not in parts and word not in known:
             found.append(word)
-    return [(w, nearest_words(w, known)) for w in dict.fromkeys(found)]
+    return [(w, nearest_words(w, known)) for w in list(dict.fromkeys(found))[:MOST_NAMED]]
 
 
 def _uncovered(text: str, known: set[str]) -> list[str]:
@@ -45,9 +48,11 @@ def _uncovered(text: str, known: set[str]) -> list[str]:
     return [g for g in [*left, gap] if g]
 
 
-def ngrams(word: str) -> set[str]:
+@cache
+def ngrams(word: str) -> frozenset[str]:
+    """Its runs of one to three characters, with its ends marked by spaces."""
     padded = f" {word} "
-    return {padded[i : i + n] for n in (1, 2, 3) for i in range(len(padded) - n + 1)} - {" "}
+    return frozenset(padded[i : i + n] for n in (1, 2, 3) for i in range(len(padded) - n + 1)) - {" "}
 
 
 def nearest_words(word: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -50,6 +50,10 @@ class AutoencoderRecipe:
     mixed_channels: float = 0.2
     limit: int = 0
 
+    def __post_init__(self) -> None:
+        if self.codec.convnet.image_channels not in (3, 4):
+            raise ValueError(f"image_channels (={self.codec.convnet.image_channels}) must be 3 (RGB) or 4 (RGBA)")
+
 
 def preset_bundled() -> tuple[AutoencoderRecipe, LoopConfig]:
     """The codec of the bundled model: 64 x 64 RGBA -> 8 x 8 x 16, 6.9 M parameters (see bundled/MODEL_CARD.md for its scores).
@@ -93,8 +97,9 @@ def pixel_loss(prediction: Tensor, target: Tensor, *, mse: float, edges: float) 
 
 
 def psnr_over_white(prediction: Tensor, target: Tensor) -> Tensor:
-    """Per-picture PSNR in dB "b", over white, after rounding to 8 bits; inputs "b 4 h w" in [-1, 1], premultiplied."""
-    a, b = (((over((x.clamp(-1, 1) + 1) / 2)) * 255).round().clamp(0, 255) for x in (prediction, target))
+    """Per-picture PSNR in dB "b", over white, after rounding to 8 bits; inputs "b c h w" in [-1, 1], premultiplied where c is 4."""
+    flat = over if prediction.shape[1] == 4 else lambda x: x
+    a, b = ((flat((x.clamp(-1, 1) + 1) / 2) * 255).round().clamp(0, 255) for x in (prediction, target))
     return 20 * math.log10(255) - 10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-3).log10()
 
 
@@ -108,7 +113,7 @@ class AutoencoderTask:
         self.lite0: EfficientNetLite0 | None = None
         self.train, held_out = split_drawings(2 * recipe.size, recipe.limit)
         exact = held_out if len(held_out) else self.train
-        self.exact = F.avg_pool2d(exact.pixels.float() / 255, 2) * 2 - 1
+        self.exact = self._of_the_codec(F.avg_pool2d(exact.pixels.float() / 255, 2)) * 2 - 1
         self.flips = self.train.may_flip
         self.of_style = [np.flatnonzero(self.train.style == s) for s in range(6)]
         torch.manual_seed(seed)
@@ -126,7 +131,12 @@ class AutoencoderTask:
             scenes.append(draw_scene(rng, self.recipe.variety, int(row), bool(self.flips[row]), [(int(f), bool(self.flips[f])) for f in friends]))
             mixes.append([*rng.permutation(3), 3] if rng.random() < self.recipe.mixed_channels else [0, 1, 2, 3])
         x = render(self.train.pixels, scenes, self.recipe.size)
-        return torch.gather(x, 1, torch.tensor(np.array(mixes))[:, :, None, None].expand_as(x)) * 2 - 1
+        x = torch.gather(x, 1, torch.tensor(np.array(mixes))[:, :, None, None].expand_as(x))
+        return self._of_the_codec(x) * 2 - 1
+
+    def _of_the_codec(self, rgba: Tensor) -> Tensor:
+        """Pictures in [0, 1] with as many channels as the codec has: RGBA as it is, RGB over white."""
+        return over(rgba) if self.recipe.codec.convnet.image_channels == 3 else rgba
 
     def batch(self, positions: np.ndarray) -> Batch:
         r = self.recipe
@@ -151,7 +161,10 @@ class AutoencoderTask:
     def _perceptual(self, y: Tensor, x: Tensor, ground: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         network = self._features(x.device)
         size = self.recipe.perceptual_size
-        flat = [F.interpolate(over((v + 1) / 2, ground) * 2 - 1, size=(size, size), mode="bilinear", align_corners=False) for v in (y, x)]
+        flat = [
+            F.interpolate((over((v + 1) / 2, ground) * 2 - 1) if v.shape[1] == 4 else v, size=(size, size), mode="bilinear", align_corners=False)
+            for v in (y, x)
+        ]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return perceptual(network, *flat)
 
@@ -175,10 +188,9 @@ class AutoencoderTask:
         return {"psnr": psnr, "score": psnr}
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        codec = networks["codec"]
-        if isinstance(codec, Autoencoder):
-            device = next(codec.parameters()).device
-            measure_latents(codec, (self.pictures(np.arange(i, i + 64), "measure").to(device) for i in range(0, 512, 64)))
+        codec = copy.deepcopy(networks["codec"])
+        device = next(codec.parameters()).device
+        measure_latents(codec, (self.pictures(np.arange(i, i + 64), "measure").to(device) for i in range(0, 512, 64)))  # type: ignore[arg-type]
         tensors = {f"codec.{k}": v for k, v in codec.state_dict().items()}
         return tensors, {"kind": "codec", "codec": to_json(self.recipe.codec), "size": self.recipe.size}
 

@@ -114,7 +114,9 @@ class DiffusionTask:
 
     kind = "diffusion"
 
-    def __init__(self, recipe: DiffusionRecipe, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
+    def __init__(
+        self, recipe: DiffusionRecipe, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False
+    ) -> None:
         self.recipe, self.seed, self.device, self.bf16 = recipe, seed, torch.device(device), bf16
         part = frozen_part(codec, run, "codec")
         self.codec, self.codec_meta = self._load_codec(part)

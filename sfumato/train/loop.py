@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -134,7 +137,11 @@ def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
     """Makes a task for the device of the run; the main process first, so that the others find the caches that it filled."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=on_cpu(loop))
+    if loop.threads:
+        torch.set_num_threads(loop.threads)
+    state = PartialState(cpu=on_cpu(loop), **({"timeout": timedelta(hours=12)} if "RANK" in os.environ else {}))
+    if loop.device not in ("auto", state.device.type):
+        raise ValueError(f"device (={loop.device!r}) is not available here: use auto or {state.device.type}")
     with state.main_process_first():
         return make(state.device)
 
@@ -145,8 +152,6 @@ class Trainer:
     def __init__(self, task: Task, loop: LoopConfig, run: Path, config: Any) -> None:
         from accelerate import Accelerator
 
-        if loop.threads:
-            torch.set_num_threads(loop.threads)
         self.task, self.loop, self.run = task, loop, Path(run)
         self.config = {"kind": task.kind, "config": to_json(config), "loop": to_json(loop)}
         _forget_accelerator()
@@ -157,8 +162,6 @@ class Trainer:
             project_dir=str(run),
         )
         self.device = self.accelerator.device
-        if loop.device not in ("auto", self.device.type):
-            raise ValueError(f"device (={loop.device!r}) is not available here: accelerate chose {self.device.type}; use auto or {self.device.type}")
         world = self.accelerator.num_processes
         if loop.batch_size % (world * loop.accumulate):
             raise ValueError(f"batch_size (={loop.batch_size}) must be a multiple of processes x accumulate (={world} x {loop.accumulate})")
@@ -249,42 +252,53 @@ class Trainer:
             write_json(self.run / "config.json", self.config)
         if loop.trackers:
             self.accelerator.init_trackers(self.task.kind, config={"config": json.dumps(self.config)})
-        sums: dict[str, list[float]] = defaultdict(list)
-        started, began = time.perf_counter(), self.counters["images"]
+        began = self.counters["images"]
+        if main:
+            threads, n = torch.get_num_threads(), self.accelerator.num_processes
+            tqdm.write(f"{self.task.kind} on {self.device.type}, {loop.dtype}, {threads} threads, {n} process{'es' * (n > 1)}", file=sys.stderr)
         bar = tqdm(total=loop.images, initial=began, unit=" images", disable=not main, dynamic_ncols=True, smoothing=0.05, mininterval=2)
-        with _signals() as signalled, _no_denormals(), bar:
-            for batches in self._batches(end):
-                for k, v in self.step(batches).items():
-                    sums[k].append(v)
-                images = self.counters["images"]
-                bar.update(loop.batch_size)
-                if self.counters["skipped_in_a_row"] >= BAD_STEPS_IN_A_ROW:
-                    raise Diverged(
-                        f"{BAD_STEPS_IN_A_ROW} steps in a row were not finite, last at {images:,} images; the newest checkpoint is intact: "
-                        f"lower lr (={loop.lr}) or use dtype fp32"
-                    )
-                if self._due(loop.log_every) or images >= end:
-                    line = self._means(sums)
-                    line |= {
-                        "images": images,
-                        "images_per_s": round((images - began) / (time.perf_counter() - started), 2),
-                        "skipped": self.counters["skipped"],
-                    }
-                    bar.set_postfix(loss=f"{line.get('loss', math.nan):.4f}")
-                    sums.clear()
-                    if log:
-                        log.write(**line)
-                    if loop.trackers:
-                        self.accelerator.log(line, step=images)
-                stop = self._any(signalled["signum"])
-                if self._due(loop.sample_every) or images >= loop.images:
-                    self._look(log)
-                if self._due(loop.save_every) or images >= end or stop:
-                    self.save()
-                if stop:
-                    raise Stopped(stop, images)
-        if loop.trackers:
-            self.accelerator.end_training()
+        try:
+            with _signals() as signalled, _no_denormals(), bar:
+                self._steps(end, signalled, log, bar)
+        finally:
+            if loop.trackers:
+                self.accelerator.end_training()
+
+    def _steps(self, end: int, signalled: dict[str, int], log: RunLog | None, bar: tqdm) -> None:
+        loop, clock = self.loop, (time.perf_counter(), self.counters["images"])
+        sums: dict[str, list[float]] = defaultdict(list)
+        for batches in self._batches(end):
+            for k, v in self.step(batches).items():
+                sums[k].append(v)
+            images = self.counters["images"]
+            bar.update(loop.batch_size)
+            if self.counters["skipped_in_a_row"] >= BAD_STEPS_IN_A_ROW:
+                raise Diverged(
+                    f"{BAD_STEPS_IN_A_ROW} steps in a row were not finite, last at {images:,} images; the newest checkpoint is intact: "
+                    f"begin again in another --out with a lower lr (={loop.lr}) or with dtype fp32"
+                )
+            if self._due(loop.log_every) or images >= end:
+                self._report(sums, clock, log, bar)
+            stop = self._any(signalled["signum"])
+            if self._due(loop.sample_every) or images >= loop.images:
+                self._look(log)
+            if self._due(loop.save_every) or images >= end or stop:
+                self.save()
+            if stop:
+                raise Stopped(stop, images)
+
+    def _report(self, sums: dict[str, list[float]], clock: tuple[float, int], log: RunLog | None, bar: tqdm) -> None:
+        """One line of the log: means since the last one, and the speed since `clock` (seconds, images)."""
+        images = self.counters["images"]
+        line = self._means(sums)
+        sums.clear()
+        speed = (images - clock[1]) / (time.perf_counter() - clock[0])
+        line |= {"images": images, "images_per_s": round(speed, 2), "skipped": self.counters["skipped"]}
+        bar.set_postfix(loss=f"{line.get('loss', math.nan):.4f}")
+        if log:
+            log.write(**line)
+        if self.loop.trackers:
+            self.accelerator.log(line, step=images)
 
     def _due(self, every: int) -> bool:
         images = self.counters["images"]
@@ -319,9 +333,12 @@ class Trainer:
                 yield ahead.pop(0).result()
 
     def _look(self, log: RunLog | None) -> None:
-        """Samples and scores of the averaged weights."""
-        if not self.accelerator.is_main_process:
-            return
+        """Samples and scores of the averaged weights; the other processes wait."""
+        if self.accelerator.is_main_process:
+            self._look_here(log)
+        self.accelerator.wait_for_everyone()
+
+    def _look_here(self, log: RunLog | None) -> None:
         with torch.no_grad():
             scores = self.task.evaluate(self.averages)
             picture = self.task.samples(self.averages)
@@ -351,9 +368,12 @@ class Trainer:
         return nn.ModuleDict({n: self.task.networks[n] for n in phase.networks})
 
     def save(self) -> None:
-        """Writes state and EMA pack of this moment and drops old ones."""
-        if not self.accelerator.is_main_process:
-            return
+        """Writes state and EMA pack of this moment and drops old ones; the other processes wait until it is done."""
+        if self.accelerator.is_main_process:
+            self._save_here()
+        self.accelerator.wait_for_everyone()
+
+    def _save_here(self) -> None:
         images = self.counters["images"]
         counters = self.counters | {"best": self.best if math.isfinite(self.best) else None}
         save_tensors(self.run / checkpoint_name("state", images), self.state(), {"run": self.config, "counters": counters})

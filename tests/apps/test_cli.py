@@ -80,6 +80,63 @@ def test_several_pictures_and_from(packed: str, tmp_path: Path, capsys: pytest.C
     assert (np.asarray(Image.open(tmp_path / "next.png")) != np.asarray(Image.open(again))).any()
 
 
+def test_a_variation_is_of_the_picture_that_is_named(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "generate", "a cat", "--model", packed, "--seed", "7", "--count", "3", "--steps", "2", "--out", str(tmp_path / "cat.png"))
+    argv = ["generate", "--from", str(tmp_path / "cat-3.png"), "--guidance", "5", "--model", packed, "--out", str(tmp_path / "more.png")]
+    status, _, err = run(capsys, *argv)
+    assert status == 0, err
+    with Image.open(tmp_path / "more.png") as image:
+        record = json.loads(image.info[METADATA_KEY])
+    assert record["seed"] == 9
+    assert record["request"]["guidance"] == 5
+    assert record["request"]["prompt"] == "a cat"
+    status, _, err = run(capsys, "generate", "--from", str(tmp_path / "cat-grid.png"), "--model", packed)
+    assert status == 2
+    assert "several pictures" in err
+    assert "seeds: [7, 8, 9]" in run(capsys, "info", str(tmp_path / "cat-grid.png"))[1]
+
+
+def test_another_models_picture_is_not_passed_off_as_the_same(packed: str, smoke: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cat.png"
+    run(capsys, "generate", "a cat", "--model", packed, "--seed", "7", "--steps", "2", "--out", str(out))
+    again = ["generate", "--from", str(out), "--model", str(smoke / "diffusion"), "--out", str(tmp_path / "x.png")]
+    status, _, err = run(capsys, *again)
+    assert status == 2
+    assert "drawn by the model packed" in err
+    assert run(capsys, *again, "a cat")[0] == 0
+
+
+def test_format_and_threads_come_from_the_record(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cat.png"
+    run(capsys, "generate", "a cat", "--model", packed, "--seed", "7", "--steps", "2", "--dtype", "bf16", "--threads", "1", "--out", str(out))
+    run(capsys, "generate", "--from", str(out), "--model", packed, "--threads", "0", "--out", str(tmp_path / "x.png"))
+    assert (tmp_path / "x.png").read_bytes() == out.read_bytes()
+
+
+def test_pictures_of_one_call_do_not_overwrite_each_other(
+    packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, "generate", "a cat", "a cat!", "A CAT?", "--style", "noto", "--seed", "7", "--steps", "1", "--model", packed)
+    assert status == 0, err
+    assert len([p for p in (tmp_path / "sfumato-out").iterdir() if "grid" not in p.name]) == 3
+
+
+def test_foreign_folders_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    status, _, err = run(capsys, "info", str(tmp_path))
+    assert status == 2
+    assert "not the config of a run" in err
+    from sfumato.core.images import save_png
+
+    save_png(tmp_path / "odd.png", Image.new("RGBA", (4, 4)), {METADATA_KEY: '{"request": {"prompt": "a"}}'})
+    for argv in (["info", str(tmp_path / "odd.png")], ["generate", "--from", str(tmp_path / "odd.png")]):
+        status, _, err = run(capsys, *argv)
+        assert status == 2
+        assert "metadata cannot be read" in err
+        assert err.count("\n") == 1
+
+
 def test_sheet(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = tmp_path / "sheet.png"
     argv = ["generate", "a cat", "一只狐狸", "--style", "all", "--sheet", str(sheet), "--model", packed, "--steps", "1", "--seed", "1"]
@@ -105,7 +162,7 @@ BAD: list[tuple[list[str], str]] = [
     (["a cat", "--guidance", "nan"], "guidance"),
     (["a cat", "--seed", "-1"], "seed (=-1)"),
     (["a cat", "--threads", "-1"], "threads (=-1)"),
-    (["a cat", "--out", "cat.jpg"], "must end in .png"),
+    (["a cat", "--out", "cat.jpg"], "ends in .png"),
     (["a cat", "--out", "/dev/null/cat.png"], "cannot write"),
     (["a cat", "--dtype", "fp16", "--device", "cpu"], "fp16"),
     (["--from", "/dev/null"], "/dev/null"),

@@ -57,6 +57,7 @@ def test_config_round_trip_and_refusals() -> None:
         ConvnetConfig(widths=(16, 24, 32))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 4, 16, 18), (1, 4, 17, 16), (4, 16, 16)])
 def test_a_wrong_shape_is_named(shape: tuple[int, ...]) -> None:
     for call in (small(), small().encode):

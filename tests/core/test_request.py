@@ -25,7 +25,10 @@ from sfumato.core.request import GenerateRequest, metadata_text, parameters_text
         ({"eta": 1.5}, "eta"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
         ({"style": "a:b"}, "style"),
-        ({"style": "a:0"}, "share above 0"),
+        ({"style": "a:0"}, "one above 0"),
+        ({"style": "a:1e308,b:1e308"}, "finite shares"),
+        ({"steps": 2.5}, "whole number"),
+        ({"prompt": "\udc80"}, "UTF-8"),
         ({"style": ""}, "style"),
     ],
 )
@@ -57,7 +60,8 @@ requests = st.builds(
 
 @given(requests)
 def test_metadata_round_trip(request_: GenerateRequest) -> None:
-    assert parse_metadata(metadata_text({"request": request_, "seed": 1}))["request"] == request_
+    record = {"request": request_, "seed": 1, "index": 0, "version": "1", "engine": "e", "device": "cpu", "dtype": "fp32", "threads": 2}
+    assert parse_metadata(metadata_text(record | {"model": {"name": "m", "hash": "h"}}))["request"] == request_
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"request": {"stepz": 3}}', '{"request": 3}', "not json"])

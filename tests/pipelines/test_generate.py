@@ -10,7 +10,7 @@ import sfumato
 from sfumato.core.checkpoint import FileError, load_tensors
 from sfumato.core.pack import save_pack
 from sfumato.core.request import GenerateRequest, style_weights
-from sfumato.pipelines.generate import CHUNK, LatentDiffusion
+from sfumato.pipelines.generate import CHUNK, LatentDiffusion, Row
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_one_picture_of_a_request_is_byte_equal(model: LatentDiffusion) -> None:
 def test_conditions_matter(model: LatentDiffusion) -> None:
     def drawn(**change: object) -> torch.Tensor:
         request = GenerateRequest(**({"prompt": "grinning face", "style": "noto", "seed": 1, "steps": 6} | change))  # type: ignore[arg-type]
-        return list(model.latents(request, [1], [style_weights(str(request.style))]))[-1]
+        return list(model.latents([Row(request, 0, 1, style_weights(str(request.style)))]))[-1]
 
     base = drawn()
     assert torch.equal(drawn(), base)
@@ -113,6 +113,18 @@ def broken(smoke: Path, target: Path, change: object) -> Path:
     return target
 
 
+def test_drawn_together_is_drawn_alone(model: LatentDiffusion) -> None:
+    """Prompts, styles and seeds may differ within one batch."""
+    requests = [
+        GenerateRequest(prompt=p, style=s, seed=n, steps=3) for p, s, n in (("clown", "noto", 1), (None, "openmoji", 2), ("一个嘿嘿", "noto", 3))
+    ]
+    together = pixels([p.image for p in model.draw(requests)])
+    alone = np.concatenate([pixels([p.image for p in model.pictures(r)]) for r in requests])
+    assert np.abs(together - alone).max() <= 1
+    with pytest.raises(ValueError, match="same steps"):
+        list(model.draw([requests[0], GenerateRequest(prompt="x", steps=4)]))
+
+
 def test_broken_models_are_refused_in_one_line(smoke: Path, tmp_path: Path) -> None:
     def nan(tensors: dict, meta: dict) -> None:
         tensors["denoiser.stem.weight"][0, 0] = float("nan")
@@ -126,7 +138,20 @@ def test_broken_models_are_refused_in_one_line(smoke: Path, tmp_path: Path) -> N
     def wrong_kind(tensors: dict, meta: dict) -> None:
         meta["denoiser"]["kind"] = "unet9"
 
-    for change, named in ((nan, "not finite"), (missing, "do not fit"), (unknown_field, "did you mean 'width'"), (wrong_kind, "unet9")):
+    def no_codec(tensors: dict, meta: dict) -> None:
+        del meta["codec"]
+
+    def foreign(tensors: dict, meta: dict) -> None:
+        tensors["upscaler.weight"] = torch.zeros(1)
+
+    for change, named in (
+        (no_codec, "lacks codec"),
+        (foreign, "upscaler.weight"),
+        (nan, "not finite"),
+        (missing, "do not fit"),
+        (unknown_field, "did you mean 'width'"),
+        (wrong_kind, "unet9"),
+    ):
         path = broken(smoke, tmp_path / f"{change.__name__}.safetensors", change)
         with pytest.raises(ValueError, match=named) as error:
             sfumato.load(path)

@@ -130,3 +130,25 @@ def test_the_codec_is_measured_once(smoke: Path, task: DiffusionTask, tmp_path: 
     assert torch.equal(first.codec.latent_std, again.codec.latent_std)
     assert load_tensors(tmp_path / "parts" / "codec.safetensors")[1]["measured"] is True
     assert torch.equal(first.latents, again.latents)
+
+
+def test_a_run_refuses_another_codec_than_it_was_begun_with(smoke: Path, tmp_path: Path) -> None:
+    from sfumato.train import autoencoder
+
+    recipe, loop = preset_smoke()
+    train(recipe, loop, tmp_path / "run", codec=smoke / "codec", text=smoke / "text", stop_at=320)
+    other, its_loop = autoencoder.preset_smoke()
+    autoencoder.train(other, replace(its_loop, seed=1, images=320), tmp_path / "codec")
+    with pytest.raises(ValueError, match="begun with another codec"):
+        train(recipe, loop, tmp_path / "run", codec=tmp_path / "codec", text=smoke / "text")
+    train(recipe, loop, tmp_path / "run", codec=tmp_path / "run" / "parts" / "codec.safetensors", text=smoke / "text")
+
+
+def test_packed_files_serve_as_parts(smoke: Path, tmp_path: Path) -> None:
+    from sfumato.apps.cli import main
+
+    main(["pack", str(smoke / "diffusion"), "--out", str(tmp_path / "packed.safetensors")])
+    recipe, loop = preset_smoke()
+    both = {"codec": tmp_path / "packed.safetensors", "text": tmp_path / "packed.safetensors"}
+    train(recipe, replace(loop, images=64, sample_every=64, save_every=64), tmp_path / "run", **both)
+    assert checkpoints(tmp_path / "run", "model")

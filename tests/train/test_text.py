@@ -16,8 +16,8 @@ from sfumato.train.text import PRESETS, TextRecipe, TextTask, contrastive, prese
 
 
 @pytest.fixture(scope="module")
-def task() -> TextTask:
-    return TextTask(preset_smoke()[0], seed=0)
+def task(tmp_path_factory: pytest.TempPathFactory) -> TextTask:
+    return TextTask(preset_smoke()[0], 0, tmp_path_factory.mktemp("text"))
 
 
 def test_contrastive_closed_form() -> None:
@@ -36,7 +36,7 @@ def test_contrastive_without_positives_is_zero_and_differentiable() -> None:
     z = F.normalize(torch.randn(3, 4), dim=1).requires_grad_()
     loss = contrastive(z, torch.eye(3, dtype=torch.bool), torch.zeros(3, 3, dtype=torch.bool), torch.tensor(1.0))
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
 
 
 def test_whitened_features_have_unit_variance_and_no_correlation() -> None:
@@ -89,3 +89,19 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 def test_recipes_round_trip() -> None:
     for preset in PRESETS.values():
         assert from_json(TextRecipe, to_json(preset()[0])) == preset()[0]
+
+
+def test_a_resume_keeps_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words may change between two versions; the ids that the embeddings were trained with must not."""
+    from sfumato.train import text as module
+
+    recipe = preset_smoke()[0]
+    first = TextTask(recipe, 0, tmp_path).networks["text"].tokenizer.to_str()
+    monkeypatch.setattr(module, "tokenizer_corpus", lambda limit: ["something else entirely"])
+    assert TextTask(recipe, 0, tmp_path).networks["text"].tokenizer.to_str() == first
+
+
+def test_accumulation_is_refused(tmp_path: Path) -> None:
+    recipe, loop = preset_smoke()
+    with pytest.raises(ValueError, match=r"accumulate \(=2\)"):
+        train(recipe, replace(loop, accumulate=2), tmp_path)
