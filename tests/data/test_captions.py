@@ -88,7 +88,7 @@ def test_numbers_pairs_and_grounds_are_said() -> None:
         ("eyes", "eyes"),
         ("bus", "buses"),
         ("ewe sheep", "ewe sheep"),
-    ],  # fmt: skip
+    ],
 )
 def test_plurals(noun: str, many: str) -> None:
     assert plural(noun) == many
