@@ -20,7 +20,7 @@ SHAPED = ("nn", "codecs", "losses", "diffusion", "text.encoder", "data.augment",
 def shapes(function: Callable[..., Any]) -> Callable[..., Any]:
     """beartype for the annotations that hold a shape. Other mistakes have errors of their own, which users see and tests ask for."""
     function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if has_shape(hint)}
-    return beartype(function) if function.__annotations__ else function
+    return beartype(function)
 
 
 def has_shape(hint: Any) -> bool:
@@ -28,6 +28,12 @@ def has_shape(hint: Any) -> bool:
     return (isinstance(hint, type) and issubclass(hint, AbstractArray)) or any(has_shape(part) for part in get_args(hint))
 
 
+def where_there_are_shapes(*, typechecker: Any, jaxtyped: Any = jaxtyping.jaxtyped) -> Callable[[Any], Any]:
+    """What the hook decorates with: jaxtyping's own is slow, and most functions have no shape to check."""
+    return lambda f: jaxtyped(f, typechecker=typechecker) if any("[Tensor, '" in str(hint) for hint in f.__annotations__.values()) else f
+
+
+jaxtyping.jaxtyped = where_there_are_shapes
 install_import_hook([f"sfumato.{name}" for name in SHAPED], f"sys.modules[{__name__!r}].shapes")  # before sfumato is imported
 
 torch.set_num_threads(2)

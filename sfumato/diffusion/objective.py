@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfumato.core.config import nearest
@@ -80,8 +80,11 @@ def loss(
     path: Path,
     config: ObjectiveConfig,
     weight: Float[Tensor, " b"] | None = None,
+    live: Bool[Tensor, " c"] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Mean over samples of weight times squared error, at least in fp32. The noise is unit Gaussian.
+
+    `live` says which channels count: those that a codec leaves dead hold nothing to learn.
 
     Stats: "mse" without weights, and "target_square", the error of a network that always says 0.
     Raises ValueError where the path does not have the prediction.
@@ -89,6 +92,8 @@ def loss(
     wanted = target(config.prediction, x0, noise, t, path)
     wanted = wanted.to(torch.promote_types(wanted.dtype, torch.float32))
     out = net(path.mix(x0, noise, t), t, cond).to(wanted.dtype)
+    if live is not None:
+        out, wanted = out[:, live], wanted[:, live]
     mse = (out - wanted).square().flatten(1).mean(1)
     weighted = mse if weight is None else mse * weight
     if config.min_snr_gamma is not None:

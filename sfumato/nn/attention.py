@@ -9,6 +9,20 @@ from torch.nn import functional as F
 
 from sfumato.nn.layers import RMSNorm
 
+SHORT = 64 * 64  # queries x keys up to which plain matrix products beat the CPU's fused kernel, whose backward is slow on short sequences
+
+
+def attend(
+    q: Float[Tensor, "b heads n d"], k: Float[Tensor, "b heads m d"], v: Float[Tensor, "b heads m d"], allowed: Bool[Tensor, "#b #heads #n m"] | None
+) -> Float[Tensor, "b heads n d"]:
+    """softmax(q k^T / sqrt(d)) v; `allowed` broadcasts to "b heads n m", True where a query may look."""
+    if q.device.type != "cpu" or q.shape[-2] * k.shape[-2] > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    return logits.softmax(-1).to(v.dtype) @ v
+
 
 class Attention(nn.Module):
     """x attends to itself, or to `context`, where mask is True."""
@@ -30,5 +44,5 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = (rearrange(f(s), "b n (h d) -> b h n d", h=self.heads) for f, s in ((self.q, x), (self.k, context), (self.v, context)))
         allowed = None if mask is None else mask[:, None, None, :]
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=allowed)
+        y = attend(self.q_norm(q), self.k_norm(k), v, allowed)
         return self.out(rearrange(y, "b h n d -> b n (h d)"))

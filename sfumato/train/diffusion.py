@@ -127,6 +127,8 @@ class DiffusionTask:
         self.of_style = [np.flatnonzero(self.art.style == s) for s in range(len(STYLES))]
         self.labels, self.label_of = self._labels()
         self._measure(part)
+        alive = (self.codec.latent_std > 0).to(self.device)
+        self.live = None if bool(alive.all()) else alive
         self.path = make_path(recipe.path)
         self.latents = self._latents(run)
         self._held_out = self._validation()
@@ -275,7 +277,7 @@ class DiffusionTask:
                 states, pooled = self.text(batch["ids"], batch["mask"])
             cond = replace(cond, text=states.float(), mask=batch["mask"], pooled=pooled.float())
         cond = without_style(silent(cond, batch["no_text"]), batch["no_style"])
-        return loss(networks["denoiser"], batch["x0"], batch["noise"], batch["t"], cond, self.path, self.recipe.objective)
+        return loss(networks["denoiser"], batch["x0"], batch["noise"], batch["t"], cond, self.path, self.recipe.objective, live=self.live)
 
     def cond(self, texts: list[str], style: Tensor, label: Tensor | None = None) -> Cond:
         cond = Cond(style=style.to(self.device), label=None if label is None else label.to(self.device))
@@ -306,7 +308,7 @@ class DiffusionTask:
             rows = slice(start, start + 128)
             x0, noise, t = (v[k][rows].to(self.device) for k in ("x0", "noise", "t"))
             cond = self.cond(v["names"][rows], v["style"][rows], v["label"][rows])
-            value, _ = loss(net, x0, noise, t, cond, self.path, self.recipe.objective)
+            value, _ = loss(net, x0, noise, t, cond, self.path, self.recipe.objective, live=self.live)
             total += float(value) * len(x0)
         validation = total / len(v["x0"])
         return {"validation_loss": validation, "score": -validation}

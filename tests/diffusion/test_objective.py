@@ -113,3 +113,17 @@ def test_errors_name_the_value(values, message):
 def test_loss_refuses_flow_where_the_path_has_none(paths):
     with pytest.raises(ValueError, match="use 'v'"):
         loss(lambda x, t, c: x, torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), Cond(), paths["vp-cosine"], ObjectiveConfig())
+
+
+def test_dead_channels_do_not_count() -> None:
+    """Neither in the loss nor in the gradient: a network may say anything there."""
+    path = make_path(PathConfig())
+    x0, noise, t = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.full((4,), 0.5)
+    live = torch.tensor([True, False, True])
+    said = torch.zeros(4, 3, 2, 2, requires_grad=True)
+    value, _ = loss(lambda x, t, c: said, x0, noise, t, Cond(), path, ObjectiveConfig(), live=live)
+    value.backward()
+    torch.testing.assert_close(value.detach(), (noise - x0)[:, live].square().mean())
+    assert said.grad is not None
+    assert said.grad[:, 1].abs().max().item() == 0
+    assert said.grad[:, 0].abs().min().item() > 0
