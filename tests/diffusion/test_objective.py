@@ -6,6 +6,7 @@ import torch
 
 from sfumato.core.seams import Cond
 from sfumato.diffusion.objective import ObjectiveConfig, draw_t, loss, snr_weight
+from sfumato.diffusion.path import PathConfig, make_path
 from sfumato.diffusion.precond import from_x0, target
 
 f64 = torch.float64
