@@ -10,7 +10,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,6 @@ def with_interval(a: np.ndarray) -> list[float]:
 # --- drawing ----------------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 def draw(
     model: LatentDiffusion, prompts: Sequence[str], styles: Sequence[str], seeds: Sequence[int], what: str = "", **options: Any
 ) -> list[Image.Image]:
