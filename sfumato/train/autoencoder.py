@@ -58,7 +58,7 @@ class AutoencoderRecipe:
 def preset_bundled() -> tuple[AutoencoderRecipe, LoopConfig]:
     """The codec of the bundled model: 64 x 64 RGBA -> 8 x 8 x 16, 6.9 M parameters (the KL autoencoder of arXiv 2112.10752, cheaper).
 
-    On two cores with AVX512-bf16 about an hour: 83 images/s, 52/s in the last third, with features. Held-out pairs: 31.4 dB, SSIM 0.958.
+    On two cores with AVX512-bf16 83 images/s, and 52/s in the last third, with features. Held-out pairs: 31.4 dB, SSIM 0.958.
 
     `sfumato train autoencoder --preset bundled --data emoji --out runs/codec`
     """

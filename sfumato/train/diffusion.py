@@ -72,7 +72,7 @@ class DiffusionRecipe:
 def preset_bundled() -> tuple[DiffusionRecipe, LoopConfig]:
     """The denoiser of the bundled model: a DiT (arXiv 2212.09748, 2310.00426) of 11.9 M parameters over 16 tokens.
 
-    On two cores with AVX512-bf16 about two hours: 355 images/s, after five minutes of encoding.
+    On two cores with AVX512-bf16 355 images/s, after five minutes of encoding.
 
     `sfumato train diffusion --preset bundled --data emoji --codec runs/codec --text runs/text --out runs/diffusion`
     """
