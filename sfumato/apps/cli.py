@@ -77,13 +77,12 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def parse(tyro: Any, kind: type, argv: list[str], command: str, default: Any = None) -> Any:
+def parse(tyro: Any, kind: type, argv: list[str], command: str) -> Any:
     """tyro's parse of `kind`; its boxed errors become one line."""
     words = io.StringIO()
-    extra = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(words):
-            return tyro.cli(kind, args=argv, prog=f"sfumato {command}", **extra)
+            return tyro.cli(kind, args=argv, prog=f"sfumato {command}")
     except SystemExit as e:
         if not e.code:
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import sys
 import textwrap
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from sfumato.apps.cli import say
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.images import flatten, grid, png_bytes
 from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, GenerateRequest, metadata_text, parse_metadata
@@ -80,10 +80,6 @@ class Job:
     request: GenerateRequest
     files: tuple[Path, ...]
     only: int | None = None
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def run(asked: Generate) -> None:

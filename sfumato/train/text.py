@@ -48,7 +48,7 @@ class TextRecipe:
 def preset_bundled() -> tuple[TextRecipe, LoopConfig]:
     """The text encoder of the bundled model: 4.0 M parameters (contrastive, arXiv 2004.11362 and 2103.00020).
 
-    On two cores 14 minutes beside other work (480 captions/s). Names found again: 0.999 (English), 0.990 (Chinese); in unseen templates 0.92 and 0.88.
+    On two cores 14 minutes beside other work (480 captions/s). Names found again: 0.999 (English), 0.990 (Chinese); unseen templates 0.92 and 0.88.
 
     `sfumato train text --preset bundled --data emoji --out runs/text`
     """
