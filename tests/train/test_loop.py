@@ -235,6 +235,32 @@ def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
     assert newest_state(tmp_path)["run"]["loop"]["images"] == 640
 
 
+class Tanh(nn.Module):
+    """A forward pass of its own: torch.compile leaves the ones of torch.nn alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.hidden(x)))
+
+
+def test_a_compiled_run_learns_the_same_under_the_same_names(tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(1)
+    start = Tanh().state_dict()
+    for compiled in (False, True):
+        task = Toy()
+        task.networks = {"net": Tanh()}
+        task.networks["net"].load_state_dict(start)
+        counters.clear()
+        fit(tmp_path / str(compiled), replace(LOOP, compile=compiled), task)
+        assert (counters["stats"]["unique_graphs"] > 0) == compiled
+    assert_same(tmp_path / "False", tmp_path / "True", tolerance=1e-4)
+
+
 def test_a_cut_newest_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
     fit(tmp_path / "whole", THOUSANDS)
     fit(tmp_path / "cut", THOUSANDS, stop_at=4_000)
