@@ -32,7 +32,7 @@ from sfumato.data.augment import Variety, draw_scene, render
 from sfumato.data.emoji import STYLES, Drawings, concepts, drawable, drawings
 from sfumato.nn.backbones import over, resize
 from sfumato.nn.layers import ResBlock
-from sfumato.train.loop import Batch, LoopConfig, Phase, Stopped, Trainer, checkpoints
+from sfumato.train.loop import Batch, LoopConfig, Phase, Stopped, Trainer, checkpoints, main_first
 
 FOLDER = ROOT / "runs" / "judge"
 FEW = 64  # so many concepts or fewer are rasterised alone, not the whole set
@@ -122,7 +122,7 @@ class JudgeTask:
         art = art_of(self.known, 2 * recipe.size)
         self.train, self.held_out = art.rows(~art.held_out), art.rows(art.held_out)
         self.row_of = {c: i for i, c in enumerate(self.known)}
-        self.flips = self.train.may_flip
+        self.flips, self.recolours = self.train.may_flip, self.train.may_recolour
         torch.manual_seed(seed)
         network = JudgeNet(recipe, len(self.known)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.networks: dict[str, nn.Module] = {"judge": network}
@@ -135,7 +135,8 @@ class JudgeTask:
         r = self.recipe
         rows = shuffled(len(self.train), self.seed, f"judge/{purpose}/order", positions)
         rngs = [numpy_rng(self.seed, f"judge/{purpose}/scene", int(p)) for p in positions]
-        scenes = [draw_scene(rng, r.variety, int(row), bool(self.flips[row])) for rng, row in zip(rngs, rows, strict=True)]
+        may = zip(self.flips[rows].tolist(), self.recolours[rows].tolist(), strict=True)
+        scenes = [draw_scene(rng, r.variety, int(row), flip, (), tint) for rng, row, (flip, tint) in zip(rngs, rows, may, strict=True)]
         shape = (3, r.size, r.size)
         noise = torch.stack([torch.randn(shape, generator=torch_rng(self.seed, f"judge/{purpose}/noise", int(p))) for p in positions])
         x = spoil(render(self.train.pixels, scenes, r.size), rngs, noise)
@@ -219,7 +220,7 @@ def judge(recipe: JudgeRecipe, loop: LoopConfig, root: Path = FOLDER) -> Judge:
     packs = checkpoints(folder, "model")
     if not packs or int(read_metadata(packs[-1])["images"]) < loop.images:  # type: ignore[call-overload]
         print(f"training the second judge: {loop.images:,} pictures, in {folder}", file=sys.stderr)
-        Trainer(JudgeTask(recipe, loop.seed), loop, folder, recipe).train()
+        Trainer(main_first(loop, lambda _: JudgeTask(recipe, loop.seed)), loop, folder, recipe).train()
         packs = checkpoints(folder, "model")
     tensors, meta = load_tensors(packs[-1])
     wanted = known(recipe)

@@ -55,9 +55,9 @@ def _record(record: dict[str, Any]) -> dict[str, Any]:
 def _tensors(path: Path) -> dict[str, Any]:
     meta = read_metadata(path)
     facts: dict[str, Any] = {"what": "safetensors file", "bytes": f"{path.stat().st_size:,}"}
-    if "run" in meta:
-        run, counters = meta["run"], meta["counters"]
-        return facts | {"what": f"training state ({run['kind']})", **counters}  # type: ignore[call-overload, dict-item, index]
+    run, counters = meta.get("run"), meta.get("counters")
+    if isinstance(run, dict) and isinstance(counters, dict):
+        return facts | {"what": f"training state ({run.get('kind')})", **counters}
     if "kind" not in meta:
         return facts | {"of sfumato": "no: it says nothing of its kind"}
     facts["what"] = f"model ({meta['kind']})"

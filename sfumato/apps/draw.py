@@ -117,7 +117,7 @@ def _request(asked: Generate, record: dict[str, Any] | None) -> tuple[GenerateRe
     """What to draw; with `only` the one picture of it that a record is of, where nothing about it was changed."""
     base = GenerateRequest() if record is None else record["request"]
     changed = _changes(asked)
-    if record is not None and not changed and not asked.prompts:
+    if record is not None and not changed and not asked.prompts and asked.sheet is None:
         return base, record["index"]
     if record is not None:  # a variation of that picture, not of the first one of its call
         changed = {"seed": record["seed"], "count": 1} | changed

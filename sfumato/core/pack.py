@@ -62,6 +62,8 @@ def load_pack(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     meta: dict[str, Any] = dict(metadata)
     if "kind" not in meta or "hash" not in meta:
         raise FileError(f"{path} is a safetensors file, but not one of sfumato's: it says nothing of its kind")
+    if not isinstance(meta.get("format", FORMAT), int):
+        raise FileError(f"{path} has format {meta['format']!r}, which is none of sfumato's: another program wrote it")
     if meta.get("format", FORMAT) > FORMAT:
         raise FileError(f"{path} has format {meta['format']}, this sfumato reads up to {FORMAT}: update sfumato")
     if hash_tensors(tensors) != meta["hash"]:

@@ -42,6 +42,9 @@ class GenerateRequest:
     size: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "negative", "style", "label"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} (={getattr(self, name)!r}) must be a text")
         for name in ("prompt", "negative"):
             text = getattr(self, name)
             if text is not None and not text.strip():
@@ -55,10 +58,14 @@ class GenerateRequest:
                 raise ValueError(f"{name} (={getattr(self, name)!r}) must be a whole number")
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} (={getattr(self, name)}) must be between {low} and {high:,}")
+        if self.seed is not None and type(self.seed) is not int:
+            raise ValueError(f"seed (={self.seed!r}) must be a whole number")
         if self.seed is not None and not 0 <= self.seed < SEEDS - self.count:
             raise ValueError(f"seed (={self.seed}) must be between 0 and 2^63 - count")
         for name, low, high in (("guidance", 0, 100), ("style_guidance", 0, 100), ("eta", 0, 1)):
             value = getattr(self, name)
+            if value is not None and type(value) not in (int, float):
+                raise ValueError(f"{name} (={value!r}) must be a number")
             if value is not None and not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} (={value}) must be between {low} and {high}")
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:

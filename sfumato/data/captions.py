@@ -6,6 +6,7 @@ One keyword in ten and two templates per language are kept out of all training, 
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
@@ -232,83 +233,15 @@ def means(words: Sequence[str], shown: Sequence[int]) -> frozenset[int]:
     return frozenset(found)
 
 
-FILLER = [
-    "a",
-    "an",
-    "the",
-    "of",
-    "and",
-    "in",
-    "on",
-    "at",
-    "with",
-    "picture",
-    "drawing",
-    "icon",
-    "sticker",
-    "emoji",
-    "draw",
-    "please",
-    "paint",
-    "image",
-    "photo",
-    "small",
-    "little",
-    "tiny",
-    "big",
-    "large",
-    "one",
-    "two",
-    "three",
-    "some",
-    "sitting",
-    "的",
-    "一",
-    "两",
-    "三",
-    "二",
-    "个",
-    "只",
-    "条",
-    "朵",
-    "棵",
-    "辆",
-    "架",
-    "艘",
-    "座",
-    "本",
-    "張",
-    "张",
-    "画",
-    "图画",
-    "贴纸",
-    "图标",
-    "请",
-    "表情",
-    "给我",
-    "坐",
-    "在",
-    "和",
-    "与",
-    "小",
-    "小小",
-    "大",
-    "里",
-    "上",
-    "中",
-    "個",
-    "隻",
-    "兩",
-    "畫",
-    "圖",
-    "著",
-]
-FILLER += [
-    *COLOURS_ZH,
-    "gray",
-    *COLOURS_ZH.values(),
-    *(v[0] for v in COLOURS_ZH.values()),
-    *GROUNDS_ZH.values(),
-    *" ".join(GROUNDS_EN.values()).split(),
-]
-FILLER += [f.translate(TRADITIONAL) for f in FILLER]
+def _filler() -> list[str]:
+    """The words around the things in captions, in all three scripts, and a few more that say nothing of a thing either."""
+    english = " ".join([*TEMPLATES["en"], *HELD_OUT_TEMPLATES["en"], *GROUNDS_EN.values(), *PLACES_EN.values(), *COLOURS_ZH])
+    more = "an the and with some photo gray big large small little tiny tilted mirrored sitting one two three left right top bottom"
+    found = [*re.findall("[a-z]+", english), *more.split()]
+    found += [piece for t in (*TEMPLATES["zh"], *HELD_OUT_TEMPLATES["zh"]) for piece in re.findall(r"[\u4e00-\u9fff]+", t)]
+    found += [*COLOURS_ZH.values(), *(v[0] for v in COLOURS_ZH.values()), *GROUNDS_ZH.values(), *MANNERS_ZH.values()]
+    found += [*(m for _, m in MEASURES), *(v for _, v in NUMBERS.values()), *"的一二个和与在坐小大里上中画图请着張著", "小小", "给我", "帮我"]
+    return list(dict.fromkeys(w for f in found for w in (f, f.translate(TRADITIONAL))))
+
+
+FILLER = _filler()

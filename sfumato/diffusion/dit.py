@@ -1,28 +1,34 @@
-"""A diffusion transformer over latents: one shared adaptive norm (PixArt's adaLN-single, arXiv 2310.00426) on a DiT (arXiv 2212.09748).
+"""A diffusion transformer over latents (DiT, arXiv 2212.09748), its adaptive norms shared by all blocks (PixArt's adaLN-single, 2310.00426) or not.
 
-Text enters by cross-attention and, pooled, beside time, style and label in the conditioning vector.
+Text enters by cross-attention and, pooled, beside time, style and label in the conditioning vector. One shared norm has few ways to say
+*what* is drawn; a norm of each block's own ("block") says it in every block, at the price of 6 width^2 parameters a block.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sfumato.core.config import nearest
 from sfumato.core.seams import Cond
 from sfumato.nn.attention import Attention
 from sfumato.nn.embeddings import grid_positions, sinusoidal
 from sfumato.nn.layers import MLP
+
+Modulation = Literal["single", "block"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """A denoiser of latents; in every `cross_every`-th block tokens attend to the text.
 
-    `text_width`, `styles` or `labels` 0: no such input.
+    `modulation`: one adaptive norm for all blocks ("single") or one for each ("block"). `memory`: how many known things the pooled text is
+    compared with (see `Memory`). `text_width`, `styles`, `labels` or `memory` 0: no such input.
     """
 
     kind: str = "dit"
@@ -33,17 +39,24 @@ class DiTConfig:
     heads: int = 6
     mlp_ratio: float = 3.0
     cross_every: int = 2
+    modulation: Modulation = "single"
     text_width: int = 256
     styles: int = 6
     labels: int = 0
+    memory: int = 0
 
     def __post_init__(self) -> None:
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width (={self.width}) must be a multiple of 4 and of heads (={self.heads})")
+        known = get_args(Modulation)
+        if self.memory and not self.text_width:
+            raise ValueError(f"memory (={self.memory}) compares texts: it needs text_width > 0, or must be 0")
+        if self.modulation not in known:
+            raise ValueError(f"modulation (={self.modulation!r}) must be one of {', '.join(known)}{nearest(self.modulation, known)}")
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, cross-attention (some blocks) and MLP; shift, scale and gate come from outside, plus this block's own offsets."""
+    """Self-attention, cross-attention (some blocks) and MLP; shift, scale and gate are the shared ones plus this block's own."""
 
     def __init__(self, config: DiTConfig, cross: bool) -> None:
         super().__init__()
@@ -55,6 +68,7 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(w, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(w, config.mlp_ratio)
         self.offsets = nn.Parameter(torch.randn(6, w) / w**0.5)
+        self.modulation = nn.Linear(w, 6 * w, bias=False) if config.modulation == "block" else None
         if self.cross is not None:
             nn.init.zeros_(self.cross.out.weight)
             nn.init.zeros_(self.cross.out.bias)
@@ -70,6 +84,27 @@ class DiTBlock(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
+class Memory(nn.Module):
+    """What each known thing looks like, found by what the text says: attention of a pooled text over one key and one value per thing.
+
+    A network learns a value as fast as a class's own embedding, and other words for the thing find it too. Keys start at the texts of the
+    things' names, sharpness at 20, where names recall almost only their own thing. A pooled text of zeros (nothing was said)
+    recalls nothing.
+    """
+
+    def __init__(self, things: int, text_width: int, width: int) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.randn(things, text_width))
+        self.values = nn.Parameter(torch.randn(things, width) * 0.02)
+        self.log_sharpness = nn.Parameter(torch.tensor(20.0).log())
+
+    def forward(self, pooled: Float[Tensor, "b e"]) -> Float[Tensor, "b d"]:
+        nearness = nn.functional.normalize(pooled, dim=-1) @ nn.functional.normalize(self.keys, dim=-1).to(pooled).T
+        weight = (nearness * self.log_sharpness.exp()).float().softmax(-1)
+        said = (pooled != 0).any(-1, keepdim=True)
+        return (weight * said).to(self.values.dtype) @ self.values
+
+
 class DiT(nn.Module):
     """net(x_t, t in [0, 1], Cond) -> prediction. Sides must be multiples of the patch."""
 
@@ -81,12 +116,13 @@ class DiT(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w))
         if config.text_width:
             self.pooled = nn.Linear(config.text_width, w)
+        self.memory = Memory(config.memory, config.text_width, w) if config.memory else None
         if config.styles:  # one row more: no style
             self.style = nn.Embedding(config.styles + 1, w)
             self.style_token = nn.Embedding(config.styles + 1, config.text_width) if config.text_width else None
         if config.labels:  # one row more: no label
             self.label = nn.Embedding(config.labels + 1, w)
-        self.modulation = nn.Linear(w, 6 * w)
+        self.modulation = nn.Linear(w, 6 * w) if config.modulation == "single" else None
         cross = [bool(config.text_width) and i % config.cross_every == 0 for i in range(config.depth)]
         self.blocks = nn.ModuleList(DiTBlock(config, c) for c in cross)
         self.norm = nn.LayerNorm(w, elementwise_affine=False, eps=1e-6)
@@ -99,9 +135,9 @@ class DiT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith(("style", "label")):
                 nn.init.normal_(parameter, std=0.02)
-        for layer in (self.modulation, self.last_modulation, self.last):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if "modulation" in name or name.startswith("last."):
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         c, p = self.config, self.config.patch
@@ -112,9 +148,10 @@ class DiT(nn.Module):
         tokens = tokens + grid_positions(h, w, c.width).to(tokens)
         vector, context, mask = self._condition(t, cond, x)
         active = nn.functional.silu(vector)
-        modulation = rearrange(self.modulation(active), "b (k w) -> b k w", k=6)
+        shared = None if self.modulation is None else self.modulation(active)
         for block in self.blocks:
-            tokens = block(tokens, modulation, context, mask)
+            modulation = block.modulation(active) if shared is None else shared
+            tokens = block(tokens, rearrange(modulation, "b (k w) -> b k w", k=6), context, mask)
         shift, scale = self.last_modulation(active)[:, None].chunk(2, dim=-1)
         out = self.last(self.norm(tokens) * (1 + scale) + shift)
         return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
@@ -139,7 +176,11 @@ class DiT(nn.Module):
         if cond.text is None or cond.mask is None or cond.pooled is None:
             context, mask = x.new_zeros(batch, 1, c.text_width), torch.ones(batch, 1, dtype=torch.bool, device=x.device)
             return vector + self.pooled(context[:, 0]), *self._with_style(context, mask, styles)
-        return vector + self.pooled(cond.pooled.to(x)), *self._with_style(cond.text.to(x), cond.mask, styles)
+        pooled = cond.pooled.to(x)
+        vector = vector + self.pooled(pooled)
+        if self.memory is not None:
+            vector = vector + self.memory(pooled)
+        return vector, *self._with_style(cond.text.to(x), cond.mask, styles)
 
     def _with_style(self, context: Tensor, mask: Tensor, styles: Tensor | None) -> tuple[Tensor, Tensor]:
         if styles is None or self.style_token is None:

@@ -184,10 +184,15 @@ class LatentDiffusion:
         cond = self._cond(rows, [r.request.prompt for r in rows], [r.request.label for r in rows])
         empty = self._cond(rows, [r.request.negative for r in rows], [None] * len(rows))
         predict = Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
+        post = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
         if request.style_guidance is None:
-            return guided(cfg(predict, cond, empty, request.guidance, request.guidance_interval))
+            return guided(cfg(predict, cond, empty, request.guidance, request.guidance_interval), post)
         neither = without_style(empty, torch.ones(len(rows), dtype=torch.bool, device=self.device))
-        return guided(text_style(predict, cond, empty, neither, request.guidance, request.style_guidance))
+        return guided(text_style(predict, cond, empty, neither, request.guidance, request.style_guidance), post)
+
+    def _without_dead(self, x0: Tensor, *_: Any) -> Tensor:
+        """Channels that the codec does not use stay 0, as training had them: nobody taught the denoiser what to say of them."""
+        return x0 * (self.codec.latent_std > 0)[:, None, None]
 
     def _cond(self, rows: list[Row], prompts: list[str | None], labels: list[str | None]) -> Cond:
         """What the denoiser is told: a prompt of None is silence, as it was in training."""

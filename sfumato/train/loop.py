@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
-from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, hash_tensors, load_tensors, save_tensors, thousands, write_json
+from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, load_tensors, save_tensors, thousands, write_json
 from sfumato.core.config import to_json
 from sfumato.core.images import save_png
+from sfumato.core.pack import save_pack
 from sfumato.core.runlog import RunLog
 from sfumato.nn.ema import ema_copy, ema_update
 
@@ -373,7 +374,7 @@ class Trainer:
         return nn.ModuleDict({n: self.task.networks[n] for n in phase.networks})
 
     def save(self) -> None:
-        """Writes state and EMA pack of this moment and drops old ones; the other processes wait until it is done."""
+        """Writes EMA pack, then state, and drops old ones; the other processes wait until it is done."""
         if self.accelerator.is_main_process:
             self._save_here()
         self.accelerator.wait_for_everyone()
@@ -381,8 +382,8 @@ class Trainer:
     def _save_here(self) -> None:
         images = self.counters["images"]
         counters = self.counters | {"best": self.best if math.isfinite(self.best) else None}
-        save_tensors(self.run / checkpoint_name("state", images), self.state(), {"run": self.config, "counters": counters})
         self._save_pack(self.run / checkpoint_name("model", images))
+        save_tensors(self.run / checkpoint_name("state", images), self.state(), {"run": self.config, "counters": counters})
         for kind in ("state", "model"):
             for old in checkpoints(self.run, kind)[: -self.loop.keep]:
                 number = round(float(re.findall(r"[\d.]+(?=k)", old.name)[0]) * 1000)
@@ -391,7 +392,7 @@ class Trainer:
 
     def _save_pack(self, path: Path) -> None:
         tensors, metadata = self.task.pack(self.averages)
-        save_tensors(path, tensors, metadata | {"hash": hash_tensors(tensors), "images": self.counters["images"]})
+        save_pack(path, tensors, metadata | {"images": self.counters["images"]})
 
     def resume(self) -> None:
         """Loads the newest readable state, if there is one. Raises ValueError where it belongs to another configuration."""

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sfumato.core.seams import Cond
-from sfumato.diffusion.dit import DiT, DiTConfig, without_label, without_style, without_text
+from sfumato.diffusion.dit import DiT, DiTConfig, Memory, silent, without_label, without_style, without_text
 
 SMALL = DiTConfig(channels=4, patch=2, width=32, depth=2, heads=2, text_width=16, styles=3, labels=5)
 
@@ -108,3 +110,46 @@ def test_without_text_styles_or_labels() -> None:
 def test_impossible_sizes_are_named(change: dict) -> None:
     with pytest.raises(ValueError, match="width"):
         DiTConfig(**change)
+
+
+def test_a_norm_of_each_blocks_own_can_do_what_the_shared_one_does() -> None:
+    """Blocks that all hold the shared weights give the shared network's output, and each of them gets a gradient."""
+    shared, own = trained(SMALL), DiT(replace(SMALL, modulation="block")).eval()
+    own.load_state_dict({k: v for k, v in shared.state_dict().items() if not k.startswith("modulation")}, strict=False)
+    for block in own.blocks:
+        block.modulation.weight.data.copy_(shared.modulation.weight)
+        block.offsets.data += shared.modulation.bias.view(6, -1)
+    assert torch.allclose(run(own, cond(2)), run(shared, cond(2)), atol=1e-5)
+    run(own, cond(2)).square().sum().backward()
+    assert all(float(block.modulation.weight.grad.abs().sum()) > 0 for block in own.blocks)
+
+
+def test_an_unknown_modulation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"modulation .*'blocks'.*single, block"):
+        DiTConfig(modulation="blocks")  # type: ignore[arg-type]
+
+
+def test_memory_recalls_what_the_text_is_near() -> None:
+    """Far apart keys and great sharpness: each key's own text recalls its own value, silence nothing, whatever the length of the vector."""
+    memory = Memory(4, 8, 6)
+    memory.keys.data = torch.eye(4, 8)
+    memory.log_sharpness.data.fill_(5.0)
+    assert torch.allclose(memory(3 * torch.eye(4, 8)), memory.values, atol=1e-5)
+    assert not memory(torch.zeros(2, 8)).any()
+    between = memory(torch.tensor([[1.0, 1, 0, 0, 0, 0, 0, 0]]))
+    assert torch.allclose(between[0], memory.values[:2].mean(0), atol=1e-5)
+
+
+def test_a_denoiser_with_a_memory_learns_it_and_forgets_it_in_silence() -> None:
+    net = trained(replace(SMALL, memory=5))
+    run(net, cond(2)).square().sum().backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in net.memory.parameters())
+    silence = silent(cond(2), torch.ones(2, dtype=torch.bool))
+    before = run(net, silence)
+    net.memory.values.data += 1
+    assert torch.equal(run(net, silence), before)
+
+
+def test_a_memory_needs_text() -> None:
+    with pytest.raises(ValueError, match=r"memory .*text_width"):
+        DiTConfig(memory=3, text_width=0)
