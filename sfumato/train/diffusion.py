@@ -72,6 +72,8 @@ class DiffusionRecipe:
 
     def __post_init__(self) -> None:
         check_prediction(self.objective.prediction, make_path(self.path))
+        if self.memory and not self.denoiser.text_width:
+            raise ValueError("memory (=True) compares captions: it needs denoiser.text_width > 0, or must be False")
 
 
 def preset_bundled() -> tuple[DiffusionRecipe, LoopConfig]:

@@ -179,3 +179,15 @@ def test_bf16_draws_about_the_same(smoke: Path, model: LatentDiffusion) -> None:
     half = sfumato.load(smoke / "diffusion", device="cpu", dtype="bf16")
     a, b = (pixels(m.generate("a cat", style="noto", seed=7, steps=8)) for m in (model, half))
     assert np.abs(a - b).mean() < 4
+
+
+def test_channels_that_the_codec_does_not_use_stay_out_of_it(smoke: Path) -> None:
+    """What the denoiser says of a dead channel, which no loss ever taught it, does not change the picture."""
+    model = sfumato.load(smoke / "diffusion", device="cpu")
+    model.codec.latent_std[1] = 0
+    before = pixels(model.generate("a cat", seed=1, steps=4))
+    rows = model.denoiser.last.bias.view(model.codec.spec.latent_channels, -1)
+    rows.data[1] += 3
+    assert (pixels(model.generate("a cat", seed=1, steps=4)) == before).all()
+    rows.data[0] += 3
+    assert (pixels(model.generate("a cat", seed=1, steps=4)) != before).any()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sfumato.data.captions import FILLER
+from sfumato.data.captions import FILLER, HELD_OUT_TEMPLATES, TEMPLATES, TRADITIONAL
 from sfumato.text.words import nearest_words, normalise, unknown_words
 
 KNOWN = ["cat", "cat face", "dog face", "grinning face", "red apple", "dragon", "猫", "狐狸", "狗脸", "青苹果", "t-rex"]
@@ -40,3 +40,11 @@ def test_near_words_are_named_best_first() -> None:
     assert nearest_words("grining", KNOWN)[0] == "grinning face"
     assert nearest_words("青萍果", KNOWN)[0] == "青苹果"
     assert nearest_words("qqq", KNOWN) == []
+
+
+def test_the_words_that_training_puts_around_things_are_known() -> None:
+    """Every template around a known thing, held-out ones too, in all scripts."""
+    for tongue, thing in (("en", "cat"), ("zh", "猫")):
+        for template in (*TEMPLATES[tongue], *HELD_OUT_TEMPLATES[tongue]):
+            for text in (template.format(thing), template.format(thing).translate(TRADITIONAL)):
+                assert unknown_words(text, KNOWN, filler=FILLER) == [], text

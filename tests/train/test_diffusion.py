@@ -14,6 +14,7 @@ from sfumato.core.config import from_json, to_json
 from sfumato.core.runlog import read_log
 from sfumato.data.emoji import STYLES, concepts, is_held_out
 from sfumato.diffusion.dit import DiTConfig
+from sfumato.pipelines.load import load
 from sfumato.train.diffusion import PRESETS, DiffusionRecipe, DiffusionTask, preset_smoke, train
 from sfumato.train.loop import checkpoints
 
@@ -152,3 +153,21 @@ def test_packed_files_serve_as_parts(smoke: Path, tmp_path: Path) -> None:
     both = {"codec": tmp_path / "packed.safetensors", "text": tmp_path / "packed.safetensors"}
     train(recipe, replace(loop, images=64, sample_every=64, save_every=64), tmp_path / "run", **both)
     assert checkpoints(tmp_path / "run", "model")
+
+
+def test_a_memory_starts_at_the_names_and_is_packed(smoke: Path, tmp_path: Path) -> None:
+    recipe, loop = preset_smoke()
+    trainer = train(replace(recipe, memory=True), replace(loop, images=64), tmp_path / "run", codec=smoke / "codec", text=smoke / "text")
+    assert trainer.task.denoiser.memory == len(trainer.task.known()) == 12
+    tensors, meta = load_tensors(checkpoints(tmp_path / "run", "model")[-1])
+    assert meta["denoiser"]["memory"] == 12
+    names = trainer.task.text.encode([c.names["zh"] for c in trainer.task.known()])[2]
+    near = torch.nn.functional.cosine_similarity(tensors["denoiser.memory.keys"], names)
+    assert float(near.min()) > 0.5
+    model = load(checkpoints(tmp_path / "run", "model")[-1])
+    assert len(model.generate("猫", steps=2, seed=0)) == 1
+
+
+def test_a_memory_needs_captions() -> None:
+    with pytest.raises(ValueError, match=r"memory .*text_width"):
+        DiffusionRecipe(denoiser=DiTConfig(text_width=0), memory=True)
