@@ -53,7 +53,7 @@ class JudgeRecipe:
 
 
 LOOP = LoopConfig(
-    images=250_000, batch_size=64, lr=2e-3, warmup=6_400, decay=0.5, ema=0.02, dtype="bf16", weight_decay=0.05, log_every=6_400, save_every=25_600,
+    images=250_000, batch_size=64, lr=2e-3, warmup=6_400, decay=0.5, ema=0.02, dtype="auto", weight_decay=0.05, log_every=6_400, save_every=25_600,
     sample_every=128_000, keep=1,
 )  # fmt: skip
 QUICK = replace(LOOP, images=96, batch_size=16, warmup=16, log_every=48, save_every=96, sample_every=96, dtype="fp32", device="cpu")

@@ -88,7 +88,7 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
             ("out", Path, field(default=Path("runs") / what)),
             ("plan", bool, field(default=False)),
             ("device", Literal["auto", "cpu", "cuda", "mps"] | None, field(default=None)),
-            ("dtype", Literal["fp32", "bf16"] | None, field(default=None)),
+            ("dtype", Literal["auto", "fp32", "bf16"] | None, field(default=None)),
             ("threads", int | None, field(default=None)),
             *parts,
             ("recipe", type(recipe), field(default=recipe)),
@@ -137,6 +137,7 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
         "disk_GB": round((disk * (loop.keep + 1) + data["disk"]) / 1e9, 3),
         "free_disk_GB": round(free / 1e9, 1),
         "device": str(trainer.device),
+        "dtype": trainer.loop.dtype,
     }
     return {"plan": facts, "recipe": to_json(asked.recipe), "loop": to_json(loop)}
 

@@ -25,7 +25,7 @@ from sfumato.data.augment import Variety, draw_scene, render
 from sfumato.data.emoji import Drawings, concepts, drawings
 from sfumato.losses.perceptual import perceptual
 from sfumato.nn.backbones import EfficientNetLite0, efficientnet_lite0, over
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
 WIDE = Variety(place=0.6, scale=(0.6, 1.25), angle=20.0, recolour=0.15, count=0.05, pair=0.05, scene=0.1)
 
@@ -62,7 +62,7 @@ def preset_bundled() -> tuple[AutoencoderRecipe, LoopConfig]:
 
     `sfumato train autoencoder --preset bundled --data emoji --out runs/codec`
     """
-    return AutoencoderRecipe(), LoopConfig(images=120_000, batch_size=32, lr=1e-3, warmup=5_000, dtype="bf16", save_every=25_000, sample_every=25_000)
+    return AutoencoderRecipe(), LoopConfig(images=120_000, batch_size=32, lr=1e-3, warmup=5_000, dtype="auto", save_every=25_000, sample_every=25_000)
 
 
 def preset_smoke() -> tuple[AutoencoderRecipe, LoopConfig]:
@@ -199,6 +199,7 @@ class AutoencoderTask:
 
 def train(recipe: AutoencoderRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the codec in the run folder `out`."""
+    loop = settled(loop, out)
     trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed, loop.dtype == "bf16")), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

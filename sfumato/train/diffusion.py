@@ -35,7 +35,7 @@ from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, check_prediction
 from sfumato.diffusion.samplers import sample_heun
 from sfumato.text.encoder import TextEncoder
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, checkpoints, main_first
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, checkpoints, main_first, settled
 
 GENTLE = Variety(place=0.25, scale=(0.75, 1.0), angle=10.0, recolour=0.12, count=0.02, pair=0.02, scene=0.04)
 PREVIEW = (("🐱", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸鱼", 3), ("a rocket", 4), ("a frog", 5), ("sunflower", 0), ("汉堡", 1),
@@ -85,7 +85,7 @@ def preset_bundled() -> tuple[DiffusionRecipe, LoopConfig]:
     """
     denoiser = DiTConfig(width=320, heads=5, modulation="block")
     return DiffusionRecipe(denoiser=denoiser, objective=ObjectiveConfig(P_mean=0.6), memory=True), LoopConfig(
-        images=2_500_000, batch_size=128, lr=6e-4, warmup=20_000, dtype="bf16", log_every=25_600, save_every=100_096, sample_every=100_096
+        images=2_500_000, batch_size=128, lr=6e-4, warmup=20_000, dtype="auto", log_every=25_600, save_every=100_096, sample_every=100_096
     )  # fmt: skip
 
 
@@ -357,6 +357,7 @@ class DiffusionTask:
 
 def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the denoiser in the run folder `out`; `codec` and `text` are runs or packs, copied in on the first start."""
+    loop = settled(loop, out)
     task = main_first(loop, lambda device: DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device, loop.dtype == "bf16"))
     trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)

@@ -53,7 +53,7 @@ def preset_bundled() -> tuple[TextRecipe, LoopConfig]:
     `sfumato train text --preset bundled --data emoji --out runs/text`
     """
     return TextRecipe(), LoopConfig(
-        images=400_000, batch_size=256, lr=1e-3, warmup=20_000, dtype="bf16", log_every=10_240, save_every=100_000, sample_every=100_000
+        images=400_000, batch_size=256, lr=1e-3, warmup=20_000, dtype="auto", log_every=10_240, save_every=100_000, sample_every=100_000
     )
 
 

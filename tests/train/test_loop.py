@@ -27,7 +27,8 @@ from torch.func import functional_call
 from sfumato.core.checkpoint import load_tensors
 from sfumato.core.runlog import read_log
 from sfumato.train import autoencoder
-from sfumato.train.loop import Batch, Diverged, LoopConfig, Phase, Stopped, Trainer, checkpoint_name, checkpoints
+from sfumato.train import loop as loop_module
+from sfumato.train.loop import Batch, Diverged, LoopConfig, Phase, Stopped, Trainer, checkpoint_name, checkpoints, faster_dtype, settled
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -233,6 +234,19 @@ def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
     fit(tmp_path, stop_at=160)
     fit(tmp_path, replace(LOOP, log_every=64, save_every=64, keep=2, images=640))
     assert newest_state(tmp_path)["run"]["loop"]["images"] == 640
+
+
+def test_auto_takes_the_faster_dtype_once_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was begun in one number format goes on in it, on a machine that would choose another too."""
+    auto = replace(LOOP, dtype="auto")
+    monkeypatch.setattr(loop_module, "faster_dtype", lambda _: "bf16")
+    assert fit(tmp_path / "run", auto, stop_at=160).loop.dtype == "bf16"
+    monkeypatch.setattr(loop_module, "faster_dtype", lambda _: "fp32")
+    assert fit(tmp_path / "run", auto).loop.dtype == "bf16"
+    assert settled(auto, tmp_path / "another").dtype == "fp32"
+    assert settled(replace(auto, dtype="bf16"), tmp_path / "another").dtype == "bf16"
+    assert faster_dtype(torch.device("cpu")) in ("fp32", "bf16")
+    assert faster_dtype(torch.device("mps")) == "fp32"
 
 
 class Tanh(nn.Module):
