@@ -1,4 +1,4 @@
-"""Pictures in memory and on disk: tensors to PIL and back, grids, PNG."""
+"""Pictures in memory and on disk: tensors to PIL and back, grids, PNG, and other people's files as they were meant to look."""
 
 from __future__ import annotations
 
@@ -8,13 +8,123 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps, features
 
 from sfumato.core.checkpoint import write_bytes
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+
+READABLE = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+MOST_PIXELS = 100_000_000
+SRGB = ImageCms.createProfile("sRGB")
+STARTS = (  # what else a file named like a picture turns out to be
+    (b"version https://git-lfs", "git-lfs", "is a Git LFS pointer, not the picture: run `git lfs pull` where it came from"),
+    (b"%PDF", "not-a-picture", "is a PDF"),
+    (b"PK\x03\x04", "not-a-picture", "is a zip archive: give it the ending .zip, or unpack it"),
+    (b"\x1f\x8b", "not-a-picture", "is gzip data"),
+)
+
+
+class Unreadable(ValueError):
+    """A picture that cannot be used; `kind` is one word for it, the message says what it is and what helps."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def decode(data: bytes, max_pixels: int = MOST_PIXELS) -> Image.Image:
+    """The bytes of a picture -> PIL, RGB or RGBA with straight alpha, 8-bit sRGB, upright; of an animation the first frame.
+
+    Turned by its EXIF orientation; colours converted by its ICC profile (a broken profile is taken for sRGB); 16-bit samples are rounded
+    to 8 bits. Raises Unreadable.
+    """
+    if not data:
+        raise Unreadable("empty", "is empty")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format not in READABLE:
+                raise Unreadable("format", f"is a {image.format} file: save it as PNG, JPEG or WebP")
+            if image.width * image.height > max_pixels:
+                raise Unreadable("too-large", f"has {image.width} x {image.height} pixels, more than {max_pixels:,}: make it smaller")
+            image.seek(0)
+            image.load()
+            return _upright_srgb(image)
+    except Image.DecompressionBombError:
+        raise Unreadable("too-large", f"has more than {max_pixels:,} pixels: make it smaller") from None
+    except Image.UnidentifiedImageError:
+        raise _what_else(data) from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as e:
+        if isinstance(e, Unreadable):
+            raise
+        cut = "truncated" in str(e).lower() or isinstance(e, EOFError) or _ends_early(data)
+        said = " ".join(str(e).split()) or type(e).__name__
+        raise (Unreadable("truncated", f"is cut off ({said})") if cut else Unreadable("damaged", f"is damaged ({said})")) from None
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether a PNG or JPEG lacks its end marker, or a WebP is shorter than it says."""
+    if data.startswith(b"RIFF"):
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    return (data.startswith(b"\x89PNG") and b"IEND" not in data[-64:]) or (data.startswith(b"\xff\xd8") and b"\xff\xd9" not in data[-1024:])
+
+
+def _what_else(data: bytes) -> Unreadable:
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
+    for start, kind, text in STARTS:
+        if head.startswith(start):
+            return Unreadable(kind, text)
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"):
+        return Unreadable("format", "is a HEIC photograph: export it as JPEG, or convert it (`heif-convert IN.heic OUT.jpg`)")
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+        if features.check("avif"):
+            return Unreadable("damaged", "begins like an AVIF picture and is damaged or cut off")
+        return Unreadable("format", "is an AVIF picture and this Pillow cannot read it: install pillow>=11.3, or convert it to PNG")
+    if head[:1] == b"<":
+        drawing = b"<svg" in head[:256].lower()
+        return Unreadable("html", "is an SVG drawing: render it to PNG first" if drawing else "is a web page, not a picture: download it again")
+    if data.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF", b"GIF8")):
+        cut = len(data) < 64 or _ends_early(data)
+        return Unreadable("truncated" if cut else "damaged", "is cut off" if cut else "begins like a picture and is damaged")
+    if not any(data):
+        return Unreadable("damaged", "holds nothing but zeros: its disk or its download failed")
+    return Unreadable("not-a-picture", "is not a picture")
+
+
+def _upright_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        image = _eight_bits(image)
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    alpha = image.convert("RGBA").getchannel("A") if transparent else None
+    colours = image.convert("RGBA").convert("RGB") if transparent or image.mode == "P" else image
+    rgb = _to_srgb(colours, profile).convert("RGB")
+    if alpha is None or alpha.getextrema() == (255, 255):
+        return rgb
+    rgb.putalpha(alpha)
+    return rgb
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    if not profile:
+        return image
+    try:
+        return ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), SRGB, outputMode="RGB")  # type: ignore[return-value]
+    except (ImageCms.PyCMSError, OSError, ValueError):  # broken, or of another kind of colours than the picture has
+        return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits; numbers beyond 16 bits, or not in [0, 1] where they are fractions, have no agreed meaning."""
+    values = np.asarray(image).astype(np.float64)
+    top = 1.0 if image.mode == "F" else 65535.0
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
+        raise Unreadable("format", f"holds numbers from {values.min():g} to {values.max():g} instead of 8- or 16-bit samples: save it as PNG or JPEG")
+    return Image.fromarray((values / top * 255 + 0.5).astype(np.uint8))
 
 
 def to_pil(x: Float[Tensor, "b c h w"]) -> list[Image.Image]:
