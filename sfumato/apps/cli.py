@@ -20,6 +20,7 @@ Pictures from words, and the models behind them.
   concepts [WORD]       the things that it knows, or those near a word
   models                the models that come with this installation
   info FILE             what a model, a run folder or one of our pictures is
+  data check|show DIR   what a folder of one's own pictures is good for
   train WHAT ...        train an autoencoder, a text encoder or a diffusion model
   pack RUN              make one small file that draws from a finished run
 
@@ -53,6 +54,25 @@ def _ask(name: str) -> Callable[[list[str]], None]:
     return run
 
 
+def data(argv: list[str]) -> None:
+    """Says what a folder of pictures is good for."""
+    import tyro
+
+    from sfumato.apps import dataset
+    from sfumato.core.config import nearest
+
+    known = {"check": (dataset.Check, dataset.run_check), "show": (dataset.Show, dataset.run_show)}
+    if not argv or argv[0] not in known:
+        if argv and argv[0] in ("-h", "--help"):
+            print("usage: sfumato data {check,show} DIR ...")
+            return
+        given = argv[0] if argv else ""
+        raise ValueError(f"data what? (={given!r}) must be one of {', '.join(known)}{nearest(given, known)}")
+    kind, answer = known[argv[0]]
+    for line in answer(parse(tyro, kind, argv[1:], f"data {argv[0]}")):
+        print(line)
+
+
 def train(argv: list[str]) -> None:
     """Trains one part of a model."""
     from sfumato.apps.training import train as run
@@ -72,6 +92,7 @@ def pack(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
     **{name: _ask(name) for name in ("styles", "concepts", "models", "info")},
+    "data": data,
     "train": train,
     "pack": pack,
 }

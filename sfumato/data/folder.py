@@ -73,12 +73,23 @@ class Bad:
 
 
 @dataclass(frozen=True)
+class Found:
+    """A file to look at: on disk, or the `member` of a zip on disk."""
+
+    name: str
+    path: Path
+    member: str | None
+    stamp: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Scan:
-    """What a folder holds, in the order of the names."""
+    """What a folder holds, in the order of the names; `files` says where an entry of that name lies."""
 
     root: Path
     entries: tuple[Entry, ...]
     bad: tuple[Bad, ...]
+    files: dict[str, Found]
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -87,16 +98,6 @@ class Scan:
 
 
 # --- finding ------------------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file to look at: on disk, or the `member` of a zip on disk."""
-
-    name: str
-    path: Path
-    member: str | None
-    stamp: tuple[int, int]
 
 
 def find(root: Path) -> Iterator[Found | Bad]:
@@ -216,6 +217,30 @@ def look(found: Found) -> Entry | Bad:
     )
 
 
+def open_picture(found: Scan, entry: Entry) -> Image.Image:
+    """The picture of an entry, as `sfumato.core.images.decode` gives it. Raises FileError where it has changed since the scan."""
+    try:
+        return decode(read(found.files[entry.name]))
+    except Unreadable as e:
+        raise FileError(f"{entry.name} {e}, though it was a good picture when the folder was scanned: give the command again") from None
+
+
+def framed(image: Image.Image, size: int) -> Image.Image:
+    """The picture as a square of `size` pixels: what is opaque is cut to its middle, what has transparency is kept whole, with more around it.
+
+    Colours behind transparency do not bleed: resizing is done with premultiplied alpha.
+    """
+    w, h = image.size
+    if image.mode != "RGBA":
+        side = min(w, h)
+        left, top = (w - side) // 2, (h - side) // 2
+        return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    side = max(w, h)
+    square = Image.new("RGBA", (side, side))
+    square.paste(image, ((side - w) // 2, (side - h) // 2))
+    return square.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0).convert("RGBA")
+
+
 def _notes(name: str, data: bytes, image: Image.Image, flat: Image.Image) -> Iterator[str]:
     true = Image.open(io.BytesIO(data)).format or ""
     suffix = os.path.splitext(name.lower())[1]
@@ -330,7 +355,7 @@ def scan(root: Path | str, *, strict: bool = False, workers: int = 0, progress: 
     Raises FileError where there is no picture, where more than one in ten is bad, or, `strict`, where any is.
     """
     found = survey(root, workers=workers, progress=progress)
-    _judge(found, strict)
+    check(found, strict)
     return found
 
 
@@ -358,10 +383,12 @@ def survey(root: Path | str, *, workers: int = 0, progress: bool = True) -> Scan
     entries = [e for e in looked if isinstance(e, Entry)]
     captions, labels, wrong = _said((f for f in files if not _is_picture(f.name)), {e.name for e in entries})
     bad += [b for b in looked if isinstance(b, Bad)]
-    return Scan(root, tuple(_with_words(entries, captions, labels)), tuple(sorted(bad + wrong, key=lambda b: b.name)))
+    words = tuple(_with_words(entries, captions, labels))
+    return Scan(root, words, tuple(sorted(bad + wrong, key=lambda b: b.name)), {f.name: f for f in pictures})
 
 
-def _judge(found: Scan, strict: bool) -> None:
+def check(found: Scan, strict: bool = False) -> None:
+    """Raises FileError where one cannot train on what was found: see `scan`."""
     bad = sum(b.kind not in WORDS for b in found.bad)
     if not found.entries:
         more = f": {bad} files cannot be used, {_example(found)}" if bad else f": it should hold files that end in {', '.join(SUFFIXES[:6])}"

@@ -19,7 +19,7 @@ from skimage import data as photographs
 from sfumato.core.checkpoint import FileError
 from sfumato.core.images import Unreadable, decode
 from sfumato.data import folder as subject
-from sfumato.data.folder import Bad, Entry, near_duplicates, scan, split, survey
+from sfumato.data.folder import Bad, Entry, framed, near_duplicates, open_picture, scan, split, survey
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -416,3 +416,33 @@ def test_the_index_is_json_lines_of_plain_values(many: Path) -> None:
     scan(many, progress=False)
     rows = [json.loads(line) for line in subject._index_path(many).read_text().splitlines()]
     assert [r["name"] for r in rows] == [f"{i:02}.png" for i in range(24)]
+
+
+# --- on the sheet -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_opaque_is_cut_and_what_is_not_is_kept_whole() -> None:
+    wide = Image.new("RGB", (90, 30), "blue")
+    wide.paste("red", (30, 0, 60, 30))
+    assert framed(wide, 16).getextrema() == ((255, 255), (0, 0), (0, 0))
+    tall = Image.new("RGBA", (10, 40), (0, 255, 0, 255))
+    square = framed(tall, 40)
+    assert square.getchannel("A").getbbox() == (15, 0, 25, 40)
+
+
+def test_colours_behind_transparency_do_not_bleed() -> None:
+    image = Image.new("RGBA", (64, 64), (255, 0, 255, 0))
+    image.paste((0, 128, 0, 255), (0, 0, 32, 64))
+    small = np.asarray(framed(image, 8)).astype(int)
+    seen = small[small[..., 3] > 60]
+    assert len(seen)
+    assert (abs(seen[:, 0]) <= 8).all()
+    assert (abs(seen[:, 2]) <= 8).all()
+
+
+def test_a_picture_that_changed_after_the_scan_is_named(many: Path) -> None:
+    found = scan(many, progress=False)
+    assert open_picture(found, found.entries[3]).size == (24, 16)
+    (many / "03.png").write_bytes(b"")
+    with pytest.raises(FileError, match=r"03\.png is empty, though it was a good picture"):
+        open_picture(found, found.entries[3])

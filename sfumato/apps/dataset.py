@@ -1,0 +1,117 @@
+"""`sfumato data check | show DIR`: what a folder of pictures is good for, before anything is trained on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sfumato.core.checkpoint import FileError
+from sfumato.core.images import grid, png_bytes, write_bytes
+from sfumato.data.folder import Entry, Scan, check, framed, near_duplicates, open_picture, scan, split, survey
+
+SHOWN = 20  # lines of one kind, unless all are asked for
+
+
+@dataclass(frozen=True)
+class Check:
+    """Looks at every picture of a folder or zip and names what cannot be used, with the reason."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    strict: bool = False
+    """End with status 2 if a single file is bad, not only if more than one in ten is."""
+    all: bool = False
+    """Name all bad files, not the first 20."""
+    workers: int = 0
+    """Files that are looked at together; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Puts pictures of a folder or zip on one sheet, as training reads them, and prints their names, captions and labels."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    out: Path = Path("sfumato-out") / "data.png"
+    """The PNG to write."""
+    count: int = 36
+    """How many; evenly from the whole folder."""
+    size: int = 128
+    """Pixels of a side."""
+    force: bool = False
+    """Overwrite a file that exists."""
+
+
+def run_check(asked: Check) -> Iterator[str]:
+    """Lines to print. Raises FileError, after all lines, where one could not train on the folder."""
+    found = survey(asked.folder, workers=asked.workers)
+    yield from _facts(found)
+    limit = len(found.bad) if asked.all else SHOWN
+    if found.bad:
+        yield f"bad: {len(found.bad)} ({', '.join(f'{n} {kind}' for kind, n in found.kinds.items())})"
+        yield from (f"  {b.name} {b.reason}" for b in found.bad[:limit])
+        if len(found.bad) > limit:
+            yield f"  and {len(found.bad) - limit} more: --all names them"
+    yield from _remarks(found.entries, limit)
+    train, held = split(found.entries)
+    yield f"split: {len(train)} for training, {len(held)} for validation"
+    pairs = near_duplicates(train, held)
+    if pairs:
+        yield f"near-duplicates across the split: {len(pairs)}; what is measured on them flatters"
+        yield from (f"  {a.name} and {b.name}" for a, b in pairs[:limit])
+    check(found, asked.strict)
+
+
+def _facts(found: Scan) -> Iterator[str]:
+    entries = found.entries
+    yield f"pictures: {len(entries)}"
+    if not entries:
+        return
+    sides = sorted(min(e.width, e.height) for e in entries)
+    yield f"shorter sides: {sides[0]} to {sides[-1]} pixels, half of them {sides[len(sides) // 2]} or more"
+    yield f"with transparency: {sum(e.transparent for e in entries)}"
+    yield f"with a caption: {sum(e.caption is not None for e in entries)}"
+    for name, values in sorted(_labels(entries).items()):
+        most = ", ".join(f"{v} ({n})" for v, n in values.most_common(6))
+        yield f"label {name}: {len(values)} values: {most}{', ...' if len(values) > 6 else ''}"
+    copies = len(entries) - len({e.digest for e in entries})
+    if copies:
+        yield f"exact copies: {copies}"
+
+
+def _labels(entries: tuple[Entry, ...]) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for e in entries:
+        for name, value in e.labels.items():
+            found.setdefault(name, Counter())[value] += 1
+    return found
+
+
+def _remarks(entries: tuple[Entry, ...], limit: int) -> Iterator[str]:
+    noted = [(e.name, n) for e in entries for n in e.notes]
+    if noted:
+        yield f"remarks: {len(noted)}; these pictures are used all the same"
+        yield from (f"  {name} {note}" for name, note in noted[:limit])
+        if len(noted) > limit:
+            yield f"  and {len(noted) - limit} more: --all names them"
+
+
+def run_show(asked: Show) -> Iterator[str]:
+    """Lines to print; the sheet's path is the last."""
+    if not 1 <= asked.count <= 1024:
+        raise ValueError(f"count (={asked.count}) must be between 1 and 1,024")
+    if not 8 <= asked.size <= 1024:
+        raise ValueError(f"size (={asked.size}) must be between 8 and 1,024 pixels")
+    if asked.out.exists() and not asked.force:
+        raise FileError(f"{asked.out} exists: use --force to overwrite it, or another --out")
+    found = scan(asked.folder)
+    step = max(1, len(found.entries) / asked.count)
+    chosen = [found.entries[int(i * step)] for i in range(min(asked.count, len(found.entries)))]
+    write_bytes(asked.out, png_bytes(grid([framed(open_picture(found, e), asked.size) for e in chosen], gap=4)))
+    for e in chosen:
+        labels = ", ".join(f"{k}: {v}" for k, v in e.labels.items())
+        yield "\t".join([e.name, e.caption or "", labels]).rstrip()
+    yield str(asked.out)
