@@ -36,13 +36,24 @@ def _picture(path: Path) -> dict[str, Any]:
     if text:
         facts |= _record(parse_metadata(text))
     elif several:
-        records = [parse_metadata(json.dumps(r)) for r in json.loads(several)]
+        records = _several(several)
         first = _record(records[0])
         prompts = list(dict.fromkeys(str(r["request"].prompt) for r in records))
         facts |= {"pictures": len(records), "drawn by": first["drawn by"], "prompts": "; ".join(prompts), "seeds": [r["seed"] for r in records]}
     elif parameters:
         facts["parameters"] = parameters
     return facts
+
+
+def _several(text: str) -> list[dict[str, Any]]:
+    """The records of a grid or a sheet. Raises ValueError where there is none."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, list) or not found:
+        raise ValueError("the picture's metadata cannot be read: it should be a list of records")
+    return [parse_metadata(json.dumps(r)) for r in found]
 
 
 def _record(record: dict[str, Any]) -> dict[str, Any]:

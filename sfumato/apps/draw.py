@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import secrets
 import textwrap
@@ -140,14 +141,16 @@ def _compare(model: LatentDiffusion, record: dict[str, Any], again: bool) -> Non
     """Refuses to pass another model's picture off as the same one; says what else is different."""
     import torch
 
-    drawn_by, here = record["model"]["hash"], model.meta["hash"]
-    if again and drawn_by != here:
+    drawn_by, ours = record["model"]["hash"], model.meta["hash"]
+    if again and drawn_by != ours:
         raise ValueError(
-            f"the picture was drawn by the model {record['model']['name']} {drawn_by[:10]}, this is {model.name} {here[:10]}: "
+            f"the picture was drawn by the model {record['model']['name']} {drawn_by[:10]}, this is {model.name} {ours[:10]}: "
             "name that model with --model, or give the prompt again to draw it with this one"
         )
-    if again and record["engine"] != f"torch {torch.__version__}":
-        say(f"warning: drawn with {record['engine']}, this is torch {torch.__version__}: the picture may differ by a level here and there")
+    here = {"engine": f"torch {torch.__version__}", "device": model.device.type, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    other = [f"{k} {record[k]} instead of {v}" for k, v in here.items() if record.get(k, v) != v]
+    if again and other:
+        say(f"warning: it was drawn with {', '.join(other)}: the picture may differ by a level here and there")
 
 
 def read_record(source: Path) -> dict[str, Any]:
@@ -189,7 +192,7 @@ def _warn(model: LatentDiffusion, r: GenerateRequest) -> None:
     """Says which options have no effect and which words mean nothing to the model."""
     if r.eta and r.sampler != "ddim":
         say(f"warning: eta has no effect with the sampler {r.sampler}; it is for ddim")
-    if r.negative and r.guidance == 1:
+    if r.negative and r.guidance == 1 and r.style_guidance in (None, 1):
         say("warning: negative has no effect at guidance 1")
     if r.guidance_interval and (r.guidance == 1 or r.style_guidance is not None):
         say("warning: guidance_interval has no effect at guidance 1 or together with style_guidance")

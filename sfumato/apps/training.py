@@ -130,7 +130,7 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
     data = _data_bytes(what, asked.recipe, trainer)
     free = shutil.disk_usage(next(p for p in (asked.out, *asked.out.resolve().parents) if p.exists())).free
     facts = {
-        "parameters": {n: sum(p.numel() for p in net.parameters()) for n, net in trainer.task.networks.items()},
+        "parameters": _parameters(what, asked.recipe, trainer.task),
         "images_per_s": speed,
         "hours": round(seconds / 3600, 2),
         "memory_GB": round((_peak_bytes() + data["memory"]) / 1e9, 2),
@@ -146,12 +146,32 @@ def _timed(what: str, recipe: Any, loop: Any, asked: Any) -> tuple[float, Any, i
     """Images per second (not compiled: compiling would be timed too) after two steps of warming up, the trainer, and the bytes of one checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        loop = replace(loop, compile=False, log_every=loop.batch_size, save_every=loop.images, sample_every=2 * loop.images)
+        images = max(loop.images, 8 * loop.batch_size)  # so that six steps are not the end of it
+        loop = replace(loop, images=images, compile=False, log_every=loop.batch_size, save_every=images, sample_every=2 * images)
         _run(what, recipe, loop, run, asked, stop_at=2 * loop.batch_size)
         trainer = _run(what, recipe, loop, run, asked, stop_at=6 * loop.batch_size)
-        speed = read_log(run / "log.jsonl")[-1]["images_per_s"]
+        speed = [line["images_per_s"] for line in read_log(run / "log.jsonl") if "images_per_s" in line][-1]
         newest = [checkpoints(run, kind)[-1] for kind in ("state", "model")]
         return speed, trainer, sum(f.stat().st_size for f in newest)
+
+
+def _parameters(what: str, recipe: Any, task: Any) -> dict[str, int]:
+    """Of each network. What was timed knew a few concepts only; what grows with their number is counted for all."""
+    import torch
+
+    from sfumato.data.emoji import concepts, drawable
+    from sfumato.diffusion.dit import DiT
+    from sfumato.train.text import IMAGE_WIDTH, Heads
+
+    networks = dict(task.networks)
+    with torch.device("meta"):
+        if what == "diffusion" and not recipe.limit:
+            things = len(drawable())
+            labels = things if recipe.labels == "concept" else task.denoiser.labels
+            networks["denoiser"] = DiT(replace(task.denoiser, memory=things if recipe.memory else 0, labels=labels))
+        if what == "text" and not recipe.limit:
+            networks["heads"] = Heads(recipe.text.width, min(IMAGE_WIDTH, len(concepts()) - 1))
+    return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
 
 def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:

@@ -24,6 +24,8 @@ class ConvnetConfig:
     decoder_blocks: tuple[int, ...] = (2, 3, 2)
 
     def __post_init__(self) -> None:
+        if self.patch < 1 or self.image_channels < 1:
+            raise ValueError(f"patch (={self.patch}) and image_channels (={self.image_channels}) must be at least 1")
         if not len(self.widths) == len(self.encoder_blocks) == len(self.decoder_blocks) >= 1:
             raise ValueError(f"widths (={self.widths}), encoder_blocks and decoder_blocks must have the same length, one number a level")
         if any(w % 16 for w in self.widths):

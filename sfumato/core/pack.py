@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALE = "#scale"
-FORMAT = 1
+FORMAT = 2  # 1 had a hash of the tensors alone
 
 
 def quantise(weight: Float[Tensor, " rows *rest"]) -> tuple[Int8[Tensor, " rows *rest"], Float16[Tensor, " rows"]]:
@@ -49,9 +51,18 @@ def expand(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def digest_of(tensors: dict[str, Tensor], metadata: dict[str, Any], format: int = FORMAT) -> str:
+    """sha256 of everything that decides what a pack draws: its tensors, and what its metadata says of them."""
+    found = hash_tensors(tensors)
+    if format == 1:
+        return found
+    said = json.dumps({k: v for k, v in metadata.items() if k not in ("hash", "format")}, sort_keys=True)
+    return hashlib.sha256(f"{found}\n{said}".encode()).hexdigest()
+
+
 def save_pack(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
-    """Writes a pack with the hash of its tensors; returns the hash."""
-    digest = hash_tensors(tensors)
+    """Writes a pack with its hash; returns the hash."""
+    digest = digest_of(tensors, metadata)
     save_tensors(path, tensors, metadata | {"hash": digest, "format": FORMAT})
     return digest
 
@@ -62,10 +73,11 @@ def load_pack(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     meta: dict[str, Any] = dict(metadata)
     if "kind" not in meta or "hash" not in meta:
         raise FileError(f"{path} is a safetensors file, but not one of sfumato's: it says nothing of its kind")
-    if not isinstance(meta.get("format", FORMAT), int):
-        raise FileError(f"{path} has format {meta['format']!r}, which is none of sfumato's: another program wrote it")
-    if meta.get("format", FORMAT) > FORMAT:
-        raise FileError(f"{path} has format {meta['format']}, this sfumato reads up to {FORMAT}: update sfumato")
-    if hash_tensors(tensors) != meta["hash"]:
-        raise FileError(f"{path} is damaged: its tensors do not have the hash it was written with; get it again")
+    number = meta.get("format")
+    if type(number) is not int or number < 1:
+        raise FileError(f"{path} has format {number!r}, which is none of sfumato's: another program wrote it, or it is damaged")
+    if number > FORMAT:
+        raise FileError(f"{path} has format {number}, this sfumato reads up to {FORMAT}: update sfumato")
+    if digest_of(tensors, meta, number) != meta["hash"]:
+        raise FileError(f"{path} is damaged: its content does not have the hash it was written with; get it again")
     return expand(tensors), meta

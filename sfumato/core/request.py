@@ -106,7 +106,7 @@ def parse_metadata(text: str) -> dict[str, Any]:
         request = from_json(GenerateRequest, record["request"], "request")
         whole = {k: kind(record[k]) for k, kind in RECORD.items()} | {"model": {k: str(record["model"][k]) for k in ("name", "hash")}}
         return record | whole | {"request": request}
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    except (json.JSONDecodeError, KeyError, TypeError, OverflowError) as e:
         raise ValueError(f"the picture's metadata cannot be read: {e!r}") from None
 
 

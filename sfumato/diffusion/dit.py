@@ -46,6 +46,9 @@ class DiTConfig:
     memory: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("channels", "patch", "width", "depth", "heads", "cross_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width (={self.width}) must be a multiple of 4 and of heads (={self.heads})")
         known = get_args(Modulation)
@@ -173,14 +176,15 @@ class DiT(nn.Module):
             vector = vector + self.label(torch.where(label < 0, c.labels, label))
         if not c.text_width:
             return vector, None, None
-        if cond.text is None or cond.mask is None or cond.pooled is None:
+        if cond.text is None or cond.pooled is None:
             context, mask = x.new_zeros(batch, 1, c.text_width), torch.ones(batch, 1, dtype=torch.bool, device=x.device)
             return vector + self.pooled(context[:, 0]), *self._with_style(context, mask, styles)
         pooled = cond.pooled.to(x)
         vector = vector + self.pooled(pooled)
         if self.memory is not None:
             vector = vector + self.memory(pooled)
-        return vector, *self._with_style(cond.text.to(x), cond.mask, styles)
+        mask = torch.ones(cond.text.shape[:2], dtype=torch.bool, device=x.device) if cond.mask is None else cond.mask
+        return vector, *self._with_style(cond.text.to(x), mask, styles)
 
     def _with_style(self, context: Tensor, mask: Tensor, styles: Tensor | None) -> tuple[Tensor, Tensor]:
         if styles is None or self.style_token is None:
@@ -191,12 +195,13 @@ class DiT(nn.Module):
 
 def without_text(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
     """The condition with the text of `rows` taken away: as if nothing had been said."""
-    if cond.text is None or cond.mask is None or cond.pooled is None:
+    if cond.text is None or cond.pooled is None:
         return cond
     keep = ~rows
-    empty = torch.zeros_like(cond.mask)
+    given = torch.ones(cond.text.shape[:2], dtype=torch.bool, device=cond.text.device) if cond.mask is None else cond.mask
+    empty = torch.zeros_like(given)
     empty[:, 0] = True  # one zero token stands for silence
-    mask = torch.where(keep[:, None], cond.mask, empty)
+    mask = torch.where(keep[:, None], given, empty)
     values = cond.__dict__ | {"text": cond.text * keep[:, None, None], "mask": mask, "pooled": cond.pooled * keep[:, None]}
     return Cond(**values)
 

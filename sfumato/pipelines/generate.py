@@ -26,7 +26,7 @@ from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.samplers import sample_ddim, sampler
 from sfumato.text.encoder import TextEncoder
-from sfumato.text.words import normalise, unknown_words
+from sfumato.text.words import normalise, spell_emoji, unknown_words
 
 CHUNK = 16  # pictures drawn together
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -88,6 +88,12 @@ class LatentDiffusion:
         """Every word that some concept of this model is known by, those kept out of its training among them."""
         entries = (w for entry in self.meta["words"].values() for key, words in entry.items() if key != "group" for w in words)
         return {normalise(w) for w in entries} - {""}
+
+    @cached_property
+    def emoji(self) -> dict[str, dict[str, str]]:
+        """What each emoji of this model's concepts is called, in English and in Chinese."""
+        entries = self.meta["words"].values()
+        return {normalise(e["emoji"][0]): {"en": e["en"][0], "zh": e["zh"][0] or e["en"][0]} for e in entries}
 
     def unknown(self, prompt: str) -> list[tuple[str, list[str]]]:
         """Words of a prompt that nothing this model draws is known by, each with the nearest that something is."""
@@ -202,7 +208,7 @@ class LatentDiffusion:
         if names:
             cond = replace(cond, label=torch.tensor([names.index(n) if n else -1 for n in labels], device=self.device))
         if self.text is not None:
-            states, mask, pooled = self.text.encode([p or "" for p in prompts])
+            states, mask, pooled = self.text.encode([spell_emoji(p or "", self.emoji) for p in prompts])
             cond = replace(cond, text=states, mask=mask, pooled=pooled)
         return without_text(cond, torch.tensor([p is None for p in prompts], device=self.device))
 

@@ -31,6 +31,15 @@ class TextConfig:
     heads: int = 4
     tokens: int = 32
 
+    def __post_init__(self) -> None:
+        if self.vocabulary < 258:
+            raise ValueError(f"vocabulary (={self.vocabulary}) must be at least 258: every byte, padding and start are tokens of their own")
+        for name in ("width", "depth", "heads", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width (={self.width}) must be a multiple of heads (={self.heads})")
+
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Byte-level BPE over normalised texts; every CJK character stands alone, so that no phrase becomes one token."""

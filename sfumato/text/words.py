@@ -48,6 +48,19 @@ def _uncovered(text: str, known: set[str]) -> list[str]:
     return [g for g in [*left, gap] if g]
 
 
+def spell_emoji(prompt: str, names: dict[str, dict[str, str]]) -> str:
+    """Emoji that have a name, as words: {emoji, normalised: {"en": name, "zh": name}}; in Chinese where the prompt has Chinese in it.
+
+    A text encoder sees an emoji as a few rare bytes and knows it far less well than its name.
+    """
+    text = normalise(prompt)
+    if not names or not re.search(r"[^\x00-\x7f]", text):
+        return prompt
+    tongue, space = ("zh", "") if re.search(CJK, text) else ("en", " ")
+    emoji = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    return emoji.sub(lambda m: f"{space}{names[m[0]][tongue]}{space}", text).strip()
+
+
 @cache
 def ngrams(word: str) -> frozenset[str]:
     """Its runs of one to three characters, with its ends marked by spaces."""

@@ -53,6 +53,10 @@ class AutoencoderRecipe:
     def __post_init__(self) -> None:
         if self.codec.convnet.image_channels not in (3, 4):
             raise ValueError(f"image_channels (={self.codec.convnet.image_channels}) must be 3 (RGB) or 4 (RGBA)")
+        if self.size < 1 or self.size % self.codec.convnet.factor:
+            raise ValueError(f"size (={self.size}) must be a multiple of the codec's factor (={self.codec.convnet.factor})")
+        if self.limit < 0:
+            raise ValueError(f"limit (={self.limit}) must be at least 0: how many concepts, 0 is all")
 
 
 def preset_bundled() -> tuple[AutoencoderRecipe, LoopConfig]:

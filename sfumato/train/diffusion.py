@@ -38,7 +38,7 @@ from sfumato.text.encoder import TextEncoder
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, checkpoints, main_first, settled
 
 GENTLE = Variety(place=0.25, scale=(0.75, 1.0), angle=10.0, recolour=0.12, count=0.02, pair=0.02, scene=0.04)
-PREVIEW = (("🐱", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸鱼", 3), ("a rocket", 4), ("a frog", 5), ("sunflower", 0), ("汉堡", 1),
+PREVIEW = (("a cat", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸鱼", 3), ("a rocket", 4), ("a frog", 5), ("sunflower", 0), ("汉堡", 1),
            ("a purple dog", 0), ("guitar", 2), ("两只猫", 1), ("a penguin in the snow", 0))  # fmt: skip
 
 
@@ -49,6 +49,11 @@ class Drop:
     text: float = 0.10
     style: float = 0.10
     both: float = 0.03
+
+    def __post_init__(self) -> None:
+        for name in ("text", "style", "both"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"drop.{name} (={getattr(self, name)}) must be between 0 and 1: it is a rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,10 @@ class DiffusionRecipe:
 
     def __post_init__(self) -> None:
         check_prediction(self.objective.prediction, make_path(self.path))
+        if self.each < 1 or self.limit < 0:
+            raise ValueError(
+                f"each (={self.each}) must be at least 1 and limit (={self.limit}) at least 0: pictures per drawing, and concepts (0: all)"
+            )
         if self.memory and not self.denoiser.text_width:
             raise ValueError("memory (=True) compares captions: it needs denoiser.text_width > 0, or must be False")
 

@@ -79,6 +79,8 @@ class LoopConfig:
                 raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay (={self.decay}) must be between 0 and 1: it is the last fraction of the run")
+        if self.clip < 0:
+            raise ValueError(f"clip (={self.clip}) must be at least 0: the largest norm of a step's gradient, 0 clips nothing")
         if self.lr <= 0:
             raise ValueError(f"lr (={self.lr}) must be above 0")
 
@@ -155,14 +157,28 @@ def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
         return make(state.device)
 
 
+def begun_with(run: Path) -> dict[str, Any] | None:
+    """The config.json of a run folder, None where there is none. Raises FileError where it is another program's."""
+    path = run / "config.json"
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {"kind", "config", "loop"} <= found.keys() and "dtype" in found["loop"]:
+            return found
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise FileError(f"{path} is not the config of a run of sfumato: name another --out")
+
+
 def settled(loop: LoopConfig, run: Path) -> LoopConfig:
     """`dtype` auto decided: what the run was begun with, else what the main process finds faster; the same in all processes."""
     if loop.dtype != "auto":
         return loop
     from accelerate.utils import broadcast_object_list
 
-    begun = Path(run) / "config.json"
-    dtype = [json.loads(begun.read_text())["loop"]["dtype"] if begun.exists() else faster_dtype(_processes(loop).device)]
+    begun = begun_with(Path(run))
+    dtype = [begun["loop"]["dtype"] if begun else faster_dtype(_processes(loop).device)]
     if _processes(loop).num_processes > 1:
         broadcast_object_list(dtype)
     return replace(loop, dtype=dtype[0])
@@ -287,6 +303,7 @@ class Trainer:
 
         `stop_at` ends the call early at that many images, as a signal would, without an exception.
         """
+        begun_with(self.run)
         self.resume()
         loop, main = self.loop, self.accelerator.is_main_process
         end = min(loop.images, stop_at or loop.images)
@@ -294,6 +311,9 @@ class Trainer:
         if main:
             write_json(self.run / "config.json", self.config)
         if loop.trackers:
+            missing = sorted(set(loop.trackers) - {str(getattr(t, "value", t)) for t in self.accelerator.log_with} - {"all"})
+            if missing:
+                raise ValueError(f"trackers (={missing[0]!r}) cannot be used here: install its package, or leave it out")
             self.accelerator.init_trackers(self.task.kind, config={"config": json.dumps(self.config)})
         began = self.counters["images"]
         if main:
@@ -323,7 +343,7 @@ class Trainer:
             if self._due(loop.log_every) or images >= end:
                 self._report(sums, clock, log, bar)
             stop = self._any(signalled["signum"])
-            if self._due(loop.sample_every) or images >= loop.images:
+            if not stop and (self._due(loop.sample_every) or images >= loop.images):
                 self._look(log)
             if self._due(loop.save_every) or images >= end or stop:
                 self.save()
@@ -433,17 +453,22 @@ class Trainer:
 
     def resume(self) -> None:
         """Loads the newest readable state, if there is one. Raises ValueError where it belongs to another configuration."""
-        for path in reversed(checkpoints(self.run, "state")):
+        states = checkpoints(self.run, "state")
+        for path in reversed(states):
             try:
                 tensors, metadata = load_tensors(path)
             except FileError as e:
-                tqdm.write(f"{e}; trying the one before")
+                tqdm.write(f"{e}; trying the one before", file=sys.stderr)
                 continue
             if not {"run", "counters"} <= metadata.keys():
                 raise FileError(f"{path} is not the state of a run: move it away, or use another --out")
             _check_same(self.config, metadata["run"], self.run)
             self._load(tensors, metadata["counters"])
             return
+        if states:
+            raise FileError(
+                f"none of the {len(states)} states in {self.run} can be read, the newest is {states[-1].name}: repair it or move them away"
+            )
 
     def _load(self, tensors: dict[str, Tensor], counters: Any) -> None:
         for prefix, networks in (("raw", self.task.networks), ("ema", self.averages)):

@@ -30,6 +30,7 @@ from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first
 
 KINDS = ("one", "count", "pair", "scene")
 TALKATIVE = Variety(recolour=0.35, count=0.12, pair=0.1, scene=0.15)
+IMAGE_WIDTH = 256  # principal components of the image features that are kept
 ATTRIBUTES = {"colour": (None, *COLOURS), "number": (1, 2, 3), "kind": KINDS, "ground": (None, *GROUNDS)}
 
 
@@ -43,6 +44,10 @@ class TextRecipe:
     attributes: float = 0.5
     variety: Variety = TALKATIVE
     limit: int = 0
+
+    def __post_init__(self) -> None:
+        if self.captions_each < 1 or self.limit < 0:
+            raise ValueError(f"captions_each (={self.captions_each}) must be at least 1 and limit (={self.limit}) at least 0")
 
 
 def preset_bundled() -> tuple[TextRecipe, LoopConfig]:
@@ -89,7 +94,7 @@ def image_features(limit: int = 0) -> Tensor:
     )
 
 
-def whitened(features: Tensor, width: int = 256) -> Tensor:
+def whitened(features: Tensor, width: int = IMAGE_WIDTH) -> Tensor:
     """Features "n d" -> their leading principal components with unit variance, "n min(width, n - 1, d)"."""
     centred = features - features.mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -163,10 +168,13 @@ class TextTask:
 
     def _begun(self, path: Path) -> tuple[Tensor, str]:
         """Image features and tokenizer, made when the run begins and kept in its folder: a resume must not give the embeddings new meanings."""
+        made_for = {"vocabulary": self.recipe.text.vocabulary, "limit": self.recipe.limit}
         if not path.exists():
             tokenizer = train_tokenizer(tokenizer_corpus(self.recipe.limit), self.recipe.text.vocabulary)
-            save_tensors(path, {"features": whitened(image_features(self.recipe.limit))}, {"tokenizer": tokenizer.to_str()})
+            save_tensors(path, {"features": whitened(image_features(self.recipe.limit))}, {"tokenizer": tokenizer.to_str(), "made_for": made_for})
         tensors, meta = load_tensors(path)
+        if meta.get("made_for", made_for) != made_for:
+            raise ValueError(f"{path} was made for {meta['made_for']}, not for {made_for}: remove it, or name another --out")
         return tensors["features"], str(meta["tokenizer"])
 
     def scene(self, rng: np.random.Generator, concept: int) -> tuple[Scene, tuple[int, ...]]:

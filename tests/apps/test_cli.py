@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 from PIL import Image
 
 from sfumato.apps.cli import main
-from sfumato.core.request import METADATA_KEY
+from sfumato.core.images import save_png
+from sfumato.core.request import METADATA_KEY, SEVERAL_KEY
+from sfumato.pipelines.find import bundled
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,10 @@ def test_a_variation_is_of_the_picture_that_is_named(packed: str, tmp_path: Path
     status, _, err = run(capsys, "generate", "--from", str(tmp_path / "cat-grid.png"), "--model", packed)
     assert status == 2
     assert "several pictures" in err
+    for crafted in ("5", "[]", "{", '[{"request": {}, "seed": Infinity}]'):
+        save_png(tmp_path / "crafted.png", Image.new("RGBA", (8, 8)), {SEVERAL_KEY: crafted})
+        status, _, err = run(capsys, "info", str(tmp_path / "crafted.png"))
+        assert (status, err.count("\n")) == (2, 1)
     assert "seeds: [7, 8, 9]" in run(capsys, "info", str(tmp_path / "cat-grid.png"))[1]
 
 
@@ -252,7 +259,8 @@ def test_questions(packed: str, smoke: Path, tmp_path: Path, capsys: pytest.Capt
     status, _, err = run(capsys, "info", str(tmp_path / "gone"))
     assert status == 2
     assert "there is no file" in err
-    assert run(capsys, "models")[0] == 0
+    shown = [line.split("\t") for line in run(capsys, "models")[1].splitlines()]
+    assert [(name, Path(file).exists()) for name, _, file in shown] == [(name, True) for name in bundled()]
 
 
 def test_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,6 +290,8 @@ def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert plan["recipe"]["kl"] == 0.002
     assert plan["plan"]["hours"] >= 0
     assert plan["plan"]["images_per_s"] > 0
+    status, out, err = run(capsys, *argv[:-4], "--loop.images", "16", "--plan")  # shorter than what is timed
+    assert status == 0, err
     for bad, named in (
         (["train", "autoencodr"], "did you mean 'autoencoder'"),
         (["train", "text", "--preset", "smok"], "did you mean 'smoke'"),
@@ -298,3 +308,16 @@ def test_pack_refuses_to_overwrite(packed: str, smoke: Path, capsys: pytest.Capt
     status, _, err = run(capsys, "pack", str(smoke / "diffusion"), "--out", packed)
     assert status == 2
     assert "--force" in err
+
+
+def test_a_plan_counts_all_that_a_run_would_train(smoke: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though it is timed with a few concepts only."""
+    from sfumato.data.emoji import drawable
+    from sfumato.diffusion.dit import DiT
+    from sfumato.train.diffusion import preset_smoke
+
+    argv = ["train", "diffusion", "--preset", "smoke", "--codec", str(smoke / "codec"), "--text", str(smoke / "text"), "--plan"]
+    status, out, err = run(capsys, *argv, "--recipe.limit", "0", "--recipe.memory")
+    assert status == 0, err
+    whole = DiT(replace(preset_smoke()[0].denoiser, memory=len(drawable())))
+    assert json.loads(out)["plan"]["parameters"] == {"denoiser": sum(p.numel() for p in whole.parameters())}

@@ -50,6 +50,20 @@ def test_shapes_and_other_sizes() -> None:
         run(net, cond(2), side=7)
 
 
+def test_a_text_without_a_mask_is_all_tokens() -> None:
+    net, c = trained(SMALL), cond(2)
+    bare = Cond(**(c.__dict__ | {"mask": None}))
+    torch.testing.assert_close(run(net, bare), run(net, c))
+    yes = torch.tensor([True, False])
+    torch.testing.assert_close(run(net, without_text(bare, yes)), run(net, without_text(c, yes)))
+
+
+@pytest.mark.parametrize("name", ["channels", "patch", "depth", "heads", "cross_every"])
+def test_sizes_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} \(=0\) must be at least 1"):
+        replace(SMALL, **{name: 0})
+
+
 def test_every_condition_changes_the_prediction() -> None:
     net, c = trained(SMALL), cond(1)
     base = run(net, c, 1)

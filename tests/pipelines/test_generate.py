@@ -28,6 +28,14 @@ def test_pictures(model: LatentDiffusion) -> None:
     assert images[0].size == (model.size, model.size)
 
 
+def test_an_emoji_draws_what_its_name_draws(model: LatentDiffusion) -> None:
+    entry = next(iter(model.meta["words"].values()))
+    emoji, name, other = entry["emoji"][0], entry["en"][0], list(model.meta["words"].values())[5]["en"][0]
+    a, b, c = (pixels(model.generate(prompt, seed=7, style="noto", steps=4)) for prompt in (emoji, name, other))
+    assert (a == b).all()
+    assert (a != c).any()
+
+
 def test_the_same_request_gives_the_same_bytes(model: LatentDiffusion) -> None:
     a, b = (model.generate("a cat", seed=7, count=3, steps=4) for _ in range(2))
     assert (pixels(a) == pixels(b)).all()

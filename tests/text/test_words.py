@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sfumato.data.captions import FILLER, HELD_OUT_TEMPLATES, TEMPLATES, TRADITIONAL
-from sfumato.text.words import nearest_words, normalise, unknown_words
+from sfumato.text.words import nearest_words, normalise, spell_emoji, unknown_words
 
 KNOWN = ["cat", "cat face", "dog face", "grinning face", "red apple", "dragon", "猫", "狐狸", "狗脸", "青苹果", "t-rex"]
 
@@ -48,3 +48,22 @@ def test_the_words_that_training_puts_around_things_are_known() -> None:
         for template in (*TEMPLATES[tongue], *HELD_OUT_TEMPLATES[tongue]):
             for text in (template.format(thing), template.format(thing).translate(TRADITIONAL)):
                 assert unknown_words(text, KNOWN, filler=FILLER) == [], text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "spelled"),
+    [
+        ("🐱", "cat face"),
+        ("a 🐱 in the snow", "a cat face in the snow"),
+        ("一只🐱", "一只猫脸"),
+        ("🐱🌧\ufe0f", "cat face cloud with rain"),
+        ("🐈\u200d⬛", "black cat"),
+        ("a cat", "a cat"),
+        ("🦖?", "🦖?"),
+        ("猫", "猫"),
+    ],
+)
+def test_emoji_are_spelled_out(prompt: str, spelled: str) -> None:
+    names = {"🐱": ("cat face", "猫脸"), "🌧": ("cloud with rain", "雨云"), "🐈": ("cat", "猫"), "🐈\u200d⬛": ("black cat", "黑猫")}
+    assert normalise(spell_emoji(prompt, {k: {"en": en, "zh": zh} for k, (en, zh) in names.items()})) == spelled
+    assert spell_emoji(prompt, {}) == prompt

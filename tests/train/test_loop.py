@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sfumato.core.checkpoint import load_tensors
+from sfumato.core.checkpoint import FileError, load_tensors
 from sfumato.core.runlog import read_log
 from sfumato.train import autoencoder
 from sfumato.train import loop as loop_module
@@ -287,6 +287,27 @@ def test_a_cut_newest_state_falls_back_to_the_one_before(tmp_path: Path) -> None
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_run_whose_states_are_all_unreadable_is_not_begun_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would overwrite the log and the checkpoints of what may still be saved."""
+    fit(tmp_path, THOUSANDS, stop_at=2_000)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    for state in checkpoints(tmp_path, "state"):
+        state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(FileError, match=r"none of the 2 states in .* can be read, the newest is state-000002k"):
+        fit(tmp_path, THOUSANDS)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+@pytest.mark.parametrize("content", ['{"model_type": "clip"}', "[]", "{broken", '{"kind": 1, "config": 2, "loop": 3}'])
+def test_a_folder_with_another_programs_config_is_refused_and_left_alone(tmp_path: Path, dtype: Any, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(FileError, match="is not the config of a run of sfumato: name another --out"):
+        fit(tmp_path, replace(LOOP, dtype=dtype))
+    assert (tmp_path / "config.json").read_text() == content
+
+
 def test_a_foreign_state_is_refused_in_one_line(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -444,7 +465,12 @@ def test_the_optimiser_gets_the_scheduled_rate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("images", 0, r"images \(=0\) must be at least 1"), ("decay", 1.5, r"decay \(=1\.5\)"), ("lr", 0.0, r"lr \(=0\.0\) must be above 0")],
+    [
+        ("images", 0, r"images \(=0\) must be at least 1"),
+        ("decay", 1.5, r"decay \(=1\.5\)"),
+        ("lr", 0.0, r"lr \(=0\.0\) must be above 0"),
+        ("clip", -1.0, r"clip \(=-1\.0\) must be at least 0"),
+    ],
 )
 def test_settings_are_checked(field: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -471,6 +497,26 @@ def test_accumulation_does_not_change_the_result(tmp_path: Path) -> None:
     fit(tmp_path / "one")
     fit(tmp_path / "two", replace(LOOP, accumulate=2))
     assert_same(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+def test_a_gradient_is_cut_to_the_norm_of_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    trainer = Trainer(Toy(), replace(LOOP, clip=0.01), tmp_path, Settings())
+    step = trainer.optimisers["net"].step
+
+    def noted() -> None:
+        norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in trainer.task.networks["net"].parameters())))
+        step()
+
+    monkeypatch.setattr(trainer.optimisers["net"], "step", noted)
+    logged = [trainer.step([Toy().batch(np.arange(i * 16, i * 16 + 16))])["grad_norm"] for i in range(4)]
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    assert min(logged) > 0.02, "the log says the norm before it was cut"
+
+
+def test_trackers_that_are_not_installed_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trackers \(='aim'\) cannot be used here: install its package"):
+        fit(tmp_path, replace(LOOP, trackers=("aim",)))
 
 
 def test_training_learns(tmp_path: Path) -> None:
@@ -536,18 +582,53 @@ def test_gradient_norms_are_told_apart_by_phase(tmp_path: Path) -> None:
 # --- several processes ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_are_one_with_the_same_global_batch(tmp_path: Path) -> None:
+def two(what: str, out: Path) -> list[subprocess.Popen[str]]:
+    """This file as two processes that train together."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    both = [script("toy", str(tmp_path / "two"), RANK=str(r), LOCAL_RANK=str(r), **world) for r in range(2)]
-    for process in both:
+    return [script(what, str(out), RANK=str(r), LOCAL_RANK=str(r), **world) for r in range(2)]
+
+
+BAD_ON_ONE_RANK = range(50, 53)  # of the step of 48 to 63, the half of the first process
+
+
+@pytest.mark.parametrize(("what", "bad"), [("toy", range(0)), ("toy-bad", BAD_ON_ONE_RANK)])
+def test_two_processes_are_one_with_the_same_global_batch(tmp_path: Path, what: str, bad: range) -> None:
+    """Also where a step is not finite in one of them only: both skip it."""
+    for process in two(what, tmp_path / "two"):
         said, _ = process.communicate(timeout=90)
         assert process.returncode == 0, said
-        assert "2 processes" in said
-    fit(tmp_path / "one")
+        assert f"2 processes, {int(len(bad) > 0)} skipped" in said
+    one = fit(tmp_path / "one", task=Toy(bad=bad))
+    assert one.counters["skipped"] == (len(bad) > 0)
     assert_same(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
+    both = two("toy-slow", tmp_path / "run")
+    stdout = both[1].stdout
+    assert stdout is not None
+    while not (line := stdout.readline()).startswith("step"):
+        assert line, "the second process ended early"
+    both[1].send_signal(signal.SIGTERM)
+    said = [p.communicate(timeout=90)[0] for p in both]
+    assert [p.returncode for p in both] == [128 + signal.SIGTERM] * 2, said
+    stopped = {line for text in said for line in text.splitlines() if line.startswith("stopped at")}
+    assert len(stopped) == 1, said
+    assert len(checkpoints(tmp_path / "run", "state")) == 1
+    fit(tmp_path / "run")
+    fit(tmp_path / "one")
+    assert_same(tmp_path / "one", tmp_path / "run", 1e-5)
+
+
+class Loud(Toy):
+    """Says when it begins a step."""
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        print("step", positions[0])
+        return super().batch(positions)
 
 
 class Slow(autoencoder.AutoencoderTask):
@@ -562,8 +643,10 @@ class Slow(autoencoder.AutoencoderTask):
 def drive(what: str, out: str) -> None:
     torch.set_num_threads(1)
     try:
-        if what == "toy":
-            print(fit(Path(out)).accelerator.num_processes, "processes")
+        if what.startswith("toy"):
+            bad = BAD_ON_ONE_RANK if what == "toy-bad" else range(0)
+            done = fit(Path(out), task=Loud(pause=0.2) if what == "toy-slow" else Toy(bad=bad))
+            print(f"{done.accelerator.num_processes} processes, {done.counters['skipped']} skipped")
         else:
             recipe, loop = smoke()
             Trainer(Slow(recipe, loop.seed), loop, Path(out), recipe).train()
