@@ -5,7 +5,8 @@ drawing by cosine; Lite0 served in the codec's training, so it does not judge al
 real training drawings only.
 
 Concept right (rank 1): among the real drawings of the asked style, held-out ones included, the nearest is of the asked concept; for the
-classifier its first choice is. A word that names more than three concepts counts any of them. Style right: the nearest real drawing of
+classifier its first choice is. The candidates are the concepts that the model learned to draw, all that the classifier can tell apart;
+accuracy is also reported with the drawings of all 1,644 concepts as candidates for Lite0, the harder question. A word that names more than three concepts counts any of them. Style right: the nearest real drawing of
 all styles is in the asked one; with "twins", fluent and fluent-flat count as one style. A held-out pair is right when the style is right
 and the concept is among the best five.
 
@@ -288,6 +289,11 @@ class Bench:
         self.details["second_judge"] = {"meaningful": found.meaningful, "images": found.images, **found.scores}
         return Lite0(self.atlas), Classifier(found, "classifier" if found.meaningful else "classifier, hardly trained: not meaningful")
 
+    @cached_property
+    def wide(self) -> Judging:
+        """Lite0 with every real drawing among the candidates, those of things that the model never learned too."""
+        return Lite0(make_atlas(tuple(c.index for c in concepts()), self.model.size), f"Lite0 among all {len(concepts()):,} concepts")
+
     def claim(self, name: str, value: float, unit: str = "", goal: str | None = None, between: list[float] | None = None) -> None:
         self.claims.append(claim(name, value, unit, goal))
         if between is not None:
@@ -415,7 +421,7 @@ def asks_by_name(bench: Bench) -> dict[str, list[Ask]]:
 
 
 def asks_unseen_words(bench: Bench) -> dict[str, list[Ask]]:
-    """Keywords and templates that no training showed, in seen pairs."""
+    """Keywords and templates that no training showed, and bare emoji, in seen pairs."""
     asks = {}
     for t in ("en", "zh"):
         pairs = bench.pick(False, len(bench.atlas.held_out), f"keywords/{t}")
@@ -430,6 +436,8 @@ def asks_unseen_words(bench: Bench) -> dict[str, list[Ask]]:
             Ask(c, s, HELD_OUT_TEMPLATES[t][i % 2].format(phrase(w)), bench.seed_of("templates", i), accepted=accepted(w, t))
             for i, (c, s, w) in enumerate(named)
         ]
+    signs = bench.pick(False, bench.options.templates, "emoji")
+    asks["emoji"] = [Ask(c, s, concepts()[c].emoji, bench.seed_of("emoji", i)) for i, (c, s) in enumerate(signs)]
     return {k: v for k, v in asks.items() if v}
 
 
@@ -475,16 +483,17 @@ Found = dict[str, dict[str, dict[str, dict[str, np.ndarray]]]]  # set of asks ->
 def accuracy_section(bench: Bench) -> None:
     """Concept and style of everything that is asked for, by both judges."""
     asked = asks_by_name(bench) | asks_unseen_words(bench)
+    judges = bench.judges if bench.options.quick else (*bench.judges, bench.wide)
     found: Found = {}
     for name, asks in asked.items():
         if asks:
             shown = stand_ins(bench, asks, bench.draw(asks, name), name)
-            found[name] = {who: {j.name: measures(j.look(pictures, asks), asks) for j in bench.judges} for who, pictures in shown.items()}
+            found[name] = {who: {j.name: measures(j.look(pictures, asks), asks) for j in judges} for who, pictures in shown.items()}
     tables = {n: {who: {j: summary(m) for j, m in judged.items()} for who, judged in beside.items()} for n, beside in found.items()}
-    groups = {j.name: by_group(asked["names-en"], found["names-en"]["model"][j.name]["rank1"]) for j in bench.judges}
+    groups = {j.name: by_group(asked["names-en"], found["names-en"]["model"][j.name]["rank1"]) for j in judges}
     bench.details["accuracy"] = tables | {"rank1_by_group_names-en": groups}
     new = new_to_training(bench, asked["held-out"])
-    for j in bench.judges:
+    for j in judges:
         accuracy_claims(bench, found, j.name, new)
 
 
@@ -527,6 +536,8 @@ def accuracy_claims(bench: Bench, found: Found, judge: str, new: np.ndarray) -> 
         for t in ("en", "zh"):
             if f"{kind}-{t}" in found:
                 say(f"held-out {kind}, {t}: concept at rank 1", mean, found[f"{kind}-{t}"]["model"][judge]["rank1"])
+    if "emoji" in found:
+        say("asked for by emoji: concept at rank 1", mean, found["emoji"]["model"][judge]["rank1"])
 
 
 # --- diversity --------------------------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def preset_bundled() -> tuple[DiffusionRecipe, LoopConfig]:
     """
     denoiser = DiTConfig(width=320, heads=5, modulation="block")
     return DiffusionRecipe(denoiser=denoiser, objective=ObjectiveConfig(P_mean=0.6), memory=True), LoopConfig(
-        images=2_500_000, batch_size=128, lr=6e-4, warmup=20_000, dtype="auto", log_every=25_600, save_every=100_096, sample_every=100_096
+        images=1_000_000, batch_size=128, lr=6e-4, warmup=20_000, dtype="auto", log_every=25_600, save_every=100_096, sample_every=100_096
     )  # fmt: skip
 
 
