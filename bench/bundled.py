@@ -6,9 +6,9 @@ real training drawings only.
 
 Concept right (rank 1): among the real drawings of the asked style, held-out ones included, the nearest is of the asked concept; for the
 classifier its first choice is. The candidates are the concepts that the model learned to draw, all that the classifier can tell apart;
-accuracy is also reported with the drawings of all 1,644 concepts as candidates for Lite0, the harder question. A word that names more than three concepts counts any of them. Style right: the nearest real drawing of
-all styles is in the asked one; with "twins", fluent and fluent-flat count as one style. A held-out pair is right when the style is right
-and the concept is among the best five.
+accuracy is also reported with the drawings of all 1,644 concepts as candidates for Lite0, the harder question. A word that names more
+than three concepts counts any of them. Style right: the nearest real drawing of all styles is in the asked one; with "twins", fluent and
+fluent-flat count as one style. A held-out pair is right when the style is right and the concept is among the best five.
 
 Beside the model stand three others, through the codec too and judged in the same way:
 - *ceiling*: the real drawing of the asked pair through the codec, itself among the candidates. No generator behind this codec can be
