@@ -60,6 +60,12 @@ class Generate:
     """A class, for models trained on labels."""
     size: int | None = None
     """Pixels of a side; models draw the size they were trained at."""
+    init: str | None = None
+    """A picture to begin from: a doodle, a photograph, one of our own."""
+    mask: str | None = None
+    """Where to redraw the init picture: white there, black where it stays as it is; of the same size."""
+    strength: float | None = None
+    """How much of the init picture is drawn anew, above 0 (little) to 1 (0.6)."""
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Draw the request inside this PNG again; other flags change it."""
     force: bool = False
@@ -141,12 +147,16 @@ def _compare(model: LatentDiffusion, record: dict[str, Any], again: bool) -> Non
     """Refuses to pass another model's picture off as the same one; says what else is different."""
     import torch
 
+    from sfumato.pipelines.generate import begun_digest
+
     drawn_by, ours = record["model"]["hash"], model.meta["hash"]
     if again and drawn_by != ours:
         raise ValueError(
             f"the picture was drawn by the model {record['model']['name']} {drawn_by[:10]}, this is {model.name} {ours[:10]}: "
             "name that model with --model, or give the prompt again to draw it with this one"
         )
+    if again and record["request"].init is not None and record.get("init_sha256") != begun_digest(record["request"]):
+        raise ValueError(f"{record['request'].init} or its mask is not the picture that was begun from: it has changed, so it cannot be drawn again")
     here = {"engine": f"torch {torch.__version__}", "device": model.device.type, "threads": torch.get_num_threads(), "machine": platform.machine()}
     other = [f"{k} {record[k]} instead of {v}" for k, v in here.items() if record.get(k, v) != v]
     if again and other:
@@ -196,6 +206,8 @@ def _warn(model: LatentDiffusion, r: GenerateRequest) -> None:
         say("warning: negative has no effect at guidance 1")
     if r.guidance_interval and (r.guidance == 1 or r.style_guidance is not None):
         say("warning: guidance_interval has no effect at guidance 1 or together with style_guidance")
+    if r.strength != GenerateRequest().strength and r.init is None:
+        say("warning: strength has no effect without --init")
     for text in (r.prompt, r.negative):
         if text and model.too_long(text):
             say(f"warning: {text[:30]!r}... is longer than this model hears ({model.text.config.tokens} tokens): its end has no effect")  # type: ignore[union-attr]

@@ -133,6 +133,18 @@ def to_pil(x: Float[Tensor, "b c h w"]) -> list[Image.Image]:
     return [Image.fromarray(_straight(a) if a.shape[-1] == 4 else _to_u8(a).squeeze(-1) if a.shape[-1] == 1 else _to_u8(a)) for a in array]
 
 
+def to_tensor(image: Image.Image, channels: int) -> Float[Tensor, "1 {channels} h w"]:
+    """PIL -> "1 c h w" in [-1, 1]: 4 channels are RGBA with premultiplied alpha, 3 are RGB over white, 1 is grey."""
+    import torch
+
+    if channels == 4:
+        straight = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+        array = np.concatenate([straight[..., :3] * straight[..., 3:], straight[..., 3:]], axis=-1)
+    else:
+        array = np.atleast_3d(np.asarray(flatten(image) if channels == 3 else image.convert("L"), dtype=np.float32) / 255)
+    return torch.from_numpy(array).permute(2, 0, 1)[None] * 2 - 1
+
+
 def _to_u8(a: np.ndarray) -> np.ndarray:
     return (a * 255 + 0.5).astype(np.uint8)
 

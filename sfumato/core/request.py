@@ -25,6 +25,8 @@ class GenerateRequest:
     prompt: None draws without text. style: a name, or "noto:0.5,twemoji:0.5"; None lets each seed draw its own mixture.
     guidance: 1 is none; guidance_interval (low, high) in t limits it (arXiv 2404.07724); style_guidance: a strength of its own for the style.
     eta: fresh noise of the sampler ddim. seed None: a random one is chosen. size: None is what the model was trained at.
+    init: a picture to begin from, of which `strength` (0 little, 1 all) is drawn anew (SDEdit, arXiv 2108.01073). mask: a picture of the same
+    size, white where init is to be redrawn; what is black there stays as it is, to the pixel.
     """
 
     prompt: str | None = None
@@ -40,9 +42,17 @@ class GenerateRequest:
     sampler: str = "dpmpp_2m"
     eta: float = 0.0
     size: int | None = None
+    init: str | None = None
+    mask: str | None = None
+    strength: float = 0.6
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps that are really taken: with an init picture the last `strength` of them, at least one."""
+        return self.steps if self.init is None else max(1, round(self.strength * self.steps))
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative", "style", "label"):
+        for name in ("prompt", "negative", "style", "label", "init", "mask"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} (={getattr(self, name)!r}) must be a text")
         for name in ("prompt", "negative"):
@@ -68,6 +78,10 @@ class GenerateRequest:
                 raise ValueError(f"{name} (={value!r}) must be a number")
             if value is not None and not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} (={value}) must be between {low} and {high}")
+        if type(self.strength) not in (int, float) or not 0 < self.strength <= 1:
+            raise ValueError(f"strength (={self.strength!r}) must be above 0 and at most 1: how much of the init picture is drawn anew")
+        if self.mask is not None and self.init is None:
+            raise ValueError(f"mask (={self.mask!r}) says where to redraw the init picture: name one with --init")
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
             raise ValueError(f"guidance_interval (={self.guidance_interval}) must be two rising times between 0 and 1")
         if self.style is not None:
@@ -128,6 +142,8 @@ def parameters_text(request: GenerateRequest, *, seed: int, size: int, model: st
         "Size": f"{size}x{size}",
     }
     values |= {"Model hash": model_hash[:10], "Model": model}
+    if request.init is not None:
+        values["Denoising strength"] = request.strength
     if request.style:
         values["Style"] = request.style
     values["Version"] = f"sfumato {version}"

@@ -225,19 +225,21 @@ def open_picture(found: Scan, entry: Entry) -> Image.Image:
         raise FileError(f"{entry.name} {e}, though it was a good picture when the folder was scanned: give the command again") from None
 
 
-def framed(image: Image.Image, size: int) -> Image.Image:
+def framed(image: Image.Image, size: int, whole: bool | None = None) -> Image.Image:
     """The picture as a square of `size` pixels: what is opaque is cut to its middle, what has transparency is kept whole, with more around it.
 
-    Colours behind transparency do not bleed: resizing is done with premultiplied alpha.
+    `whole` decides that otherwise. Colours behind transparency do not bleed: resizing is done with premultiplied alpha.
     """
     w, h = image.size
-    if image.mode != "RGBA":
+    if not (image.mode == "RGBA" if whole is None else whole):
         side = min(w, h)
         left, top = (w - side) // 2, (h - side) // 2
         return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
     side = max(w, h)
-    square = Image.new("RGBA", (side, side))
+    square = Image.new(image.mode, (side, side))
     square.paste(image, ((side - w) // 2, (side - h) // 2))
+    if image.mode != "RGBA":
+        return square.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return square.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0).convert("RGBA")
 
 

@@ -207,6 +207,18 @@ def apg(eta: float = 0.0, norm_threshold: float = 0.0) -> Post:
     return post
 
 
+def inpaint(known: Float[Tensor, "#b c *sides"], redraw: Float[Tensor, "#b #c *sides"]) -> Post:
+    """Where `redraw` is 0 the denoised picture is the known one, so that the path ends there; where it is 1 it is the network's.
+
+    Belongs last, outside of all other post functions.
+    """
+
+    def post(x0: Float[Tensor, " b *rest"], x_t: Float[Tensor, " b *rest"], t: Float[Tensor, " b"], parts: list[Part]) -> Float[Tensor, " b *rest"]:
+        return torch.lerp(known.to(x0), x0, redraw.to(x0).expand_as(x0))
+
+    return post
+
+
 def _alone(parts: list[Part]) -> bool:
     """Only one term was evaluated: nothing was guided."""
     return sum(d is not None for _, d in parts) == 1

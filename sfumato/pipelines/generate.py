@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path as Files
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 import sfumato
 from sfumato.codecs.autoencoder import Autoencoder
 from sfumato.core.config import nearest
-from sfumato.core.images import png_bytes, to_pil
+from sfumato.core.images import Unreadable, decode, png_bytes, to_pil, to_tensor
 from sfumato.core.request import METADATA_KEY, GenerateRequest, metadata_text, parameters_text, style_weights
 from sfumato.core.rng import numpy_rng, torch_rng
 from sfumato.core.seams import Cond, Denoise
+from sfumato.data.folder import framed
 from sfumato.diffusion.dit import without_style, without_text
-from sfumato.diffusion.guidance import cfg, guided, text_style
+from sfumato.diffusion.guidance import Post, cfg, guided, inpaint, text_style
 from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.samplers import sample_ddim, sampler
@@ -60,6 +63,29 @@ class Row:
     index: int
     seed: int
     style: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a picture begins from: `x` "1 c h w" in [-1, 1], its latents `z`, and where it is redrawn, `mask` "1 1 h w" in [0, 1] or everywhere.
+
+    `digest` tells other files of the same names apart.
+    """
+
+    x: Tensor
+    z: Tensor
+    mask: Tensor | None
+    digest: str
+
+    def redraw(self) -> Tensor:
+        """The mask in latent cells "1 1 h/f w/f": 1 where any pixel of the cell is redrawn."""
+        assert self.mask is not None
+        factor = self.x.shape[-1] // self.z.shape[-1]
+        return (nn.functional.max_pool2d(self.mask, factor) > 0).float()
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Pictures with what the mask does not redraw put back as it was."""
+        return x if self.mask is None else torch.lerp(self.x, x, self.mask.expand_as(x))
 
 
 @dataclass(frozen=True)
@@ -114,6 +140,8 @@ class LatentDiffusion:
         if request.size not in (None, self.size):
             raise ValueError(f"size (={request.size}) must be {self.size}: this model draws {self.size} x {self.size} pixels")
         sampler(request.sampler)
+        if request.init is not None:
+            self._pictures_of(request)
         if self.text is None and (request.prompt or request.negative):
             raise ValueError(f"prompt (={request.prompt or request.negative!r}) must be left out: this model was trained without captions")
 
@@ -149,20 +177,43 @@ class LatentDiffusion:
 
     def _draw_rows(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:
         chunks = [rows[s : s + CHUNK] for s in range(0, len(rows), CHUNK)]
-        total, done = sum(row[0].request.steps for row in chunks), 0
+        total, done = sum(row[0].request.steps_taken for row in chunks), 0
+        begun = self.begin(rows[0].request) if rows else None
         for chunk in chunks:
-            for x in self.latents(chunk):
+            for x in self.latents(chunk, begun):
                 last, done = x, done + 1
                 if progress:
                     progress(done, total)
-            for row, image in zip(chunk, to_pil(self.decode(last)), strict=True):
-                yield self._picture(image, row)
+            drawn = self.decode(last)
+            for row, image in zip(chunk, to_pil(drawn if begun is None else begun.keep(drawn)), strict=True):
+                yield self._picture(image, row, begun)
 
     # --- the way from noise to latents --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def latents(self, rows: list[Row]) -> Iterator[Tensor]:
-        """The latents after each step, for rows that share steps, sampler and guidance."""
+    def begin(self, request: GenerateRequest) -> Begun | None:
+        """The init picture of a request at the model's size, with its mask; None where it has none."""
+        if request.init is None:
+            return None
+        init, mask = self._pictures_of(request)
+        whole = init.mode == "RGBA"
+        x = to_tensor(framed(init, self.size), self.codec.spec.image_channels).to(self.device)
+        at = None if mask is None else to_tensor(framed(mask.convert("L"), self.size, whole), 1).to(self.device) / 2 + 0.5
+        mean = self.codec.encode(x).mean
+        assert mean is not None
+        return Begun(x, mean, at, begun_digest(request))
+
+    def _pictures_of(self, request: GenerateRequest) -> tuple[Image.Image, Image.Image | None]:
+        init, mask = (None if f is None else _open(name, f) for name, f in (("init", request.init), ("mask", request.mask)))
+        assert init is not None
+        if mask is not None and mask.size != init.size:
+            sizes = f"{mask.width} x {mask.height} pixels and init {init.width} x {init.height}"
+            raise ValueError(f"mask (={request.mask!r}) must be as large as the init picture: it has {sizes}")
+        return init, mask
+
+    @torch.no_grad()
+    def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:
+        """The latents after each step, for rows that share steps, sampler, guidance and what they begin from."""
         request = rows[0].request
         shape = (self.codec.spec.latent_channels, *[self.size // self.codec.spec.factor] * 2)
         x = torch.stack([torch.randn(shape, generator=torch_rng(r.seed, "generate/noise")) for r in rows]).to(self.device)
@@ -173,8 +224,10 @@ class LatentDiffusion:
 
         function = sampler(request.sampler).function
         extra = {"eta": request.eta} if function is sample_ddim and request.eta else {}
-        ts = timesteps(self.path, request.steps)
-        for step in function(self._denoise(rows), x, ts, self.path, noise=noise, **extra):
+        ts = timesteps(self.path, request.steps)[-request.steps_taken - 1 :]
+        if begun is not None:
+            x = self.path.mix(begun.z.expand_as(x), x, ts[:1].expand(len(x)).to(x))
+        for step in function(self._denoise(rows, begun), x, ts, self.path, noise=noise, **extra):
             yield step.x
 
     @torch.no_grad()
@@ -185,12 +238,14 @@ class LatentDiffusion:
             raise ValueError("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps")
         return x
 
-    def _denoise(self, rows: list[Row]) -> Denoise:
+    def _denoise(self, rows: list[Row], begun: Begun | None = None) -> Denoise:
         request = rows[0].request
         cond = self._cond(rows, [r.request.prompt for r in rows], [r.request.label for r in rows])
         empty = self._cond(rows, [r.request.negative for r in rows], [None] * len(rows))
         predict = Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
-        post = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
+        post: list[Post] = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
+        if begun is not None and begun.mask is not None:
+            post.append(inpaint(begun.z, begun.redraw()))
         if request.style_guidance is None:
             return guided(cfg(predict, cond, empty, request.guidance, request.guidance_interval), post)
         neither = without_style(empty, torch.ones(len(rows), dtype=torch.bool, device=self.device))
@@ -221,7 +276,7 @@ class LatentDiffusion:
         shares = numpy_rng(seed, "generate/style").dirichlet([0.25] * len(self.styles)).round(2)
         return style_weights(",".join(f"{n}:{w}" for n, w in zip(self.styles, shares, strict=True) if w > 0.05), self.styles)
 
-    def _picture(self, image: Image.Image, row: Row) -> Picture:
+    def _picture(self, image: Image.Image, row: Row, begun: Begun | None) -> Picture:
         record = {
             "version": sfumato.__version__,
             "request": row.request,
@@ -235,6 +290,29 @@ class LatentDiffusion:
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
         }
+        if begun is not None:
+            record["init_sha256"] = begun.digest
         model, digest = self.name, self.meta["hash"]
         parameters = parameters_text(row.request, seed=row.seed, size=self.size, model=model, model_hash=digest, version=sfumato.__version__)
         return Picture(image, row.request, row.index, record, parameters)
+
+
+def begun_digest(request: GenerateRequest) -> str:
+    """sha256 of the init picture's file and of its mask's."""
+    given = [(name, file) for name, file in (("init", request.init), ("mask", request.mask)) if file is not None]
+    return hashlib.sha256(b"".join(hashlib.sha256(_bytes(name, file)).digest() for name, file in given)).hexdigest()
+
+
+def _open(name: str, file: str) -> Image.Image:
+    """A picture named by a request. Raises ValueError with the field's name."""
+    try:
+        return decode(_bytes(name, file))
+    except Unreadable as e:
+        raise ValueError(f"{name} (={file!r}) {e}") from None
+
+
+def _bytes(name: str, file: str) -> bytes:
+    try:
+        return Files(file).read_bytes()
+    except OSError as e:
+        raise ValueError(f"{name} (={file!r}) cannot be read: {e.strerror or e}") from None

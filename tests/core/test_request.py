@@ -34,6 +34,9 @@ from sfumato.core.request import GenerateRequest, metadata_text, parameters_text
         ({"prompt": 3}, r"prompt \(=3\) must be a text"),
         ({"prompt": "\udc80"}, "UTF-8"),
         ({"style": ""}, "style"),
+        ({"strength": 0.0}, r"strength \(=0\.0\) must be above 0"),
+        ({"strength": 2}, "at most 1"),
+        ({"mask": "m.png"}, r"mask \(='m\.png'\) says where to redraw the init picture"),
     ],
 )
 def test_bad_fields_are_named(fields: dict, named: str) -> None:

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 
 from sfumato.core.seams import Cond
 from sfumato.diffusion.dit import DiT, DiTConfig
-from sfumato.diffusion.guidance import apg, cfg, concat_conds, guided, mixture, rescale, text_style
-from sfumato.diffusion.path import timesteps
+from sfumato.diffusion.guidance import apg, cfg, concat_conds, guided, inpaint, mixture, rescale, text_style
+from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, from_x0
-from sfumato.diffusion.samplers import SAMPLERS
+from sfumato.diffusion.samplers import SAMPLERS, sample_heun
 
 f64 = torch.float64
 
@@ -247,3 +247,20 @@ def test_network_calls_of_a_whole_run(x, rf, name, scale):
 def test_errors_name_the_value(x, rf, make, message):
     with pytest.raises(ValueError, match=message):
         make(Net(), rf, x)
+
+
+def test_inpainting_ends_at_what_is_known_and_leaves_the_rest() -> None:
+    """On the path of a Gaussian: outside of the mask the sampler's result is the known picture, inside it is as without."""
+    path = make_path(PathConfig())
+    known = torch.full((1, 1, 4, 4), 0.7)
+    redraw = torch.zeros(1, 1, 4, 4)
+    redraw[..., :2] = 1
+    x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def predict(x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        return 0.3 * x_t
+
+    ts = timesteps(path, 12)
+    plain, filled = ([s.x for s in sample_heun(guided([(predict, Cond(), 1.0)], post), x, ts, path)][-1] for post in ((), [inpaint(known, redraw)]))
+    torch.testing.assert_close(filled[..., 2:], known[..., 2:].expand(3, 1, 4, 2))
+    torch.testing.assert_close(filled[..., :2], plain[..., :2])

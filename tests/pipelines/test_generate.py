@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sfumato
 from sfumato.core.checkpoint import FileError, load_tensors
+from sfumato.core.images import to_pil
 from sfumato.core.pack import save_pack
 from sfumato.core.request import GenerateRequest, style_weights
 from sfumato.pipelines.generate import CHUNK, LatentDiffusion, Row
@@ -199,3 +201,67 @@ def test_channels_that_the_codec_does_not_use_stay_out_of_it(smoke: Path) -> Non
     assert (pixels(model.generate("a cat", seed=1, steps=4)) == before).all()
     rows.data[0] += 3
     assert (pixels(model.generate("a cat", seed=1, steps=4)) != before).any()
+
+
+# --- from a picture ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def doodle(model: LatentDiffusion, tmp_path: Path) -> Path:
+    """A red square on nothing, at the model's own size."""
+    image = Image.new("RGBA", (model.size, model.size))
+    image.paste((220, 30, 30, 255), (3, 3, model.size - 3, model.size - 3))
+    image.save(tmp_path / "doodle.png")
+    return tmp_path / "doodle.png"
+
+
+def test_strength_says_how_far_it_goes_from_the_picture(model: LatentDiffusion, doodle: Path) -> None:
+    """A little noise leaves nearly the codec's copy, strength 1 begins from noise alone."""
+    options = {"seed": 3, "steps": 20, "style": "noto", "init": str(doodle)}
+    begun = model.begin(GenerateRequest(**options))
+    assert begun is not None
+    copy = pixels(to_pil(model.decode(begun.z)))
+    near, far, all_new = (pixels(model.generate("a cat", strength=s, **options)) for s in (0.05, 0.5, 1.0))
+    apart = [np.abs(p - copy).mean() for p in (near, far, all_new)]
+    assert apart[0] < apart[1] < apart[2]
+    without = {k: v for k, v in options.items() if k != "init"}
+    assert np.abs(all_new - pixels(model.generate("a cat", **without))).max() <= 1
+
+
+def test_what_the_mask_leaves_black_stays_to_the_pixel(model: LatentDiffusion, doodle: Path, tmp_path: Path) -> None:
+    mask = Image.new("L", (model.size, model.size))
+    mask.paste(255, (0, 0, model.size // 2, model.size))
+    mask.save(tmp_path / "mask.png")
+    drawn = pixels(model.generate("a cat", seed=3, steps=6, style="noto", init=str(doodle), mask=str(tmp_path / "mask.png"), strength=1.0))[0]
+    before = np.asarray(Image.open(doodle)).astype(int)
+    half = model.size // 2
+    assert (drawn[:, half:] == before[:, half:]).all()
+    assert (drawn[:, :half] != before[:, :half]).any()
+
+
+def test_an_init_picture_of_any_size_and_kind(model: LatentDiffusion, tmp_path: Path) -> None:
+    Image.new("RGB", (90, 50), "blue").save(tmp_path / "wide.jpg")
+    Image.new("L", (90, 50), 255).save(tmp_path / "mask.png")
+    image = model.generate("a cat", seed=1, steps=4, init=str(tmp_path / "wide.jpg"), mask=str(tmp_path / "mask.png"))[0]
+    assert image.size == (model.size, model.size)
+
+
+def test_steps_are_counted_as_they_are_taken(model: LatentDiffusion, doodle: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    model.generate("a cat", seed=1, steps=10, init=str(doodle), strength=0.3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"init": "/gone.png"}, r"init \(='/gone\.png'\) cannot be read: No such file"),
+        ({"init": __file__}, "is not a picture"),
+        ({"init": "DOODLE", "mask": "OTHER"}, "must be as large as the init picture: it has 5 x 5 pixels and init 16 x 16"),
+    ],
+)
+def test_init_pictures_that_cannot_be_used_are_named(model: LatentDiffusion, doodle: Path, tmp_path: Path, fields: dict, message: str) -> None:
+    Image.new("L", (5, 5)).save(tmp_path / "other.png")
+    paths = {"DOODLE": str(doodle), "OTHER": str(tmp_path / "other.png")}
+    with pytest.raises(ValueError, match=message):
+        model.generate("a cat", steps=2, **{k: paths.get(v, v) for k, v in fields.items()})
