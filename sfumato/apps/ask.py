@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from sfumato.apps.cli import OUT
 from sfumato.apps.describe import describe
-from sfumato.core.checkpoint import FileError, read_metadata
+from sfumato.core.checkpoint import FileError, cache_folder, read_metadata
 from sfumato.pipelines.find import bundled, find
 from sfumato.text.words import nearest_words, normalise
 
@@ -37,6 +38,22 @@ class Concepts:
 @dataclass(frozen=True)
 class Models:
     """Prints the models that come with this installation: name, size, file."""
+
+
+@dataclass(frozen=True)
+class Credits:
+    """Prints whose works a model learned from, with their licences: of the bundled model, another one, or the one that drew a picture."""
+
+    file: Annotated[Path | None, tyro.conf.Positional] = None
+    """A model file, a run folder or one of our PNGs."""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Prints where sfumato keeps things, and how large they are."""
+
+    clean: bool = False
+    """Remove what is kept to save time (rasterised drawings, looked-at folders); it is made again when it is needed."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +106,40 @@ def info(asked: Info) -> Iterator[str]:
         yield f"{key}: {value}"
 
 
+def credits(asked: Credits) -> Iterator[str]:
+    if asked.file is not None and asked.file.suffix.lower() == ".png":
+        told = describe(asked.file).get("source")
+        if told is None:
+            raise FileError(f"{asked.file} does not say where it comes from: it was drawn by something else, or its metadata was stripped")
+        yield str(told)
+        return
+    path = find(asked.file)
+    found = read_metadata(path).get("credits")
+    if not found:
+        raise FileError(f"{path} does not say whose works it learned from")
+    for c in found:  # type: ignore[attr-defined]
+        yield f"{c['attribution']}\t{c['licence']}\t{c['home']}"
+
+
+def paths(asked: Paths) -> Iterator[str]:
+    kept = [p for p in sorted(cache_folder().glob("*")) if p.is_file()]
+    size = sum(p.stat().st_size for p in kept) / 1e6
+    if asked.clean:
+        for p in kept:
+            p.unlink()
+        yield f"removed\t{size:.1f} MB\t{len(kept)} files of {cache_folder()}"
+        return
+    yield f"cache\t{size:.1f} MB\t{cache_folder()}"
+    yield f"pictures\t\t{OUT.absolute()}"
+    for name, path in bundled().items():
+        yield f"model {name}\t{path.stat().st_size / 1e6:.1f} MB\t{path}"
+
+
 QUESTIONS: dict[str, tuple[type, Callable[[Any], Iterator[str]]]] = {
     "styles": (Styles, styles),
     "concepts": (Concepts, concepts),
     "models": (Models, models),
+    "credits": (Credits, credits),
+    "paths": (Paths, paths),
     "info": (Info, info),
 }

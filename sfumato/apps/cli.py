@@ -7,9 +7,12 @@ import io
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import sfumato
+
+OUT = Path("sfumato-out")  # where results go that have no name
 
 HELP = """usage: sfumato COMMAND ...
 
@@ -20,6 +23,8 @@ Pictures from words, and the models behind them.
   concepts [WORD]       the things that it knows, or those near a word
   models                the models that come with this installation
   info FILE             what a model, a run folder or one of our pictures is
+  credits [FILE]        whose works a model learned from, with their licences
+  paths                 where things are kept, and how to be rid of them
   data check|show DIR   what a folder of one's own pictures is good for
   train WHAT ...        train an autoencoder, a text encoder or a diffusion model
   pack RUN              make one small file that draws from a finished run
@@ -91,7 +96,7 @@ def pack(argv: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
-    **{name: _ask(name) for name in ("styles", "concepts", "models", "info")},
+    **{name: _ask(name) for name in ("styles", "concepts", "models", "info", "credits", "paths")},
     "data": data,
     "train": train,
     "pack": pack,

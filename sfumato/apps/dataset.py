@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from sfumato.apps.cli import OUT
 from sfumato.core.checkpoint import FileError
 from sfumato.core.images import grid, png_bytes, write_bytes
 from sfumato.data.folder import Entry, Scan, check, framed, near_duplicates, open_picture, scan, split, survey
@@ -35,7 +36,7 @@ class Show:
     """Puts pictures of a folder or zip on one sheet, as training reads them, and prints their names, captions and labels."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    out: Path = Path("sfumato-out") / "data.png"
+    out: Path = OUT / "data.png"
     """The PNG to write."""
     count: int = 36
     """How many; evenly from the whole folder."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sfumato.core.checkpoint import FileError, checkpoints, read_metadata
 from sfumato.core.config import to_json
-from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, parse_metadata
+from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, parse_metadata
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def _picture(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             facts: dict[str, Any] = {"what": f"{image.format} picture", "size": f"{image.width} x {image.height}", "mode": image.mode}
-            text, parameters, several = (image.info.get(k) for k in (METADATA_KEY, "parameters", SEVERAL_KEY))
+            text, parameters, several, source = (image.info.get(k) for k in (METADATA_KEY, "parameters", SEVERAL_KEY, SOURCE_KEY))
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise FileError(f"{path} begins like a picture but cannot be read: {e}") from None
     if text:
@@ -42,7 +42,7 @@ def _picture(path: Path) -> dict[str, Any]:
         facts |= {"pictures": len(records), "drawn by": first["drawn by"], "prompts": "; ".join(prompts), "seeds": [r["seed"] for r in records]}
     elif parameters:
         facts["parameters"] = parameters
-    return facts
+    return facts | ({"source": source} if source else {})
 
 
 def _several(text: str) -> list[dict[str, Any]]:

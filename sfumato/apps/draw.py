@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import secrets
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,15 +17,13 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from sfumato.apps.cli import say
+from sfumato.apps.cli import OUT, say
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.images import flatten, grid, png_bytes
-from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, GenerateRequest, metadata_text, parse_metadata
+from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, GenerateRequest, metadata_text, parse_metadata
 
 if TYPE_CHECKING:
     from sfumato.pipelines.generate import LatentDiffusion, Picture
-
-OUT = Path("sfumato-out")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Generate:
 
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """What to draw; several prompts give several pictures."""
+    file: Annotated[Path | None, tyro.conf.arg(name="prompts")] = None
+    """A text file of prompts, one a line (UTF-8)."""
     style: str | None = None
     """A style, shares of several ("noto:0.5,twemoji:0.5"), or "all"; without it each seed draws its own mixture."""
     seed: int | None = None
@@ -66,10 +68,22 @@ class Generate:
     """Where to redraw the init picture: white there, black where it stays as it is; of the same size."""
     strength: float | None = None
     """How much of the init picture is drawn anew, above 0 (little) to 1 (0.6)."""
+    morph: str | None = None
+    """Another prompt: an animation from the first to this one, as .webp, .gif or .png."""
+    morph_style: str | None = None
+    """The style at the end of the animation."""
+    morph_seed: int | None = None
+    """The seed at its end."""
+    frames: int = 24
+    """Pictures of the animation."""
+    fps: float = 12.0
+    """Pictures a second."""
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Draw the request inside this PNG again; other flags change it."""
     force: bool = False
     """Overwrite files that exist."""
+    json: bool = False
+    """Say what happens as JSON lines on stdout, for programs: begin, step, picture, end."""
     model: str | None = None
     """A model file, a run folder or the name of a bundled model."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -93,6 +107,7 @@ def run(asked: Generate) -> None:
     """Draws what was asked; the path of the result is the last line on stdout."""
     from sfumato.pipelines.load import load
 
+    asked = replace(asked, prompts=(*asked.prompts, *_lines(asked.file)))
     record = None if asked.source is None else read_record(asked.source)
     request, only = _request(asked, record)
     requests = [replace(request, prompt=p) for p in asked.prompts or (request.prompt,)]
@@ -101,23 +116,64 @@ def run(asked: Generate) -> None:
         _compare(model, record, again=only is not None)
     for r in requests:
         model.check(r)
+    if asked.morph or asked.morph_style or asked.morph_seed is not None:
+        from sfumato.apps.animate import animate
+
+        return animate(asked, model, requests)
     styles = model.styles if asked.style == "all" else [request.style]
     jobs = _jobs(asked, requests, styles, only)
     files = [_png(asked.sheet, "sheet")] if asked.sheet else [f for j in jobs for f in j.files]
-    _check_targets(files + ([_grid_path(asked, jobs)] if len(files) > 1 else []), asked.force)
-    say(f"{_where(model)}, seed {request.seed}")
+    check_targets(files + ([_grid_path(asked, jobs)] if len(files) > 1 else []), asked.force)
+    say(f"{where(model)}, seed {request.seed}")
+    tell = teller(asked.json)
+    tell("begin", model=model.name, hash=model.meta["hash"], seed=request.seed, prompts=[r.prompt for r in requests])
     for r in requests:
-        _warn(model, r)
+        warn(model, r)
     if asked.sheet is not None:
         if asked.out is not None:
             say("warning: out has no effect together with sheet")
-        return _sheet(model, files[0], requests, styles)
-    pictures = _draw(model, jobs)
+        _sheet(model, files[0], requests, styles, tell)
+        return finish(files[0], asked.json, tell)
+    pictures = _draw(model, jobs, tell)
     result = jobs[0].files[0]
     if len(pictures) > 1:
         result = _grid_path(asked, jobs)
         write_bytes(result, png_bytes(grid([p.image for p in pictures]), _several(pictures)))
-    print(result)
+    finish(result, asked.json, tell)
+
+
+Tell = Callable[..., None]  # tell(event, **what)
+
+
+def teller(as_json: bool) -> Tell:
+    """Prints events as JSON lines, or says nothing."""
+
+    def tell(event: str, **what: Any) -> None:
+        if as_json:
+            print(json.dumps({"event": event, **what}, ensure_ascii=False), flush=True)
+
+    return tell
+
+
+def finish(result: Path, as_json: bool, tell: Tell) -> None:
+    tell("end", result=str(result))
+    if not as_json:
+        print(result)
+
+
+def _lines(file: Path | None) -> list[str]:
+    """The prompts of a file; empty lines are passed over. Raises FileError where it cannot be read or holds none."""
+    if file is None:
+        return []
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise FileError(f"{file} is not UTF-8 text: save it as UTF-8") from None
+    except OSError as e:
+        raise FileError(f"prompts (={str(file)!r}) cannot be read: {e.strerror or e}") from None
+    if not any(lines):
+        raise FileError(f"{file} holds no prompt: write one a line")
+    return [line for line in lines if line]
 
 
 def _request(asked: Generate, record: dict[str, Any] | None) -> tuple[GenerateRequest, int | None]:
@@ -179,7 +235,7 @@ def read_record(source: Path) -> dict[str, Any]:
 
 def _several(pictures: list[Picture]) -> dict[str, str]:
     """The records of a grid or a sheet, for its PNG."""
-    return {SEVERAL_KEY: "[" + ", ".join(metadata_text(p.record) for p in pictures) + "]"}
+    return {SEVERAL_KEY: "[" + ", ".join(metadata_text(p.record) for p in pictures) + "]", SOURCE_KEY: pictures[0].source}
 
 
 def _changes(asked: Generate) -> dict[str, Any]:
@@ -190,7 +246,7 @@ def _changes(asked: Generate) -> dict[str, Any]:
     return {k: v for k, v in given.items() if v is not None}
 
 
-def _where(model: LatentDiffusion) -> str:
+def where(model: LatentDiffusion) -> str:
     import torch
 
     from sfumato.pipelines.generate import DTYPES
@@ -198,7 +254,7 @@ def _where(model: LatentDiffusion) -> str:
     return f"{model.name} on {model.device.type}, {DTYPES[model.dtype]}, {torch.get_num_threads()} threads"
 
 
-def _warn(model: LatentDiffusion, r: GenerateRequest) -> None:
+def warn(model: LatentDiffusion, r: GenerateRequest) -> None:
     """Says which options have no effect and which words mean nothing to the model."""
     if r.eta and r.sampler != "ddim":
         say(f"warning: eta has no effect with the sampler {r.sampler}; it is for ddim")
@@ -260,7 +316,7 @@ def _grid_path(asked: Generate, jobs: list[Job]) -> Path:
     return OUT / f"{slug(first.request.prompt)}-{first.request.seed}-grid.png"
 
 
-def _check_targets(paths: list[Path], force: bool) -> None:
+def check_targets(paths: list[Path], force: bool) -> None:
     """Refuses what cannot or must not be written before anything is drawn."""
     for path in paths:
         if path.is_dir():
@@ -272,7 +328,7 @@ def _check_targets(paths: list[Path], force: bool) -> None:
             raise FileError(f"cannot write {path}: {folder} is not a folder that may be written to")
 
 
-def _draw(model: LatentDiffusion, jobs: list[Job]) -> list[Picture]:
+def _draw(model: LatentDiffusion, jobs: list[Job], tell: Tell) -> list[Picture]:
     """Draws all jobs under one progress bar; each picture is written as soon as it is there."""
     pictures = []
     with tqdm(total=0, unit="step", leave=False, desc="drawing", dynamic_ncols=True) as bar:
@@ -282,20 +338,23 @@ def _draw(model: LatentDiffusion, jobs: list[Job]) -> list[Picture]:
                 bar.total = total * len(jobs)
                 bar.n = total * j + done
                 bar.refresh()
+                tell("step", done=bar.n, total=bar.total)
 
             for picture, file in zip(model.pictures(job.request, progress=progress, only=job.only), job.files, strict=True):
                 write_bytes(file, picture.png())
+                tell("picture", file=str(file), prompt=picture.request.prompt, seed=picture.seed, style=picture.record["style"])
                 pictures.append(picture)
     return pictures
 
 
-def _sheet(model: LatentDiffusion, path: Path, requests: list[GenerateRequest], styles: list[str | None]) -> None:
+def _sheet(model: LatentDiffusion, path: Path, requests: list[GenerateRequest], styles: list[str | None], tell: Tell) -> None:
     """All prompts in all styles as one picture, over white, with the names of what can be written."""
     with tqdm(unit="step", leave=False, desc="drawing", dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total, bar.n = total, done
             bar.refresh()
+            tell("step", done=done, total=total)
 
         pictures = list(model.draw([replace(r, style=s) for r in requests for s in styles], progress=progress))
     columns = len(styles) * requests[0].count
@@ -305,7 +364,6 @@ def _sheet(model: LatentDiffusion, path: Path, requests: list[GenerateRequest], 
     write_bytes(path, png_bytes(page, _several(pictures)))
     for row, r in enumerate(requests, 1):
         say(f"row {row}: {r.prompt or '(no prompt)'}, seed {r.seed}")
-    print(path)
 
 
 def labelled(sheet: Image.Image, heads: list[str], rows: list[str]) -> Image.Image:

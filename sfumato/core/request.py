@@ -13,6 +13,7 @@ from sfumato.core.config import from_json, nearest, to_json
 LONGEST_PROMPT = 2_000
 MOST_STEPS, MOST_IMAGES = 1_000, 10_000
 SEEDS = 2**63
+SOURCE_KEY = "Source"  # PNG's own word for where a picture comes from
 METADATA_KEY = "sfumato"
 SEVERAL_KEY = "sfumato-several"  # a list of records, in a grid or a sheet
 RECORD = {"version": str, "index": int, "seed": int, "engine": str, "device": str, "dtype": str, "threads": int}  # what every record holds
@@ -122,6 +123,12 @@ def parse_metadata(text: str) -> dict[str, Any]:
         return record | whole | {"request": request}
     except (json.JSONDecodeError, KeyError, TypeError, OverflowError) as e:
         raise ValueError(f"the picture's metadata cannot be read: {e!r}") from None
+
+
+def source_text(model: str, credits: list[dict[str, str]]) -> str:
+    """What a picture's PNG says of where it comes from: the model, and whose works it learned from."""
+    learned = "; ".join(f"{c['attribution']} ({c['licence']})" for c in credits)
+    return f"drawn by the model {model} of sfumato" + (f", which learned from {learned}" if learned else "")
 
 
 def _quoted(value: object) -> str:

@@ -94,6 +94,11 @@ def sources() -> dict[str, dict[str, str]]:
     return _table()["sources"]
 
 
+def credits() -> list[dict[str, str]]:
+    """Whose drawings these are: attribution, licence (SPDX) and home of each, as a model that learned from them must say."""
+    return [{k: s[k] for k in ("attribution", "licence", "home")} for s in sources().values()]
+
+
 @cache
 def vectors(style: str) -> dict[str, str]:
     """{hexcode: SVG text} of one style."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import sfumato
 from sfumato.codecs.autoencoder import Autoencoder
 from sfumato.core.config import nearest
 from sfumato.core.images import Unreadable, decode, png_bytes, to_pil, to_tensor
-from sfumato.core.request import METADATA_KEY, GenerateRequest, metadata_text, parameters_text, style_weights
+from sfumato.core.request import METADATA_KEY, SOURCE_KEY, GenerateRequest, metadata_text, parameters_text, source_text, style_weights
 from sfumato.core.rng import numpy_rng, torch_rng
 from sfumato.core.seams import Cond, Denoise
 from sfumato.data.folder import framed
@@ -45,6 +46,7 @@ class Picture:
     index: int
     record: dict[str, Any]
     parameters: str
+    source: str
 
     @property
     def seed(self) -> int:
@@ -52,17 +54,22 @@ class Picture:
 
     def png(self) -> bytes:
         """The picture as PNG with its request inside."""
-        return png_bytes(self.image, {METADATA_KEY: metadata_text(self.record), "parameters": self.parameters})
+        return png_bytes(self.image, {METADATA_KEY: metadata_text(self.record), "parameters": self.parameters, SOURCE_KEY: self.source})
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture to draw: the `index`-th of its request, with its own seed and shares of styles (None: the model has no styles)."""
+    """One picture to draw: the `index`-th of its request, with its own seed and shares of styles (None: the model has no styles).
+
+    `toward` another row it is drawn by the `share`: noise by slerp, what the denoiser is told by lerp.
+    """
 
     request: GenerateRequest
     index: int
     seed: int
     style: dict[str, float] | None
+    toward: Row | None = None
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,13 @@ class LatentDiffusion:
             raise ValueError("requests drawn together must have the same steps, guidance, sampler and size")
         yield from self._draw_rows([row for r in requests for row in self._rows(r)], progress)
 
+    def morph(self, a: GenerateRequest, b: GenerateRequest, frames: int, *, progress: Progress | None = None) -> Iterator[Picture]:
+        """`frames` pictures from the first of `a` to the first of `b`, both included; everything but prompt, style, label and seed is as in `a`."""
+        if frames < 2:
+            raise ValueError(f"frames (={frames}) must be at least 2: the first and the last")
+        start, end = (self._rows(r)[0] for r in (a, b))
+        yield from self._draw_rows([replace(start, index=i, toward=end, share=i / (frames - 1)) for i in range(frames)], progress)
+
     def _rows(self, request: GenerateRequest) -> list[Row]:
         self.check(request)
         if request.seed is None:
@@ -215,8 +229,8 @@ class LatentDiffusion:
     def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:
         """The latents after each step, for rows that share steps, sampler, guidance and what they begin from."""
         request = rows[0].request
-        shape = (self.codec.spec.latent_channels, *[self.size // self.codec.spec.factor] * 2)
-        x = torch.stack([torch.randn(shape, generator=torch_rng(r.seed, "generate/noise")) for r in rows]).to(self.device)
+        shape = self._shape
+        x = torch.stack([self._noise(r) for r in rows]).to(self.device)
         streams = [torch_rng(r.seed, "generate/steps") for r in rows]
 
         def noise(_: int) -> Tensor:
@@ -230,6 +244,15 @@ class LatentDiffusion:
         for step in function(self._denoise(rows, begun), x, ts, self.path, noise=noise, **extra):
             yield step.x
 
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        side = self.size // self.codec.spec.factor
+        return self.codec.spec.latent_channels, side, side
+
+    def _noise(self, row: Row) -> Tensor:
+        own = torch.randn(self._shape, generator=torch_rng(row.seed, "generate/noise"))
+        return own if row.toward is None else slerp(own, self._noise(row.toward), row.share)
+
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents -> images "b c h w" in [-1, 1]."""
@@ -240,8 +263,8 @@ class LatentDiffusion:
 
     def _denoise(self, rows: list[Row], begun: Begun | None = None) -> Denoise:
         request = rows[0].request
-        cond = self._cond(rows, [r.request.prompt for r in rows], [r.request.label for r in rows])
-        empty = self._cond(rows, [r.request.negative for r in rows], [None] * len(rows))
+        cond = self._told(rows, lambda r: r.request.prompt, lambda r: r.request.label)
+        empty = self._told(rows, lambda r: r.request.negative, lambda r: None)
         predict = Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
         post: list[Post] = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
         if begun is not None and begun.mask is not None:
@@ -254,6 +277,14 @@ class LatentDiffusion:
     def _without_dead(self, x0: Tensor, *_: Any) -> Tensor:
         """Channels that the codec does not use stay 0, as training had them: nobody taught the denoiser what to say of them."""
         return x0 * (self.codec.latent_std > 0)[:, None, None]
+
+    def _told(self, rows: list[Row], prompt: Callable[[Row], str | None], label: Callable[[Row], str | None]) -> Cond:
+        """What the denoiser is told of each row, on its way towards another where there is one."""
+        if all(r.toward is None for r in rows):
+            return self._cond(rows, [prompt(r) for r in rows], [label(r) for r in rows])
+        both = [*rows, *(r.toward or r for r in rows)]
+        cond = self._cond(both, [prompt(r) for r in both], [label(r) for r in both])
+        return between(cond[: len(rows)], cond[len(rows) :], torch.tensor([r.share for r in rows], device=self.device))
 
     def _cond(self, rows: list[Row], prompts: list[str | None], labels: list[str | None]) -> Cond:
         """What the denoiser is told: a prompt of None is silence, as it was in training."""
@@ -294,7 +325,27 @@ class LatentDiffusion:
             record["init_sha256"] = begun.digest
         model, digest = self.name, self.meta["hash"]
         parameters = parameters_text(row.request, seed=row.seed, size=self.size, model=model, model_hash=digest, version=sfumato.__version__)
-        return Picture(image, row.request, row.index, record, parameters)
+        return Picture(image, row.request, row.index, record, parameters, source_text(model, self.meta.get("credits", [])))
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From a to b along the arc between them, so that what lies between has the norm of noise too; a straight line where they are parallel."""
+    cosine = float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12))
+    angle = math.acos(min(1.0, max(-1.0, cosine)))
+    if math.sin(angle) < 1e-4:
+        return torch.lerp(a, b, share)
+    return (math.sin((1 - share) * angle) * a + math.sin(share * angle) * b) / math.sin(angle)
+
+
+def between(a: Cond, b: Cond, share: Tensor) -> Cond:
+    """Conditions of the same rows mixed, the `share` "n" of each from b: vectors by lerp, labels from the nearer one; every token is attended to."""
+
+    def mix(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        return None if x is None or y is None else torch.lerp(x, y, share.to(x).reshape(-1, *[1] * (x.ndim - 1)))
+
+    label = None if a.label is None or b.label is None else torch.where(share < 0.5, a.label, b.label)
+    mask = None if a.mask is None or b.mask is None else a.mask | b.mask
+    return Cond(text=mix(a.text, b.text), mask=mask, pooled=mix(a.pooled, b.pooled), style=mix(a.style, b.style), label=label)
 
 
 def begun_digest(request: GenerateRequest) -> str:

@@ -26,7 +26,7 @@ from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
 from sfumato.core.seams import Cond
 from sfumato.data.augment import Scene, Variety, draw_scene, render
 from sfumato.data.captions import FILLER, any_caption
-from sfumato.data.emoji import LANGUAGES, STYLES, Concept, Drawings, art_digest, concepts, drawable, drawings
+from sfumato.data.emoji import LANGUAGES, STYLES, Concept, Drawings, art_digest, concepts, credits, drawable, drawings
 from sfumato.data.latents import cached_latents
 from sfumato.diffusion.dit import DiT, DiTConfig, silent, without_style
 from sfumato.diffusion.guidance import cfg, guided
@@ -360,6 +360,7 @@ class DiffusionTask:
             "labels": self.labels,
             "words": words,
             "filler": FILLER,
+            "credits": credits(),
         }
         return tensors, meta | ({"text": self.text_meta["text"], "tokenizer": self.text_meta["tokenizer"]} if self.text else {})
 

@@ -321,3 +321,104 @@ def test_a_plan_counts_all_that_a_run_would_train(smoke: Path, capsys: pytest.Ca
     assert status == 0, err
     whole = DiT(replace(preset_smoke()[0].denoiser, memory=len(drawable())))
     assert json.loads(out)["plan"]["parameters"] == {"denoiser": sum(p.numel() for p in whole.parameters())}
+
+
+def test_prompts_from_a_file_and_events_for_programs(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n\n 一只狐狸 \n", encoding="utf-8-sig")
+    argv = [
+        "generate",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--model",
+        packed,
+        "--steps",
+        "2",
+        "--seed",
+        "5",
+        "--out",
+        str(tmp_path / "p.png"),
+    ]
+    status, out, err = run(capsys, *argv, "--json")
+    assert status == 0, err
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [e["event"] for e in events] == ["begin", "step", "step", "picture", "step", "step", "picture", "end"]
+    assert events[0]["prompts"] == ["a cat", "一只狐狸"]
+    assert [(e["prompt"], e["seed"]) for e in events if e["event"] == "picture"] == [("a cat", 5), ("一只狐狸", 5)]
+    assert all(Path(e["file"]).exists() for e in events if e["event"] == "picture")
+    assert [e["done"] for e in events if e["event"] == "step"] == [1, 2, 3, 4]
+    assert events[-1]["result"] == str(tmp_path / "p-grid.png")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "gbk.txt").write_bytes("一只猫和一只狗".encode("gb18030"))
+    for name, message in (("empty.txt", "holds no prompt"), ("gbk.txt", "is not UTF-8"), ("gone.txt", "cannot be read: No such file")):
+        status, _, err = run(capsys, "generate", "--prompts", str(tmp_path / name), "--model", packed)
+        assert status == 2
+        assert message in err
+
+
+def test_credits_of_a_model_and_of_a_picture(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sfumato.data.emoji import sources
+
+    lines = run(capsys, "credits", packed)[1].splitlines()
+    assert [line.split("\t") for line in lines] == [[s["attribution"], s["licence"], s["home"]] for s in sources().values()]
+    cat = tmp_path / "cat.png"
+    run(capsys, "generate", "a cat", "--model", packed, "--steps", "1", "--count", "2", "--out", str(cat))
+    for name in ("cat-1.png", "cat-grid.png"):
+        said = run(capsys, "credits", str(tmp_path / name))[1]
+        assert "OpenMoji" in said
+        assert "CC-BY-SA-4.0" in said
+    save_png(tmp_path / "other.png", Image.new("RGB", (8, 8)))
+    status, _, err = run(capsys, "credits", str(tmp_path / "other.png"))
+    assert status == 2
+    assert "does not say where it comes from" in err
+
+
+def test_paths_are_told_and_what_is_kept_can_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "kept"))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "emoji.safetensors").write_bytes(b"\0" * 2_000_000)
+    lines = run(capsys, "paths")[1].splitlines()
+    assert lines[0] == f"cache\t2.0 MB\t{tmp_path / 'kept'}"
+    assert run(capsys, "paths", "--clean")[1].startswith("removed\t2.0 MB\t1 files")
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_a_changed_init_picture_is_not_passed_off_as_the_same(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    doodle, out = tmp_path / "doodle.png", tmp_path / "cat.png"
+    Image.new("RGB", (20, 20), "red").save(doodle)
+    status, _, err = run(capsys, "generate", "a cat", "--init", str(doodle), "--strength", "0.5", "--model", packed, "--seed", "1", "--out", str(out))
+    assert status == 0, err
+    assert "Denoising strength: 0.5" in Image.open(out).info["parameters"]
+    again = ["generate", "--from", str(out), "--model", packed, "--out", str(tmp_path / "again.png"), "--force"]
+    assert run(capsys, *again)[0] == 0
+    assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
+    Image.new("RGB", (20, 20), "blue").save(doodle)
+    status, _, err = run(capsys, *again)
+    assert status == 2
+    assert "it has changed" in err
+
+
+@pytest.mark.parametrize("name", ["m.webp", "m.gif", "m.png"])
+def test_an_animation(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    out = tmp_path / name
+    argv = ["generate", "a cat", "--morph", "a dog", "--morph-style", "noto", "--frames", "4", "--fps", "10", "--steps", "1", "--seed", "1"]
+    status, said, err = run(capsys, *argv, "--style", "openmoji", "--model", packed, "--out", str(out))
+    assert status == 0, err
+    assert said.strip() == str(out)
+    with Image.open(out) as image:
+        assert image.n_frames == 6  # there and back again, the ends once
+        assert image.info["duration"] == 100
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--out", "x.mp4"], "must end in one of .webp, .gif"),
+        (["--frames", "1"], "frames (=1)"),
+        (["--fps", "0"], "fps (=0)"),
+        (["a bird"], "give one prompt"),
+    ],
+)
+def test_an_animation_that_cannot_be(packed: str, capsys: pytest.CaptureFixture[str], more: list[str], message: str) -> None:
+    status, _, err = run(capsys, "generate", "a cat", *more, "--morph", "a dog", "--model", packed)
+    assert status == 2
+    assert message in err

@@ -12,7 +12,7 @@ from sfumato.core.checkpoint import FileError, load_tensors
 from sfumato.core.images import to_pil
 from sfumato.core.pack import save_pack
 from sfumato.core.request import GenerateRequest, style_weights
-from sfumato.pipelines.generate import CHUNK, LatentDiffusion, Row
+from sfumato.pipelines.generate import CHUNK, LatentDiffusion, Row, slerp
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +265,29 @@ def test_init_pictures_that_cannot_be_used_are_named(model: LatentDiffusion, doo
     paths = {"DOODLE": str(doodle), "OTHER": str(tmp_path / "other.png")}
     with pytest.raises(ValueError, match=message):
         model.generate("a cat", steps=2, **{k: paths.get(v, v) for k, v in fields.items()})
+
+
+# --- from one picture to another ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_morph_begins_and_ends_with_the_pictures_themselves(model: LatentDiffusion) -> None:
+    a = GenerateRequest(prompt="a cat", style="noto", seed=3, steps=4)
+    b = GenerateRequest(prompt="a rather long caption of a dog", style="openmoji", seed=8, steps=4)
+    frames = pixels([p.image for p in model.morph(a, b, 5)])
+    first, last = (pixels([next(model.pictures(r)).image])[0] for r in (a, b))
+    assert np.abs(frames[0] - first).max() <= 1
+    assert np.abs(frames[-1] - last).max() <= 1
+    steps = [np.abs(x - y).mean() for x, y in zip(frames[1:], frames[:-1], strict=True)]
+    assert all(0 < s for s in steps)
+    with pytest.raises(ValueError, match=r"frames \(=1\)"):
+        list(model.morph(a, b, 1))
+
+
+def test_noise_between_two_seeds_is_noise() -> None:
+    a, b = (torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    for share in (0.0, 0.3, 0.5, 1.0):
+        assert float(slerp(a, b, share).std()) == pytest.approx(1.0, abs=0.05)
+    assert float(torch.lerp(a, b, 0.5).std()) < 0.8, "what lerp would have done"
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
+    torch.testing.assert_close(slerp(a, a, 0.4), a)
