@@ -267,7 +267,7 @@ def test_init_pictures_that_cannot_be_used_are_named(model: LatentDiffusion, doo
         model.generate("a cat", steps=2, **{k: paths.get(v, v) for k, v in fields.items()})
 
 
-# --- from one picture to another ----------------------------------------------------------------------------------------------------------------------
+# --- from one picture to another ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_morph_begins_and_ends_with_the_pictures_themselves(model: LatentDiffusion) -> None:
@@ -278,7 +278,7 @@ def test_a_morph_begins_and_ends_with_the_pictures_themselves(model: LatentDiffu
     assert np.abs(frames[0] - first).max() <= 1
     assert np.abs(frames[-1] - last).max() <= 1
     steps = [np.abs(x - y).mean() for x, y in zip(frames[1:], frames[:-1], strict=True)]
-    assert all(0 < s for s in steps)
+    assert all(s > 0 for s in steps)
     with pytest.raises(ValueError, match=r"frames \(=1\)"):
         list(model.morph(a, b, 1))
 
