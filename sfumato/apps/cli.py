@@ -25,7 +25,7 @@ Pictures from words, and the models behind them.
   info FILE             what a model, a run folder or one of our pictures is
   credits [FILE]        whose works a model learned from, with their licences
   paths                 where things are kept, and how to be rid of them
-  data check|show DIR   what a folder of one's own pictures is good for
+  data check DIR        what a folder of one's own pictures is good for; also data show DIR, data shard DIR --out SHARDS
   train WHAT ...        train an autoencoder, a text encoder or a diffusion model
   pack RUN              make one small file that draws from a finished run
 
@@ -66,10 +66,14 @@ def data(argv: list[str]) -> None:
     from sfumato.apps import dataset
     from sfumato.core.config import nearest
 
-    known = {"check": (dataset.Check, dataset.run_check), "show": (dataset.Show, dataset.run_show)}
+    known = {
+        "check": (dataset.Check, dataset.run_check),
+        "show": (dataset.Show, dataset.run_show),
+        "shard": (dataset.Shard, dataset.run_shard),
+    }
     if not argv or argv[0] not in known:
         if argv and argv[0] in ("-h", "--help"):
-            print("usage: sfumato data {check,show} DIR ...")
+            print("usage: sfumato data {check,show,shard} DIR ...")
             return
         given = argv[0] if argv else ""
         raise ValueError(f"data what? (={given!r}) must be one of {', '.join(known)}{nearest(given, known)}")

@@ -1,4 +1,4 @@
-"""`sfumato data check | show DIR`: what a folder of pictures is good for, before anything is trained on it."""
+"""`sfumato data check | show | shard DIR`: what a folder of pictures, or of shards, is good for, before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from PIL import Image
 
 from sfumato.apps.cli import OUT
 from sfumato.core.checkpoint import FileError
-from sfumato.core.images import grid, png_bytes, write_bytes
-from sfumato.data.folder import Entry, Scan, check, framed, near_duplicates, open_picture, scan, split, survey
+from sfumato.core.images import Unreadable, decode, grid, png_bytes, write_bytes
+from sfumato.data.folder import TOO_MANY_BAD, Entry, Scan, check, framed, near_duplicates, open_picture, scan, split, survey
+from sfumato.data.shards import PER_SHARD, Shards, write_shards
 
 SHOWN = 20  # lines of one kind, unless all are asked for
 
 
 @dataclass(frozen=True)
 class Check:
-    """Looks at every picture of a folder or zip and names what cannot be used, with the reason."""
+    """Looks at every picture of a folder, a zip or shards and names what cannot be used, with the reason."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     strict: bool = False
@@ -33,7 +35,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Show:
-    """Puts pictures of a folder or zip on one sheet, as training reads them, and prints their names, captions and labels."""
+    """Puts pictures of a folder, a zip or shards on one sheet, as training reads them, and prints their names, captions and labels."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     out: Path = OUT / "data.png"
@@ -46,8 +48,52 @@ class Show:
     """Overwrite a file that exists."""
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Writes a folder or zip as WebDataset shards, for sets too large to be looked at anew each time; bad files are left out and named."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    out: Path
+    """The folder of the shards."""
+    per_shard: int = PER_SHARD
+    """Pictures of one shard, at most; and at most 256 MiB."""
+    strict: bool = False
+    """Refuse where a single file is bad."""
+    force: bool = False
+    """Replace shards that are there already."""
+
+
+def are_shards(where: Path) -> bool:
+    return where.suffix.lower() == ".tar" or (where.is_dir() and any(where.glob("*.tar")))
+
+
+def run_shard(asked: Shard) -> Iterator[str]:
+    """Lines to print; the folder is the last."""
+    found = scan(asked.folder, strict=asked.strict)
+    yield from (f"left out: {b.name} {b.reason}" for b in found.bad)
+    paths = write_shards(found, asked.out, per_shard=asked.per_shard, force=asked.force)
+    yield f"{len(found.entries)} pictures in {len(paths)} shards"
+    yield str(asked.out)
+
+
+def _check_shards(asked: Check) -> Iterator[str]:
+    shards = Shards(asked.folder)
+    yield f"pictures: {len(shards)} in {len(shards.paths)} shards"
+    bad = list(shards.check())
+    limit = len(bad) if asked.all else SHOWN
+    yield f"bad: {len(bad)}"
+    yield from (f"  {b.name} {b.reason}" for b in bad[:limit])
+    if len(bad) > limit:
+        yield f"  and {len(bad) - limit} more: --all names them"
+    if bad and (asked.strict or len(bad) > TOO_MANY_BAD * len(shards)):
+        raise FileError(f"{len(bad)} of {len(shards)} pictures in {asked.folder} cannot be used, such as {bad[0].name}, which {bad[0].reason}")
+
+
 def run_check(asked: Check) -> Iterator[str]:
     """Lines to print. Raises FileError, after all lines, where one could not train on the folder."""
+    if are_shards(asked.folder):
+        yield from _check_shards(asked)
+        return
     found = survey(asked.folder, workers=asked.workers)
     yield from _facts(found)
     limit = len(found.bad) if asked.all else SHOWN
@@ -108,11 +154,31 @@ def run_show(asked: Show) -> Iterator[str]:
         raise ValueError(f"size (={asked.size}) must be between 8 and 1,024 pixels")
     if asked.out.exists() and not asked.force:
         raise FileError(f"{asked.out} exists: use --force to overwrite it, or another --out")
-    found = scan(asked.folder)
-    step = max(1, len(found.entries) / asked.count)
-    chosen = [found.entries[int(i * step)] for i in range(min(asked.count, len(found.entries)))]
-    write_bytes(asked.out, png_bytes(grid([framed(open_picture(found, e), asked.size) for e in chosen], gap=4)))
-    for e in chosen:
-        labels = ", ".join(f"{k}: {v}" for k, v in e.labels.items())
-        yield "\t".join([e.name, e.caption or "", labels]).rstrip()
+    images, lines = [], []
+    for image, name, caption, labels in _some(asked):
+        images.append(framed(image, asked.size))
+        lines.append("\t".join([name, caption or "", ", ".join(f"{k}: {v}" for k, v in labels.items())]).rstrip())
+    write_bytes(asked.out, png_bytes(grid(images, gap=4)))
+    yield from lines
     yield str(asked.out)
+
+
+def _some(asked: Show) -> Iterator[tuple[Image.Image, str, str | None, dict[str, str]]]:
+    """Evenly chosen pictures with their names, captions and labels."""
+    if are_shards(asked.folder):
+        shards = Shards(asked.folder)
+        for i in _evenly(len(shards), asked.count):
+            sample = shards[i]
+            try:
+                yield decode(sample.data), sample.name, sample.caption, sample.labels
+            except Unreadable as e:
+                raise FileError(f"{sample.name} {e}: `sfumato data check {asked.folder}` names all that are bad") from None
+        return
+    found = scan(asked.folder)
+    for i in _evenly(len(found.entries), asked.count):
+        e = found.entries[i]
+        yield open_picture(found, e), e.name, e.caption, e.labels
+
+
+def _evenly(n: int, count: int) -> list[int]:
+    return [int(i * max(1, n / count)) for i in range(min(count, n))]

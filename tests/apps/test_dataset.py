@@ -75,7 +75,7 @@ def test_show_makes_a_sheet(folder: Path, tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "must be one of check, show"),
+        ([], "must be one of check, show, shard"),
         (["chek", "x"], "did you mean 'check'?"),
         (["check", "/nowhere"], "there is no folder or zip /nowhere"),
         (["show", ".", "--count", "0"], "count (=0) must be between 1 and 1,024"),
@@ -87,3 +87,17 @@ def test_bad_input_gets_one_line(argv: list[str], message: str, capsys: pytest.C
     assert status == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_shards_are_written_checked_and_shown(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "shards"
+    status, lines, err = run(capsys, "shard", str(folder), "--out", str(out), "--per-shard", "7")
+    assert status == 0, err
+    assert lines == ["left out: a/broken.jpg is a web page, not a picture: download it again", "20 pictures in 3 shards", str(out)]
+    assert run(capsys, "check", str(out))[1] == ["pictures: 20 in 3 shards", "bad: 0"]
+    status, lines, _ = run(capsys, "show", str(out), "--out", str(tmp_path / "s.png"), "--count", "4", "--size", "16")
+    assert status == 0
+    assert len(lines) == 5
+    status, _, err = run(capsys, "shard", str(folder), "--out", str(out))
+    assert status == 2
+    assert "--force" in err
