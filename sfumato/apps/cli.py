@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import sfumato
+from sfumato.core.runlog import is_out_of_memory
 
 OUT = Path("sfumato-out")  # where results go that have no name
 
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _message(e: Exception) -> str:
-    if _is_memory(e):
+    if is_out_of_memory(e):
         return "error: out of memory: ask for fewer pictures at once, a smaller batch_size or more accumulate"
     if isinstance(e, OSError) and e.strerror:
         return f"error: {e.filename or 'a file'}: {e.strerror}"
@@ -177,12 +178,7 @@ def _status(e: Exception) -> int | None:
     """The exit status for an error of the user's or the machine's making; None for our own bugs, which keep their traceback."""
     if type(e).__name__ == "Stopped":
         return 128 + e.signum  # type: ignore[attr-defined]
-    return 2 if isinstance(e, (ValueError, OSError)) or type(e).__name__ == "Diverged" or _is_memory(e) else None
-
-
-def _is_memory(e: Exception) -> bool:
-    cpu = isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e)
-    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or cpu
+    return 2 if isinstance(e, (ValueError, OSError)) or type(e).__name__ == "Diverged" or is_out_of_memory(e) else None
 
 
 if __name__ == "__main__":

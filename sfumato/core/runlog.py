@@ -30,3 +30,9 @@ def read_log(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def is_out_of_memory(e: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the host or of a GPU; told by name, so that torch need not be there."""
+    cpu = isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e)
+    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or cpu

@@ -34,10 +34,11 @@ from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, loa
 from sfumato.core.config import to_json
 from sfumato.core.images import save_png
 from sfumato.core.pack import save_pack
-from sfumato.core.runlog import RunLog
+from sfumato.core.runlog import RunLog, is_out_of_memory
 from sfumato.nn.ema import ema_copy, ema_update
 
 BAD_STEPS_IN_A_ROW = 5
+HALVINGS = 3  # of a batch that does not fit into memory
 FREE_TO_CHANGE = ("images", "save_every", "sample_every", "log_every", "keep", "keep_every", "trackers", "threads", "device", "compile")
 
 
@@ -229,6 +230,7 @@ class Trainer:
             for network in self.prepared.values():
                 network.compile()
         self.optimisers = {p.name: self._optimiser(p) for p in task.phases}
+        self.accumulate = loop.accumulate  # doubled where a batch does not fit into memory
         self.counters = {"images": 0, "steps": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.best = -math.inf
 
@@ -247,7 +249,7 @@ class Trainer:
         """This process's positions in the data order for the step that begins at `images`, in `accumulate` parts."""
         a = self.accelerator
         mine = np.arange(images, images + self.loop.batch_size).reshape(a.num_processes, -1)[a.process_index]
-        return np.split(mine, self.loop.accumulate)
+        return np.split(mine, self.accumulate)
 
     def step(self, batches: list[Batch]) -> dict[str, float]:
         """All phases that are due, then the averages. Returns the statistics of this step."""
@@ -273,18 +275,7 @@ class Trainer:
         optimiser, a = self.optimisers[phase.name], self.accelerator
         for group in optimiser.param_groups:
             group["lr"] = lr * phase.lr_scale
-        for other in self.task.networks.values():
-            other.zero_grad(set_to_none=True)
-        stats: dict[str, list[float]] = defaultdict(list)
-        for i, batch in enumerate(batches):
-            waiting = [a.no_sync(self.prepared[n]) for n in phase.networks] if i < len(batches) - 1 else []
-            with contextlib.ExitStack() as stack:
-                for context in waiting:
-                    stack.enter_context(context)
-                loss, found = phase.loss(self.prepared, batch, progress)
-                a.backward(loss / len(batches))
-            for k, v in {"loss": loss.detach(), **found}.items():
-                stats[k if len(self.task.phases) == 1 else f"{phase.name}/{k}"].append(float(v))
+        stats = self._gradients(phase, batches, progress)
         parameters = [p for n in phase.networks for p in self.task.networks[n].parameters()]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.loop.clip or math.inf)
         finite = bool(a.reduce(torch.isfinite(norm).float().reshape(1), "sum").item() == a.num_processes)
@@ -295,6 +286,42 @@ class Trainer:
             return False, {}
         norm_name = "grad_norm" if len(self.task.phases) == 1 else f"{phase.name}/grad_norm"
         return True, {k: sum(v) / len(v) for k, v in stats.items()} | {norm_name: float(norm)}
+
+    def _gradients(self, phase: Phase, batches: list[Batch], progress: float) -> dict[str, list[float]]:
+        """The gradient of the mean loss over `batches`; where they do not fit into memory, over halves of them, from then on."""
+        while True:
+            for other in self.task.networks.values():
+                other.zero_grad(set_to_none=True)
+            try:
+                return self._backward(phase, batches, progress)
+            except (RuntimeError, MemoryError) as e:
+                halves = self._halves(batches) if is_out_of_memory(e) and self.accelerator.num_processes == 1 else None
+                if halves is None:
+                    raise
+            batches, self.accumulate = halves, len(halves)
+            at_once = self.loop.batch_size // self.accumulate
+            tqdm.write(f"out of memory: going on with {at_once} pictures at a time, batches are as large as before", file=sys.stderr)
+
+    def _halves(self, batches: list[Batch]) -> list[Batch] | None:
+        """Every batch in two; None where that was done often enough, or the task compares the pictures of a batch with each other."""
+        n = self.loop.batch_size // len(batches)
+        if n % 2 or len(batches) >= self.loop.accumulate * 2**HALVINGS or not getattr(self.task, "splittable", True):
+            return None
+        half = [slice(0, n // 2), slice(n // 2, n)]
+        return [{k: v[part] if hasattr(v, "__len__") and len(v) == n else v for k, v in b.items()} for b in batches for part in half]
+
+    def _backward(self, phase: Phase, batches: list[Batch], progress: float) -> dict[str, list[float]]:
+        stats: dict[str, list[float]] = defaultdict(list)
+        for i, batch in enumerate(batches):
+            waiting = [self.accelerator.no_sync(self.prepared[n]) for n in phase.networks] if i < len(batches) - 1 else []
+            with contextlib.ExitStack() as stack:
+                for context in waiting:
+                    stack.enter_context(context)
+                loss, found = phase.loss(self.prepared, batch, progress)
+                self.accelerator.backward(loss / len(batches))
+            for k, v in {"loss": loss.detach(), **found}.items():
+                stats[k if len(self.task.phases) == 1 else f"{phase.name}/{k}"].append(float(v))
+        return stats
 
     # --- the run ------------------------------------------------------------------------------------------------------------------------------
 

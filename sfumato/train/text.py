@@ -154,6 +154,7 @@ class TextTask:
     """See `sfumato.train.loop.Task`. A "picture" of this task is a caption."""
 
     kind = "text"
+    splittable = False  # the captions of a batch are compared with each other
 
     def __init__(self, recipe: TextRecipe, seed: int, run: Path) -> None:
         self.recipe, self.seed = recipe, seed

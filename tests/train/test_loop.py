@@ -519,6 +519,40 @@ def test_trackers_that_are_not_installed_are_refused(tmp_path: Path) -> None:
         fit(tmp_path, replace(LOOP, trackers=("aim",)))
 
 
+class Narrow(Toy):
+    """Has memory for `fits` pictures at a time."""
+
+    def __init__(self, fits: int) -> None:
+        super().__init__()
+        self.fits, self.tried = fits, 0
+
+    def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        if len(batch["x"]) > self.fits:
+            self.tried += 1
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return super().loss(networks, batch, progress)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = Narrow(fits=4)
+    assert fit(tmp_path / "narrow", task=task).accumulate == 4
+    assert task.tried == 2, "from then on it knows"
+    said = capsys.readouterr().err
+    assert "out of memory: going on with 8 pictures at a time" in said
+    assert "out of memory: going on with 4 pictures at a time" in said
+    fit(tmp_path / "wide")
+    assert_same(tmp_path / "wide", tmp_path / "narrow", 1e-5)
+
+
+@pytest.mark.parametrize(("fits", "splittable", "tried"), [(1, True, 4), (8, False, 1)])
+def test_memory_that_never_suffices_ends_the_run(tmp_path: Path, fits: int, splittable: bool, tried: int) -> None:
+    task = Narrow(fits)
+    task.splittable = splittable
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        fit(tmp_path, task=task)
+    assert task.tried == tried
+
+
 def test_training_learns(tmp_path: Path) -> None:
     fit(tmp_path, replace(LOOP, images=3_200, log_every=320))
     losses = [line["loss"] for line in read_log(tmp_path / "log.jsonl") if "loss" in line]
