@@ -39,7 +39,7 @@ TOO_MANY_BAD = 0.1
 LARGEST_FILE = 512 * 2**20
 INDEX_VERSION = 1
 ALIKE_BITS, ALIKE_COLOUR = 10, 8  # of 256, of 255: as far as two versions of one picture lie apart at most
-SOFT = 0.2  # photographs and drawings have 0.26 and more of their contrast in the finest detail, enlarged twofold 0.12 to 0.19
+SOFT = 0.2  # photographs and drawings have mostly 0.26 and more of their contrast in the finest detail, enlarged twofold 0.12 to 0.19
 
 
 @dataclass(frozen=True)
