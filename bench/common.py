@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sfumato.core.images import premultiply
 from sfumato.core.request import GenerateRequest
-from sfumato.data.emoji import premultiply
 from sfumato.pipelines.generate import LatentDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -37,8 +37,10 @@ def train(argv: list[str]) -> None:
     name = _preset_name(argv, presets)
     recipe, loop = presets[name]()
     asked = parse(tyro, _arguments(what, recipe, loop, presets, name), argv[1:], f"train {what}")
+    if asked.data != "emoji" and what != "autoencoder":
+        raise ValueError(f"data (={asked.data!r}) must be emoji for {what}, the embedded drawings: folders are for the autoencoder, as yet")
     if asked.data != "emoji":
-        raise ValueError(f"data (={asked.data!r}) must be emoji: the embedded drawings")
+        asked = replace(asked, recipe=replace(asked.recipe, data=asked.data))
     chosen = {k: v for k in ("device", "dtype", "threads") if (v := getattr(asked, k)) is not None}
     asked = replace(asked, loop=replace(asked.loop, **chosen))
     if asked.plan:
@@ -119,7 +121,8 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
 
     Memory is this process's peak (host memory; a GPU's is not measured) plus the data that a real run holds.
     """
-    recipe, loop = replace(asked.recipe, limit=PLAN_LIMIT), asked.loop
+    own = what == "autoencoder" and asked.recipe.data != "emoji"
+    recipe, loop = asked.recipe if own else replace(asked.recipe, limit=PLAN_LIMIT), asked.loop
     if what == "diffusion":
         recipe = replace(recipe, each=1)
     speed, trainer, disk = _timed(what, recipe, loop, asked)
@@ -178,6 +181,8 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
     """What a real run's data takes beyond the few drawings of the plan: rasterised drawings, and latents where there are any."""
     from sfumato.data.emoji import concepts, drawable, is_held_out, pairs
 
+    if what == "autoencoder" and recipe.data != "emoji":
+        return {"memory": 0, "disk": (len(trainer.task.train) + len(trainer.task.exact)) * 4 * (2 * recipe.size) ** 2}
     if recipe.limit or what == "text":
         return {"memory": 0, "disk": 0}
     side = 2 * (recipe.size if what == "autoencoder" else trainer.task.size)

@@ -155,6 +155,13 @@ def _straight(a: np.ndarray) -> np.ndarray:
     return _to_u8(np.concatenate([colour, alpha], axis=-1))
 
 
+def premultiply(straight: np.ndarray) -> np.ndarray:
+    """uint8 "h w 4" RGBA with straight alpha -> premultiplied, rounded to nearest."""
+    alpha = straight[..., 3:].astype(np.uint16)
+    rgb = (straight[..., :3].astype(np.uint16) * alpha + 127) // 255
+    return np.concatenate([rgb, alpha], axis=-1).astype(np.uint8)
+
+
 def flatten(image: Image.Image, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """An RGBA picture over a plain ground, as RGB."""
     ground = Image.new("RGBA", image.size, (*colour, 255))

@@ -113,7 +113,7 @@ def _rates(v: Variety, partners: bool) -> list[float]:
 
 def _place(item: Placed, rng: np.random.Generator, v: Variety, low: bool = False) -> Placed:
     scale = float(rng.uniform(*v.scale))
-    room = max(1 - scale, 0.0) / 2 + 0.02
+    room = max((scale - 1) / 2 - 0.01, 0.0) if scale > 1 else (1 - scale) / 2 + 0.02  # what is enlarged fills the canvas
     dx, dy = rng.uniform(-room, room, 2)
     dy = abs(dy) if low else dy
     return replace(item, scale=scale, angle=float(rng.uniform(-v.angle, v.angle)), dx=float(dx), dy=float(dy))

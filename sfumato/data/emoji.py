@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfumato.core.checkpoint import cache_folder, cached
+from sfumato.core.images import premultiply
 
 STYLES = ("twemoji", "noto", "fluent", "fluent-flat", "openmoji", "emojione")
 LANGUAGES = ("en", "zh", "zh-hant")
@@ -117,13 +118,6 @@ def art_digest() -> str:
 def is_held_out(hexcode: str, style: str) -> bool:
     """True for the one pair in twenty that no training run may see."""
     return int(hashlib.sha256(f"{hexcode}/{style}".encode()).hexdigest(), 16) % 20 == 0
-
-
-def premultiply(straight: np.ndarray) -> np.ndarray:
-    """uint8 "h w 4" RGBA with straight alpha -> premultiplied, rounded to nearest."""
-    alpha = straight[..., 3:].astype(np.uint16)
-    rgb = (straight[..., :3].astype(np.uint16) * alpha + 127) // 255
-    return np.concatenate([rgb, alpha], axis=-1).astype(np.uint8)
 
 
 def rasterise(svg: str, size: int) -> np.ndarray:

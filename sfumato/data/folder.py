@@ -18,18 +18,21 @@ import threading
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sfumato.core.checkpoint import FileError, cache_folder, write_bytes
-from sfumato.core.images import Unreadable, decode, flatten
+from sfumato.core.checkpoint import FileError, cache_folder, replacing, write_bytes, write_json
+from sfumato.core.images import Unreadable, decode, flatten, premultiply
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".apng")
 FORMATS = {"PNG": (".png", ".apng"), "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "WEBP": (".webp",), "GIF": (".gif",)}
@@ -432,6 +435,69 @@ def _remembered(root: Path) -> dict[str, Entry | Bad]:
 def _remember(root: Path, looked: list[Entry | Bad]) -> None:
     rows = ({k: v for k, v in asdict(e).items() if k not in ("caption", "labels")} for e in looked)
     write_bytes(_index_path(root), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+
+
+# --- pixels -------------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures as pixels, uint8 "n 4 size size", premultiplied, mapped from the cache folder: what training needs of drawings, of one's own."""
+
+    pixels: Tensor
+    entries: tuple[Entry, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def style(self) -> np.ndarray:
+        return np.zeros(len(self), dtype=int)
+
+    @property
+    def may_flip(self) -> np.ndarray:
+        return np.ones(len(self), dtype=bool)
+
+
+def pixels_of(found: Scan, entries: Sequence[Entry], size: int) -> Pictures:
+    """The pictures as squares of `size` pixels, decoded once; kept in the cache folder."""
+    import torch
+
+    if not entries:
+        return Pictures(torch.zeros(0, 4, size, size, dtype=torch.uint8), ())
+    name = hashlib.sha256(json.dumps([INDEX_VERSION, size, [e.digest for e in entries]]).encode()).hexdigest()[:24]
+    path = cache_folder() / f"pixels-{name}.npy"
+    if not path.exists():
+        with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            held = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(entries), 4, size, size))
+            squares = pool.map(lambda e: _square(found, e, size), entries)
+            for i, square in enumerate(tqdm(squares, total=len(entries), desc="decoding", unit=" pictures", leave=False)):
+                held[i] = square
+            held.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch minds that the file is not to be written to; nobody does
+        return Pictures(torch.from_numpy(np.load(path, mmap_mode="r")), tuple(entries))
+
+
+def same_pictures(run: Path, found: Scan) -> None:
+    """Notes in a run folder what it is trained on, or raises ValueError where that has changed since the run was begun."""
+    digest = hashlib.sha256("".join(sorted(e.digest for e in found.entries)).encode()).hexdigest()
+    now = {"pictures": len(found.entries), "digest": digest}
+    path = run / "data.json"
+    if not path.exists():
+        write_json(path, now)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != now:
+        raise ValueError(
+            f"{found.root} has changed since {run} was begun ({before['pictures']} pictures then, {now['pictures']} now): "
+            "put it back as it was, or name another --out"
+        )
+
+
+def _square(found: Scan, entry: Entry, size: int) -> np.ndarray:
+    straight = np.asarray(framed(open_picture(found, entry), size).convert("RGBA"))
+    return premultiply(straight).transpose(2, 0, 1)
 
 
 # --- training and validation --------------------------------------------------------------------------------------------------------------------

@@ -17,16 +17,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato import zoo
 from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig, measure_latents
 from sfumato.core.config import to_json
 from sfumato.core.images import grid, to_pil
+from sfumato.core.pack import load_pack
 from sfumato.core.rng import numpy_rng, shuffled, torch_rng
 from sfumato.data.augment import Variety, draw_scene, render
 from sfumato.data.emoji import Drawings, concepts, drawings
+from sfumato.data.folder import Pictures, pixels_of, same_pictures, scan, split
 from sfumato.losses.perceptual import perceptual
 from sfumato.nn.backbones import EfficientNetLite0, efficientnet_lite0, over
+from sfumato.pipelines.find import find
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
+MOST_EXACT = 512  # held-out pictures that are looked at while training
+OWN = Variety(place=0.9, scale=(1.0, 1.35), angle=0.0, recolour=0.0)
 WIDE = Variety(place=0.6, scale=(0.6, 1.25), angle=20.0, recolour=0.15, count=0.05, pair=0.05, scene=0.1)
 
 
@@ -34,10 +40,13 @@ WIDE = Variety(place=0.6, scale=(0.6, 1.25), angle=20.0, recolour=0.15, count=0.
 class AutoencoderRecipe:
     """Everything that decides what a codec becomes. Weights are relative to the mean absolute error.
 
+    `data` is "emoji", the embedded drawings, or a folder or zip of one's own pictures; `init` a pack whose codec it begins from.
     `perceptual_from` is the fraction of the run after which the feature term joins, at `perceptual_size` pixels.
     """
 
     kind: str = "train-autoencoder"
+    data: str = "emoji"
+    init: str = ""
     codec: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     size: int = 64
     mse: float = 1.0
@@ -55,6 +64,8 @@ class AutoencoderRecipe:
             raise ValueError(f"image_channels (={self.codec.convnet.image_channels}) must be 3 (RGB) or 4 (RGBA)")
         if self.size < 1 or self.size % self.codec.convnet.factor:
             raise ValueError(f"size (={self.size}) must be a multiple of the codec's factor (={self.codec.convnet.factor})")
+        if self.data != "emoji" and self.limit:
+            raise ValueError(f"limit (={self.limit}) is of the embedded drawings: leave it out for {self.data}")
         if self.limit < 0:
             raise ValueError(f"limit (={self.limit}) must be at least 0: how many concepts, 0 is all")
 
@@ -69,6 +80,16 @@ def preset_bundled() -> tuple[AutoencoderRecipe, LoopConfig]:
     return AutoencoderRecipe(), LoopConfig(images=120_000, batch_size=32, lr=1e-3, warmup=5_000, dtype="auto", save_every=25_000, sample_every=25_000)
 
 
+def preset_own() -> tuple[AutoencoderRecipe, LoopConfig]:
+    """A codec of one's own pictures at 64 pixels, begun from the bundled one.
+
+    `sfumato train autoencoder --preset own --data DIR --out runs/codec`
+    """
+    return AutoencoderRecipe(init="emoji", variety=OWN, mixed_channels=0.0), LoopConfig(
+        images=24_000, batch_size=32, lr=3e-4, warmup=1_000, dtype="auto", save_every=8_000, sample_every=8_000, log_every=1_600
+    )  # fmt: skip
+
+
 def preset_smoke() -> tuple[AutoencoderRecipe, LoopConfig]:
     """A codec that trains in seconds, to try the tools: 12 concepts, 16 x 16 pixels."""
     from sfumato.codecs.bottlenecks.kl import KLConfig
@@ -79,13 +100,25 @@ def preset_smoke() -> tuple[AutoencoderRecipe, LoopConfig]:
     return recipe, LoopConfig(images=640, batch_size=16, warmup=64, save_every=320, sample_every=320, log_every=64)
 
 
-PRESETS = {"bundled": preset_bundled, "smoke": preset_smoke}
+PRESETS = {"bundled": preset_bundled, "own": preset_own, "smoke": preset_smoke}
 
 
-def split_drawings(size: int, limit: int = 0) -> tuple[Drawings, Drawings]:
-    """The embedded art as (training, held out); `limit` takes the first concepts only."""
+def split_pictures(data: str, size: int, limit: int = 0) -> tuple[Drawings | Pictures, Drawings | Pictures]:
+    """(training, held out): the embedded art, of which `limit` takes the first concepts only, or the pictures of a folder."""
+    if data != "emoji":
+        found = scan(data)
+        return tuple(pixels_of(found, part, size) for part in split(found.entries))  # type: ignore[return-value]
     art = drawings(size, concepts()[:limit] if limit else None)
     return art.rows(~art.held_out), art.rows(art.held_out)
+
+
+def begun_from(recipe: AutoencoderRecipe) -> Autoencoder:
+    """The codec of the pack `recipe.init`. Raises FileError where it has none, ValueError where it is of another shape."""
+    pack = find(recipe.init)
+    tensors, meta = load_pack(pack)
+    if meta.get("codec") != to_json(recipe.codec):
+        raise ValueError(f"init (={recipe.init!r}) must hold a codec of the recipe's shape: {pack} has {meta.get('codec', 'no codec')}")
+    return zoo.load_into(Autoencoder(recipe.codec), tensors, "codec.").train().requires_grad_(True)  # type: ignore[return-value]
 
 
 def layers_of(x: Tensor) -> Tensor:
@@ -117,13 +150,13 @@ class AutoencoderTask:
     def __init__(self, recipe: AutoencoderRecipe, seed: int, bf16: bool = False) -> None:
         self.recipe, self.seed, self.bf16 = recipe, seed, bf16
         self.lite0: EfficientNetLite0 | None = None
-        self.train, held_out = split_drawings(2 * recipe.size, recipe.limit)
-        exact = held_out if len(held_out) else self.train
-        self.exact = self._of_the_codec(F.avg_pool2d(exact.pixels.float() / 255, 2)) * 2 - 1
+        self.train, held_out = split_pictures(recipe.data, 2 * recipe.size, recipe.limit)
+        exact = (held_out if len(held_out) else self.train).pixels[: MOST_EXACT if recipe.data != "emoji" else None]
+        self.exact = self._of_the_codec(F.avg_pool2d(exact.float() / 255, 2)) * 2 - 1
         self.flips = self.train.may_flip
         self.of_style = [np.flatnonzero(self.train.style == s) for s in range(6)]
         torch.manual_seed(seed)
-        codec = Autoencoder(recipe.codec).to(memory_format=torch.channels_last)
+        codec = (begun_from(recipe) if recipe.init else Autoencoder(recipe.codec)).to(memory_format=torch.channels_last)
         self.networks: dict[str, nn.Module] = {"codec": codec}
         self.phases = [Phase("codec", ("codec",), self.loss)]
 
@@ -204,6 +237,8 @@ class AutoencoderTask:
 def train(recipe: AutoencoderRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the codec in the run folder `out`."""
     loop = settled(loop, out)
+    if recipe.data != "emoji":
+        same_pictures(Path(out), scan(recipe.data, progress=False))
     trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed, loop.dtype == "bf16")), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from sfumato.core.images import flatten, grid, png_bytes, save_png, to_pil
-from sfumato.data.emoji import premultiply
+from sfumato.core.images import flatten, grid, png_bytes, premultiply, save_png, to_pil
 
 rgba_u8 = arrays(np.uint8, (5, 7, 4))
 

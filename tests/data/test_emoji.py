@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sfumato.data.emoji import LANGUAGES, STYLES, Concept, Drawings, concepts, drawings, is_held_out, pairs, premultiply, rasterise, sources, vectors
+from sfumato.core.images import premultiply
+from sfumato.data.emoji import LANGUAGES, STYLES, Concept, Drawings, concepts, drawings, is_held_out, pairs, rasterise, sources, vectors
 
 
 def named(name: str) -> Concept:

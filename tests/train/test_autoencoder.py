@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
 
@@ -19,7 +20,9 @@ from sfumato.core.config import from_json, to_json
 from sfumato.core.images import flatten, to_pil
 from sfumato.core.runlog import read_log
 from sfumato.data.emoji import STYLES, concepts, is_held_out, pairs
+from sfumato.data.folder import scan, split
 from sfumato.train.autoencoder import (
+    OWN,
     PRESETS,
     AutoencoderRecipe,
     AutoencoderTask,
@@ -27,7 +30,7 @@ from sfumato.train.autoencoder import (
     pixel_loss,
     preset_smoke,
     psnr_over_white,
-    split_drawings,
+    split_pictures,
     train,
 )
 from sfumato.train.loop import LoopConfig, checkpoints
@@ -129,7 +132,7 @@ def test_pictures_are_premultiplied_even_where_channels_are_mixed(task: Autoenco
 
 
 def test_held_out_drawings_are_never_trained_on(task: AutoencoderTask) -> None:
-    art, held_out = split_drawings(8, 40)
+    art, held_out = split_pictures("emoji", 8, 40)
     seen = {(concepts()[c].hexcode, STYLES[s]) for c, s in zip(art.concept, art.style, strict=True)}
     kept = {(concepts()[c].hexcode, STYLES[s]) for c, s in zip(held_out.concept, held_out.style, strict=True)}
     assert len(kept) > 3
@@ -207,3 +210,68 @@ def test_the_bundled_codec_is_what_its_docstring_says() -> None:
     assert sum(p.numel() for p in codec.parameters()) == pytest.approx(6.9e6, rel=0.01)
     with torch.no_grad():
         assert codec.encode(torch.zeros(1, 4, recipe.size, recipe.size)).mean.shape == (1, 16, 8, 8)
+
+
+# --- one's own pictures ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Forty pictures, each a disc of its own colour and place."""
+    root = tmp_path / "own"
+    root.mkdir()
+    for i in range(40):
+        rng = np.random.default_rng(i)
+        image = Image.new("RGB", (40, 32), tuple(int(v) for v in rng.integers(0, 256, 3)))
+        x, y = rng.integers(4, 20, 2)
+        ImageDraw.Draw(image).ellipse((x, y, x + 12, y + 10), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
+        image.save(root / f"{i:02}.png")
+    return root
+
+
+def own(folder: Path, **more: object) -> tuple[AutoencoderRecipe, LoopConfig]:
+    recipe, loop = preset_smoke()
+    return replace(recipe, data=str(folder), limit=0, variety=OWN, mixed_channels=0.0, **more), replace(loop, device="cpu")  # type: ignore[arg-type]
+
+
+def test_a_codec_of_ones_own_pictures_learns_and_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    recipe, loop = own(folder)
+    train(recipe, loop, tmp_path / "whole")
+    train(recipe, loop, tmp_path / "halves", stop_at=320)
+    train(recipe, loop, tmp_path / "halves")
+    a, b = (load_tensors(checkpoints(tmp_path / name, "state")[-1])[0] for name in ("whole", "halves"))
+    assert all(torch.equal(a[k], v) for k, v in b.items())
+    scores = [line["psnr"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "psnr" in line]
+    assert scores[-1] > scores[0]
+
+
+def test_own_pictures_fill_the_canvas_and_none_is_of_both_sides(folder: Path) -> None:
+    task = AutoencoderTask(own(folder)[0], seed=0)
+    x = task.pictures(np.arange(64))
+    assert float(x[:, 3].min()) > 0.99, "what is opaque stays opaque"
+    held = 40 - len(task.train)
+    assert 1 <= held == len(task.exact)
+    assert not {e.digest for e in task.train.entries} & {e.digest for e in split(scan(folder).entries)[1]}  # type: ignore[union-attr]
+
+
+def test_a_folder_that_changed_is_refused(folder: Path, tmp_path: Path) -> None:
+    recipe, loop = own(folder)
+    train(recipe, loop, tmp_path / "run", stop_at=32)
+    (folder / "00.png").unlink()
+    with pytest.raises(ValueError, match=r"has changed since .* was begun \(40 pictures then, 39 now\)"):
+        train(recipe, loop, tmp_path / "run")
+
+
+def test_a_codec_may_begin_from_another(folder: Path, run: Path, tmp_path: Path) -> None:
+    """It begins where the other ended, and every weight may learn."""
+    pack = str(checkpoints(run, "model")[-1])
+    recipe, _ = own(folder, init=pack)
+    begun = AutoencoderTask(recipe, seed=0).networks["codec"]
+    weights = load_tensors(Path(pack))[0]
+    assert all(torch.equal(weights[f"codec.{k}"], v) for k, v in begun.state_dict().items())
+    assert all(p.requires_grad for p in begun.parameters())
+    other = replace(recipe, codec=replace(recipe.codec, bottleneck=replace(recipe.codec.bottleneck, channels=8)))
+    with pytest.raises(ValueError, match="must hold a codec of the recipe's shape"):
+        AutoencoderTask(other, seed=0)
+    with pytest.raises(ValueError, match=r"limit \(=3\) is of the embedded drawings"):
+        replace(recipe, limit=3)
