@@ -67,7 +67,8 @@ class Scene:
 class Variety:
     """How far pictures may stray from the drawings; the rates are probabilities.
 
-    `place` is the rate of a changed placement, within `scale` and +-`angle` degrees; `count`, `pair` and `scene` are rates of their own kinds.
+    `place` is the rate of a changed placement, within `scale` and +-`angle` degrees; where scale begins at 1 or above, the canvas stays filled.
+    `count`, `pair` and `scene` are rates of their own kinds.
     """
 
     place: float = 0.7
@@ -113,7 +114,9 @@ def _rates(v: Variety, partners: bool) -> list[float]:
 
 def _place(item: Placed, rng: np.random.Generator, v: Variety, low: bool = False) -> Placed:
     scale = float(rng.uniform(*v.scale))
-    room = max((scale - 1) / 2 - 0.01, 0.0) if scale > 1 else (1 - scale) / 2 + 0.02  # what is enlarged fills the canvas
+    room = max(1 - scale, 0.0) / 2 + 0.02
+    if v.scale[0] >= 1:  # nothing is ever made smaller: pictures that fill the canvas, and go on doing so
+        room = max((scale - 1) / 2 - 0.01, 0.0)
     dx, dy = rng.uniform(-room, room, 2)
     dy = abs(dy) if low else dy
     return replace(item, scale=scale, angle=float(rng.uniform(-v.angle, v.angle)), dx=float(dx), dy=float(dy))

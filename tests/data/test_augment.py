@@ -246,3 +246,10 @@ def test_a_scene_does_not_depend_on_its_neighbours() -> None:
     together = render(blobs(), scenes, SIZE)
     for i, scene in enumerate(scenes):
         assert (render(blobs(), [scene], SIZE)[0] - together[i]).abs().max() < 1e-6
+
+
+@given(st.integers(0, 2**32), st.tuples(st.floats(1, 1.2), st.floats(1.2, 1.6)))
+def test_what_fills_the_canvas_goes_on_filling_it(seed: int, scale: tuple[float, float]) -> None:
+    scene = scene_of(seed, Variety(place=1.0, scale=scale, angle=0.0, recolour=0.0))
+    x = render(torch.full((5, 4, 32, 32), 255, dtype=torch.uint8), [scene], 16)
+    assert float(x.min()) > 0.999
