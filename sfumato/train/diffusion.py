@@ -34,6 +34,7 @@ from sfumato.diffusion.objective import ObjectiveConfig, draw_t, loss
 from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, check_prediction
 from sfumato.diffusion.samplers import sample_heun
+from sfumato.pipelines.find import find
 from sfumato.text.encoder import TextEncoder
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, checkpoints, main_first, settled
 
@@ -60,7 +61,8 @@ class Drop:
 class DiffusionRecipe:
     """What decides what a denoiser learns. `each` augmented pictures per drawing are encoded; `limit` takes the first concepts only.
 
-    `memory` gives the denoiser a place to keep what each concept looks like (`sfumato.diffusion.dit.Memory`).
+    `init` is a pack or run whose denoiser it begins from. `memory` gives the denoiser a place to keep what each concept looks like
+    (`sfumato.diffusion.dit.Memory`).
     `labels` teaches a class beside (or, with `denoiser.text_width` 0, instead of) captions: the group of a concept ("food-drink") or its name.
     """
 
@@ -74,6 +76,7 @@ class DiffusionRecipe:
     labels: Literal["none", "group", "concept"] = "none"
     limit: int = 0
     memory: bool = False
+    init: str = ""
 
     def __post_init__(self) -> None:
         check_prediction(self.objective.prediction, make_path(self.path))
@@ -98,6 +101,16 @@ def preset_bundled() -> tuple[DiffusionRecipe, LoopConfig]:
     )  # fmt: skip
 
 
+def preset_sharpen() -> tuple[DiffusionRecipe, LoopConfig]:
+    """The second part of the bundled denoiser's training, from the run of `--preset bundled` on: more of the clean times, where details are drawn.
+
+    `sfumato train diffusion --preset sharpen --codec runs/codec --text runs/text --out runs/sharp --loop.compile`
+    """
+    recipe, loop = preset_bundled()
+    objective = ObjectiveConfig(P_mean=-0.2, P_std=1.2)
+    return replace(recipe, objective=objective, init="runs/diffusion"), replace(loop, images=400_000, lr=4e-4, warmup=5_000, decay=1.0)
+
+
 def preset_smoke() -> tuple[DiffusionRecipe, LoopConfig]:
     """A denoiser that trains in seconds, to try the tools."""
     denoiser = DiTConfig(channels=4, patch=2, width=32, depth=2, heads=2, text_width=32)
@@ -106,7 +119,7 @@ def preset_smoke() -> tuple[DiffusionRecipe, LoopConfig]:
     )  # fmt: skip
 
 
-PRESETS = {"bundled": preset_bundled, "smoke": preset_smoke}
+PRESETS = {"bundled": preset_bundled, "sharpen": preset_sharpen, "smoke": preset_smoke}
 
 
 def frozen_part(source: Path, run: Path, name: str) -> Path:
@@ -154,10 +167,20 @@ class DiffusionTask:
         torch.manual_seed(seed)
         self.denoiser = replace(recipe.denoiser, labels=len(self.labels), memory=len(self.known()) if recipe.memory else 0)
         network = DiT(self.denoiser)
-        if network.memory is not None:
+        if recipe.init:
+            self._begin_from(network)
+        elif network.memory is not None:
             network.memory.keys.data.copy_(self._names())
         self.networks: dict[str, nn.Module] = {"denoiser": network}
         self.phases = [Phase("denoiser", ("denoiser",), self.loss)]
+
+    def _begin_from(self, network: DiT) -> None:
+        """Takes the weights of the denoiser in `recipe.init`. Raises ValueError where it is of another shape."""
+        pack = find(self.recipe.init)
+        tensors, meta = load_pack(pack)
+        if meta.get("denoiser") != to_json(self.denoiser):
+            raise ValueError(f"init (={self.recipe.init!r}) must hold a denoiser of the recipe's shape: {pack} has {meta.get('denoiser', 'none')}")
+        zoo.load_into(network, tensors, "denoiser.").train().requires_grad_(True)
 
     # --- frozen parts and data ----------------------------------------------------------------------------------------------------------------
 
