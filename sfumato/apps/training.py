@@ -40,7 +40,7 @@ def train(argv: list[str]) -> None:
     if asked.data != "emoji" and what != "autoencoder":
         raise ValueError(f"data (={asked.data!r}) must be emoji for {what}, the embedded drawings: folders are for the autoencoder, as yet")
     if asked.data != "emoji":
-        asked = replace(asked, recipe=replace(asked.recipe, data=asked.data))
+        asked = replace(asked, recipe=replace(asked.recipe, data=asked.data, limit=0))
     chosen = {k: v for k in ("device", "dtype", "threads") if (v := getattr(asked, k)) is not None}
     asked = replace(asked, loop=replace(asked.loop, **chosen))
     if asked.plan:

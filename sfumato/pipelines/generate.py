@@ -338,13 +338,14 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 
 def between(a: Cond, b: Cond, share: Tensor) -> Cond:
-    """Conditions of the same rows mixed, the `share` "n" of each from b: vectors by lerp, labels from the nearer one; every token is attended to."""
+    """Conditions of the same rows mixed, the `share` "n" of each from b: vectors by lerp, labels from the nearer one, tokens of both attended to."""
 
     def mix(x: Tensor | None, y: Tensor | None) -> Tensor | None:
         return None if x is None or y is None else torch.lerp(x, y, share.to(x).reshape(-1, *[1] * (x.ndim - 1)))
 
     label = None if a.label is None or b.label is None else torch.where(share < 0.5, a.label, b.label)
-    mask = None if a.mask is None or b.mask is None else a.mask | b.mask
+    at = share[:, None]
+    mask = None if a.mask is None or b.mask is None else (a.mask & (at < 1)) | (b.mask & (at > 0))
     return Cond(text=mix(a.text, b.text), mask=mask, pooled=mix(a.pooled, b.pooled), style=mix(a.style, b.style), label=label)
 
 

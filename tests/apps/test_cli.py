@@ -295,7 +295,8 @@ def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     for bad, named in (
         (["train", "autoencodr"], "did you mean 'autoencoder'"),
         (["train", "text", "--preset", "smok"], "did you mean 'smoke'"),
-        (["train", "autoencoder", "--preset", "smoke", "--data", "photos"], "data (='photos')"),
+        (["train", "autoencoder", "--preset", "smoke", "--data", "photos"], "there is no folder or zip photos"),
+        (["train", "text", "--preset", "smoke", "--data", "photos"], "data (='photos')"),
         (["train", "autoencoder", "--preset", "smoke", "--loop.lr", "-1"], "lr"),
     ):
         status, _, err = run(capsys, *bad)
@@ -406,6 +407,7 @@ def test_an_animation(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert said.strip() == str(out)
     with Image.open(out) as image:
         assert image.n_frames == 6  # there and back again, the ends once
+        image.seek(1)
         assert image.info["duration"] == 100
 
 
