@@ -142,7 +142,7 @@ def test_commands_run_in_order(
             continue
         if argv[0] == "pack":
             assert argv[1] in made
-            shutil.copytree(smoke / Path(argv[1]).name, tmp_path / argv[1])
+            shutil.copytree(smoke / "diffusion", tmp_path / argv[1])
         try:
             main(runnable(argv, packed))
         except SystemExit as e:
