@@ -68,12 +68,13 @@ class Variety:
     """How far pictures may stray from the drawings; the rates are probabilities.
 
     `place` is the rate of a changed placement, within `scale` and +-`angle` degrees; where scale begins at 1 or above, the canvas stays filled.
-    `count`, `pair` and `scene` are rates of their own kinds.
+    `flip` is the rate of mirroring where meaning allows; `count`, `pair` and `scene` are rates of their own kinds.
     """
 
     place: float = 0.7
     scale: tuple[float, float] = (0.7, 1.0)
     angle: float = 12.0
+    flip: float = 0.5
     recolour: float = 0.25
     count: float = 0.0
     pair: float = 0.0
@@ -95,12 +96,12 @@ def draw_scene(
     """A scene about `drawing`. `partners` are the (drawing, may_flip) that may stand beside it, of the same style."""
     kind = rng.choice(("count", "pair", "scene", "one"), p=_rates(variety, bool(partners)))
     colour = str(rng.choice(list(COLOURS))) if rng.random() < variety.recolour else None
-    placed = Placed(drawing, flip=bool(may_flip and rng.random() < 0.5), colour=colour if may_recolour else None)
+    placed = Placed(drawing, flip=bool(may_flip and rng.random() < variety.flip), colour=colour if may_recolour else None)
     if kind == "count":
         return Scene(_in_a_row([placed] * int(rng.integers(2, 4)), rng), kind)
     if kind == "pair":
         other, other_flips = partners[int(rng.integers(len(partners)))]
-        return Scene(_in_a_row([placed, Placed(other, flip=bool(other_flips and rng.random() < 0.5))], rng), kind)
+        return Scene(_in_a_row([placed, Placed(other, flip=bool(other_flips and rng.random() < variety.flip))], rng), kind)
     if kind == "scene":
         ground = str(rng.choice(list(GROUNDS)))
         return Scene((_place(placed, rng, replace(variety, scale=(0.5, 0.75)), low=True),), kind, ground)

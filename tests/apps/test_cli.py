@@ -408,6 +408,7 @@ def test_an_animation(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture
     with Image.open(out) as image:
         assert image.n_frames == 6  # there and back again, the ends once
         image.seek(1)
+        image.load()
         assert image.info["duration"] == 100
 
 

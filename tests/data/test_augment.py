@@ -253,3 +253,9 @@ def test_what_fills_the_canvas_goes_on_filling_it(seed: int, scale: tuple[float,
     scene = scene_of(seed, Variety(place=1.0, scale=scale, angle=0.0, recolour=0.0))
     x = render(torch.full((5, 4, 32, 32), 255, dtype=torch.uint8), [scene], 16)
     assert float(x.min()) > 0.999
+
+
+@pytest.mark.parametrize(("rate", "low", "high"), [(0.0, 0, 0), (0.2, 10, 80), (1.0, 200, 200)])
+def test_mirroring_has_its_rate(rate: float, low: int, high: int) -> None:
+    v = Variety(place=0.0, recolour=0.0, flip=rate)
+    assert low <= sum(scene_of(seed, v, may_flip=True).items[0].flip for seed in range(200)) <= high
