@@ -171,3 +171,19 @@ def test_a_memory_starts_at_the_names_and_is_packed(smoke: Path, tmp_path: Path)
 def test_a_memory_needs_captions() -> None:
     with pytest.raises(ValueError, match=r"memory .*text_width"):
         DiffusionRecipe(denoiser=DiTConfig(text_width=0), memory=True)
+
+
+def test_a_denoiser_may_begin_from_another(smoke: Path, tmp_path: Path) -> None:
+    """It begins where the other ended, every weight may learn, and another shape is refused."""
+    recipe, loop = preset_smoke()
+    pack = checkpoints(smoke / "diffusion", "model")[-1]
+    begun = replace(recipe, init=str(smoke / "diffusion"))
+    network = DiffusionTask(begun, 0, smoke / "codec", smoke / "text", tmp_path / "a").networks["denoiser"]
+    weights = load_tensors(pack)[0]
+    assert all(torch.equal(weights[f"denoiser.{k}"], v) for k, v in network.state_dict().items())
+    assert all(p.requires_grad for p in network.parameters())
+    trainer = train(begun, replace(loop, images=64), tmp_path / "b", codec=smoke / "codec", text=smoke / "text")
+    assert any(not torch.equal(weights[f"denoiser.{k}"], v) for k, v in trainer.task.networks["denoiser"].state_dict().items())
+    wider = replace(begun, denoiser=replace(recipe.denoiser, depth=3))
+    with pytest.raises(ValueError, match="must hold a denoiser of the recipe's shape"):
+        DiffusionTask(wider, 0, smoke / "codec", smoke / "text", tmp_path / "c")
