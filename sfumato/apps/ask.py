@@ -81,8 +81,8 @@ def concepts(asked: Concepts) -> Iterator[str]:
     rows = list(_meta(asked.model)["words"].values())
     if asked.word is not None:
         rows = _called(asked.word, rows)
-    for row in {r["emoji"][0]: r for r in rows}.values():
-        yield f"{row['emoji'][0]}\t{row['en'][0]}\t{row['zh'][0]}"
+    for row in {r["emoji"][0] or r["en"][0]: r for r in rows}.values():
+        yield "\t".join(w for w in (row["emoji"][0], row["en"][0], row["zh"][0]) if w)
 
 
 def _called(word: str, rows: list[dict[str, list[str]]]) -> list[dict[str, list[str]]]:

@@ -17,8 +17,9 @@ from sfumato.core.checkpoint import FileError, checkpoints
 from sfumato.core.config import nearest, to_json
 from sfumato.core.runlog import read_log
 
-WHAT = ("autoencoder", "text", "diffusion")
+WHAT = ("all", "autoencoder", "text", "diffusion")
 LARGE = 24_000_000  # bytes that a bundled file may have
+EMOJI = "emoji"  # the embedded drawings, as --data
 PLAN_LIMIT = 24  # concepts that are read to time a few steps
 
 
@@ -33,13 +34,13 @@ def train(argv: list[str]) -> None:
     from sfumato.apps.cli import parse
 
     what = argv[0]
+    if what == "all":
+        return _all(parse, argv[1:])
     presets = _presets(what)
     name = _preset_name(argv, presets)
     recipe, loop = presets[name]()
     asked = parse(tyro, _arguments(what, recipe, loop, presets, name), argv[1:], f"train {what}")
-    if asked.data != "emoji" and what != "autoencoder":
-        raise ValueError(f"data (={asked.data!r}) must be emoji for {what}, the embedded drawings: folders are for the autoencoder, as yet")
-    if asked.data != "emoji":
+    if asked.data != EMOJI:
         asked = replace(asked, recipe=replace(asked.recipe, data=asked.data, limit=0))
     chosen = {k: v for k in ("device", "dtype", "threads") if (v := getattr(asked, k)) is not None}
     asked = replace(asked, loop=replace(asked.loop, **chosen))
@@ -51,6 +52,13 @@ def train(argv: list[str]) -> None:
         return
     print(f"{asked.out}: {trainer.counters['images']:,} images, {trainer.counters['skipped']} steps skipped", file=sys.stderr)
     print(asked.out)
+
+
+def _all(parse: Callable[..., Any], argv: list[str]) -> None:
+    from sfumato.apps import together
+
+    done = together.run(parse(tyro, together.All, argv, "train all"))
+    print(json.dumps(done, indent=2, ensure_ascii=False) if isinstance(done, dict) else done)
 
 
 def _presets(what: str) -> dict[str, Callable[[], tuple[Any, Any]]]:
@@ -86,7 +94,7 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
         "Train",
         [
             ("preset", str, field(default=name)),
-            ("data", str, field(default="emoji")),
+            ("data", str, field(default=EMOJI)),
             ("out", Path, field(default=Path("runs") / what)),
             ("plan", bool, field(default=False)),
             ("device", Literal["auto", "cpu", "cuda", "mps"] | None, field(default=None)),
@@ -121,7 +129,7 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
 
     Memory is this process's peak (host memory; a GPU's is not measured) plus the data that a real run holds.
     """
-    own = what == "autoencoder" and asked.recipe.data != "emoji"
+    own = asked.recipe.data != EMOJI
     recipe, loop = asked.recipe if own else replace(asked.recipe, limit=PLAN_LIMIT), asked.loop
     if what == "diffusion":
         recipe = replace(recipe, each=1)
@@ -168,11 +176,11 @@ def _parameters(what: str, recipe: Any, task: Any) -> dict[str, int]:
 
     networks = dict(task.networks)
     with torch.device("meta"):
-        if what == "diffusion" and not recipe.limit:
+        if what == "diffusion" and not recipe.limit and recipe.data == EMOJI:
             things = len(drawable())
             labels = things if recipe.labels == "concept" else task.denoiser.labels
             networks["denoiser"] = DiT(replace(task.denoiser, memory=things if recipe.memory else 0, labels=labels))
-        if what == "text" and not recipe.limit:
+        if what == "text" and not recipe.limit and recipe.data == EMOJI:
             networks["heads"] = Heads(recipe.text.width, min(IMAGE_WIDTH, len(concepts()) - 1))
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
@@ -181,8 +189,12 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
     """What a real run's data takes beyond the few drawings of the plan: rasterised drawings, and latents where there are any."""
     from sfumato.data.emoji import concepts, drawable, is_held_out, pairs
 
-    if what == "autoencoder" and recipe.data != "emoji":
+    if what == "autoencoder" and recipe.data != EMOJI:
         return {"memory": 0, "disk": (len(trainer.task.train) + len(trainer.task.exact)) * 4 * (2 * recipe.size) ** 2}
+    if what == "diffusion" and recipe.data != EMOJI:
+        pixels, latents = trainer.task.shown.pixels, trainer.task.latents
+        latents = len(pixels) * recipe.each * latents[0].numel() * 2
+        return {"memory": latents, "disk": latents + pixels.numel()}
     if recipe.limit or what == "text":
         return {"memory": 0, "disk": 0}
     side = 2 * (recipe.size if what == "autoencoder" else trainer.task.size)

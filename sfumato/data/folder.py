@@ -504,17 +504,18 @@ def _square(found: Scan, entry: Entry, size: int) -> np.ndarray:
 
 
 def split(entries: Iterable[Entry], fraction: float = 0.05) -> tuple[list[Entry], list[Entry]]:
-    """(training, validation) by the hash of the content: copies stay together, and a picture keeps its side when others are added.
+    """(training, validation) by the hash of the content: copies stay together, and a picture keeps its side when others join a hundred or more.
 
-    Of two contents or more, one at least is for validation.
+    Of few contents, one in ten or five are for validation, whatever is less; of two or more, one at least.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction (={fraction}) must be at least 0 and below 1: the part kept for validation")
     entries = list(entries)
     chosen = {e.digest for e in entries if int(e.digest[:8], 16) < fraction * 2**32}
     digests = {e.digest for e in entries}
-    if fraction and not chosen and len(digests) > 1:
-        chosen = {min(digests)}
+    least = max(min(5, len(digests) // 10), 1)
+    if fraction and len(chosen) < least and len(digests) > 1:
+        chosen = set(sorted(digests)[:least])
     if chosen == digests:
         chosen = chosen - {max(digests)}
     return [e for e in entries if e.digest not in chosen], [e for e in entries if e.digest in chosen]

@@ -126,7 +126,7 @@ class LatentDiffusion:
     def emoji(self) -> dict[str, dict[str, str]]:
         """What each emoji of this model's concepts is called, in English and in Chinese."""
         entries = self.meta["words"].values()
-        return {normalise(e["emoji"][0]): {"en": e["en"][0], "zh": e["zh"][0] or e["en"][0]} for e in entries}
+        return {normalise(e["emoji"][0]): {"en": e["en"][0], "zh": e["zh"][0] or e["en"][0]} for e in entries if e["emoji"][0]}
 
     def unknown(self, prompt: str) -> list[tuple[str, list[str]]]:
         """Words of a prompt that nothing this model draws is known by, each with the nearest that something is."""

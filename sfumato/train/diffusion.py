@@ -5,10 +5,10 @@ Latents are encoded once, several augmented pictures per drawing, and captions a
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,23 +24,23 @@ from sfumato.core.images import grid, to_pil
 from sfumato.core.pack import load_pack, save_pack
 from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
 from sfumato.core.seams import Cond
-from sfumato.data.augment import Scene, Variety, draw_scene, render
-from sfumato.data.captions import FILLER, any_caption
-from sfumato.data.emoji import LANGUAGES, STYLES, Concept, Drawings, art_digest, concepts, credits, drawable, drawings
+from sfumato.data.augment import Scene, Variety, render
+from sfumato.data.folder import same_pictures, scan
 from sfumato.data.latents import cached_latents
-from sfumato.diffusion.dit import DiT, DiTConfig, silent, without_style
+from sfumato.data.subjects import EMOJI, Labels, subjects
+from sfumato.diffusion.dit import DiT, DiTConfig, silent, without_style, without_text
 from sfumato.diffusion.guidance import cfg, guided
 from sfumato.diffusion.objective import ObjectiveConfig, draw_t, loss
 from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, check_prediction
 from sfumato.diffusion.samplers import sample_heun
-from sfumato.pipelines.find import find
+from sfumato.pipelines.find import bundled, find
 from sfumato.text.encoder import TextEncoder
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, checkpoints, main_first, settled
 
 GENTLE = Variety(place=0.25, scale=(0.75, 1.0), angle=10.0, recolour=0.12, count=0.02, pair=0.02, scene=0.04)
-PREVIEW = (("a cat", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸鱼", 3), ("a rocket", 4), ("a frog", 5), ("sunflower", 0), ("汉堡", 1),
-           ("a purple dog", 0), ("guitar", 2), ("两只猫", 1), ("a penguin in the snow", 0))  # fmt: skip
+CLOSE = Variety(place=0.5, scale=(1.0, 1.1), angle=0.0, flip=0.0, recolour=0.0)  # what a generator of one's own pictures may learn besides
+MOST_THINGS = 4096  # different captions that a memory keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +61,21 @@ class Drop:
 class DiffusionRecipe:
     """What decides what a denoiser learns. `each` augmented pictures per drawing are encoded; `limit` takes the first concepts only.
 
-    `init` is a pack or run whose denoiser it begins from. `memory` gives the denoiser a place to keep what each concept looks like
-    (`sfumato.diffusion.dit.Memory`).
-    `labels` teaches a class beside (or, with `denoiser.text_width` 0, instead of) captions: the group of a concept ("food-drink") or its name.
+    `data` is "emoji", the embedded drawings, or a folder or zip of one's own pictures; `init` is a pack or run whose denoiser it begins from.
+    `memory` gives the denoiser a place to keep what each concept, or caption, looks like (`sfumato.diffusion.dit.Memory`).
+    `labels` teaches a class beside (or, with `denoiser.text_width` 0, instead of) captions: the group of a concept ("food-drink") or its name;
+    of one's own pictures, "auto", the sub-folder.
     """
 
     kind: str = "train-diffusion"
+    data: str = EMOJI
     denoiser: DiTConfig = field(default_factory=DiTConfig)
     path: PathConfig = field(default_factory=PathConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     drop: Drop = field(default_factory=Drop)
     variety: Variety = GENTLE
     each: int = 12
-    labels: Literal["none", "group", "concept"] = "none"
+    labels: Labels = "none"
     limit: int = 0
     memory: bool = False
     init: str = ""
@@ -84,6 +86,8 @@ class DiffusionRecipe:
             raise ValueError(
                 f"each (={self.each}) must be at least 1 and limit (={self.limit}) at least 0: pictures per drawing, and concepts (0: all)"
             )
+        if self.data != EMOJI and self.limit:
+            raise ValueError(f"limit (={self.limit}) is of the embedded drawings: leave it out for {self.data}")
         if self.memory and not self.denoiser.text_width:
             raise ValueError("memory (=True) compares captions: it needs denoiser.text_width > 0, or must be False")
 
@@ -111,6 +115,16 @@ def preset_sharpen() -> tuple[DiffusionRecipe, LoopConfig]:
     return replace(recipe, objective=objective, init="runs/diffusion"), replace(loop, images=400_000, lr=4e-4, warmup=5_000, decay=1.0)
 
 
+def preset_own() -> tuple[DiffusionRecipe, LoopConfig]:
+    """A denoiser of one's own pictures, begun from the bundled one.
+
+    `sfumato train diffusion --preset own --data DIR --codec runs/own-codec --text emoji --out runs/own`
+    """
+    recipe, loop = preset_bundled()
+    recipe = replace(recipe, objective=ObjectiveConfig(P_mean=0.0, P_std=1.2), variety=CLOSE, each=8, labels="auto", init="emoji")
+    return recipe, replace(loop, images=60_000, lr=4e-4, warmup=3_000, decay=0.5, log_every=6_400, save_every=15_360, sample_every=15_360)
+
+
 def preset_smoke() -> tuple[DiffusionRecipe, LoopConfig]:
     """A denoiser that trains in seconds, to try the tools."""
     denoiser = DiTConfig(channels=4, patch=2, width=32, depth=2, heads=2, text_width=32)
@@ -119,7 +133,7 @@ def preset_smoke() -> tuple[DiffusionRecipe, LoopConfig]:
     )  # fmt: skip
 
 
-PRESETS = {"bundled": preset_bundled, "sharpen": preset_sharpen, "smoke": preset_smoke}
+PRESETS = {"bundled": preset_bundled, "sharpen": preset_sharpen, "own": preset_own, "smoke": preset_smoke}
 
 
 def frozen_part(source: Path, run: Path, name: str) -> Path:
@@ -130,7 +144,7 @@ def frozen_part(source: Path, run: Path, name: str) -> Path:
     kept = run / "parts" / f"{name}.safetensors"
     if source.resolve() == kept.resolve():
         return kept
-    packs = checkpoints(source, "model") if source.is_dir() else [p for p in [source] if p.exists()]
+    packs = checkpoints(source, "model") if source.is_dir() else [p for p in [bundled().get(str(source), source)] if p.exists()]
     if not packs and not kept.exists():
         raise FileError(f"{source} has no model-*.safetensors to take the {name} from")
     if not kept.exists():
@@ -152,12 +166,12 @@ class DiffusionTask:
         self.recipe, self.seed, self.device, self.bf16 = recipe, seed, torch.device(device), bf16
         part = frozen_part(codec, run, "codec")
         self.codec, self.codec_meta = self._load_codec(part)
-        self.text, self.text_meta = self._load_text(frozen_part(text, run, "text")) if recipe.denoiser.text_width else (None, {})
         self.size = int(self.codec_meta["size"])
-        self.art = self._drawings()
-        self.flips, self.recolours = self.art.may_flip, self.art.may_recolour
-        self.of_style = [np.flatnonzero(self.art.style == s) for s in range(len(STYLES))]
-        self.labels, self.label_of = self._labels()
+        self.shown = subjects(recipe.data, self.size, limit=recipe.limit, labels=recipe.labels)
+        self.styles = self.shown.styles if recipe.denoiser.styles else []
+        self.denoiser = self._denoiser()
+        self.text, self.text_meta = self._load_text(frozen_part(text, run, "text")) if self.denoiser.text_width else (None, {})
+        self.of_style = [np.flatnonzero(self.shown.style == s) for s in sorted(set(self.shown.style.tolist()))]
         self._measure(part)
         alive = (self.codec.latent_std > 0).to(self.device)
         self.live = None if bool(alive.all()) else alive
@@ -165,22 +179,43 @@ class DiffusionTask:
         self.latents = self._latents(run)
         self._held_out = self._validation()
         torch.manual_seed(seed)
-        self.denoiser = replace(recipe.denoiser, labels=len(self.labels), memory=len(self.known()) if recipe.memory else 0)
         network = DiT(self.denoiser)
+        if network.memory is not None:
+            network.memory.keys.data.copy_(self._names())
         if recipe.init:
             self._begin_from(network)
-        elif network.memory is not None:
-            network.memory.keys.data.copy_(self._names())
         self.networks: dict[str, nn.Module] = {"denoiser": network}
         self.phases = [Phase("denoiser", ("denoiser",), self.loss)]
 
+    def _denoiser(self) -> DiTConfig:
+        """The recipe's, with as many styles, labels and things to remember as there are; without text where nothing is said."""
+        r, shown = self.recipe, self.shown
+        things = len(shown.names()) if r.memory and shown.captioned else 0
+        return replace(
+            r.denoiser,
+            text_width=r.denoiser.text_width if shown.captioned else 0,
+            styles=len(self.styles),
+            labels=len(shown.labels),
+            memory=things if things <= MOST_THINGS else 0,
+        )
+
     def _begin_from(self, network: DiT) -> None:
-        """Takes the weights of the denoiser in `recipe.init`. Raises ValueError where it is of another shape."""
+        """Takes the weights of the denoiser in `recipe.init`: all of them, or, for one's own pictures, all that have the same name and shape.
+
+        Raises ValueError where it is of another shape: other styles, labels, words and things are no hindrance, other widths are.
+        """
         pack = find(self.recipe.init)
         tensors, meta = load_pack(pack)
-        if meta.get("denoiser") != to_json(self.denoiser):
-            raise ValueError(f"init (={self.recipe.init!r}) must hold a denoiser of the recipe's shape: {pack} has {meta.get('denoiser', 'none')}")
-        zoo.load_into(network, tensors, "denoiser.").train().requires_grad_(True)
+        found, ours = meta.get("denoiser"), to_json(self.denoiser)
+        apart = ("text_width", "styles", "labels", "memory") if self.recipe.data != EMOJI else ()
+        if not isinstance(found, dict) or any(found.get(k) != v for k, v in ours.items() if k not in apart):
+            raise ValueError(f"init (={self.recipe.init!r}) must hold a denoiser of the recipe's shape: {pack} has {found or 'none'}")
+        if found == ours:
+            zoo.load_into(network, tensors, "denoiser.").train().requires_grad_(True)
+            return
+        own = network.state_dict()
+        taken = {k: v for k, v in own.items() if (t := tensors.get(f"denoiser.{k}")) is not None and t.shape == v.shape}
+        network.load_state_dict(own | {k: tensors[f"denoiser.{k}"].to(v) for k, v in taken.items()})
 
     # --- frozen parts and data ----------------------------------------------------------------------------------------------------------------
 
@@ -206,109 +241,77 @@ class DiffusionTask:
             raise ValueError(f"denoiser.text_width (={self.recipe.denoiser.text_width}) must be the text encoder's width (={text.config.width})")
         return text.to(self.device), meta
 
-    def _drawings(self) -> Drawings:
-        """Only what the run may draw; the rows held out stay apart for validation."""
-        art = drawings(2 * self.size, self.known() if self.recipe.limit else None)
-        wanted = {c.index for c in self.known()}
-        art = art.rows(np.array([c in wanted for c in art.concept]))
-        self.kept_apart = art.rows(art.held_out)
-        return art.rows(~art.held_out)
-
-    def _labels(self) -> tuple[list[str], np.ndarray]:
-        """The names of the labels, and the label of each concept (by its index)."""
-        known = concepts()
-        match self.recipe.labels:
-            case "none":
-                return [], np.full(len(known), -1)
-            case "group":
-                names = sorted({known[c].group for c in self.art.concept})
-                return names, np.array([names.index(c.group) if c.group in names else -1 for c in known])
-            case "concept":
-                there = sorted(set(self.art.concept.tolist()))
-                return [known[c].name for c in there], np.array([there.index(i) if i in there else -1 for i in range(len(known))])
-
-    def known(self) -> tuple[Concept, ...]:
-        """The concepts that this run learns to draw."""
-        return concepts()[: self.recipe.limit] if self.recipe.limit else drawable()
-
     def _names(self) -> Tensor:
-        """The pooled text of each known concept: the mean direction of its names in all languages."""
-        each = [F.normalize(self.text.encode([c.names[t] for c in self.known()])[2], dim=-1) for t in LANGUAGES]  # type: ignore[union-attr]
+        """The pooled text of each thing to remember: the mean direction of its names in all languages."""
+        names = self.shown.names()
+        each = [F.normalize(self.text.encode(list(column))[2], dim=-1) for column in zip(*names, strict=True)]  # type: ignore[union-attr]
         return torch.stack(each).mean(0).cpu()
 
-    def scene(self, index: int) -> tuple[Scene, tuple[int, ...]]:
-        """What the index-th encoded picture shows, and the concepts of its items. Picture i is of drawing i // each."""
-        row = index // self.recipe.each
-        rng = numpy_rng(self.seed, "latents/scene", index)
-        others = self.of_style[self.art.style[row]]
-        friend = int(rng.choice(others[self.art.concept[others] != self.art.concept[row]]))
-        partners = [(friend, bool(self.flips[friend]))]
-        scene = draw_scene(rng, self.recipe.variety, row, bool(self.flips[row]), partners, bool(self.recolours[row]))
-        return scene, tuple(int(self.art.concept[i.drawing]) for i in scene.items)
+    def scene(self, index: int) -> Scene:
+        """What the index-th encoded picture shows. Picture i is of row i // each."""
+        return self.shown.scene(index // self.recipe.each, self.recipe.variety, numpy_rng(self.seed, "latents/scene", index))
 
     def pictures(self, indices: np.ndarray) -> Tensor:
         """Augmented pictures "b 4 size size" in [-1, 1]."""
-        x = render(self.art.pixels, [self.scene(int(i))[0] for i in indices], self.size) * 2 - 1
+        x = render(self.shown.pixels, [self.scene(int(i)) for i in indices], self.size) * 2 - 1
         return x.to(self.device).contiguous(memory_format=torch.channels_last)
 
     def _measure(self, part: Path) -> None:
         """Standardises the codec's latents over augmented pictures of this run's own data, once: the run's copy of the codec keeps the result."""
         if self.codec_meta.get("measured"):
             return
-        n = min(2048, len(self.art) * self.recipe.each)
-        every = np.linspace(0, len(self.art) * self.recipe.each - 1, n).astype(int)
+        count = len(self.shown.pixels) * self.recipe.each
+        n = min(2048, count)
+        every = np.linspace(0, count - 1, n).astype(int)
         measure_latents(self.codec, (self.pictures(every[i : i + 64]) for i in range(0, n, 64)))
         meta = {k: v for k, v in self.codec_meta.items() if k != "hash"} | {"measured": True}
         save_pack(part, {f"codec.{k}": v for k, v in self.codec.state_dict().items()}, meta)
 
     def _latents(self, run: Path) -> Tensor:
         r = self.recipe
-        shown = hashlib.sha256(f"{art_digest()} {self.art.concept.tolist()} {self.art.style.tolist()}".encode()).hexdigest()[:12]
         made_from = {
             "codec": hash_tensors(self.codec.state_dict()),
             "seed": self.seed,
             "variety": to_json(r.variety),
             "each": r.each,
-            "drawings": shown,
+            "drawings": self.shown.digest,
         }
         encode = lambda i: self.codec.encode(self.pictures(i)).mean  # noqa: E731
-        return cached_latents(run / "latents.safetensors", encode, len(self.art) * r.each, made_from)
+        return cached_latents(run / "latents.safetensors", encode, len(self.shown.pixels) * r.each, made_from)
 
     def _validation(self) -> dict[str, Any]:
-        """Held-out pairs as drawn, with fixed times and noise: a deterministic validation loss."""
-        exact = F.avg_pool2d(self.kept_apart.pixels.float() / 255, 2) * 2 - 1
-        x0 = self.latents[:: self.recipe.each][:8].float()
-        if len(exact):
-            with torch.no_grad():
-                x0 = torch.cat([self.codec.encode(p.to(self.device)).mean.cpu() for p in exact.split(64)])  # type: ignore[union-attr]
-        n = len(x0)
-        of = self.kept_apart if len(exact) else self.art
-        names = [concepts()[c].names["en" if i % 2 else "zh"] for i, c in enumerate(of.concept[:n])]
+        """Pictures that no training sees, as they are, with fixed times and noise: a deterministic validation loss."""
+        exact = self.shown.validation()
+        with torch.no_grad():
+            parts = [self.codec.encode((p * 2 - 1).to(self.device)).mean.cpu() for p in exact.pixels.split(64)]  # type: ignore[union-attr]
+        x0, n = torch.cat(parts), len(exact.pixels)
         noise = torch.stack([torch.randn(x0.shape[1:], generator=torch_rng(self.seed, "validation/noise", i)) for i in range(n)])
         t = (torch.arange(n) + 0.5) / n
         t = t[torch.randperm(n, generator=torch_rng(self.seed, "validation/t"))]
-        style = F.one_hot(torch.from_numpy(of.style[:n]), len(STYLES)).float()
-        return {"x0": x0, "noise": noise, "t": t, "names": names, "style": style, "label": torch.from_numpy(self.label_of[of.concept[:n]])}
+        label = torch.from_numpy(exact.label)
+        return {"x0": x0, "noise": noise, "t": t, "captions": exact.captions, "style": self._hot(exact.style), "label": label}
+
+    def _hot(self, style: np.ndarray) -> Tensor:
+        """Style indices "b" as weights "b styles"; all zero where there is none."""
+        at = torch.from_numpy(np.asarray(style))
+        return F.one_hot(at.clamp_min(0), max(len(self.styles), 1))[:, : len(self.styles)].float() * (at >= 0)[:, None]
 
     # --- training -----------------------------------------------------------------------------------------------------------------------------
 
     def batch(self, positions: np.ndarray) -> Batch:
-        """Every six positions hold each style once; within a style the drawings come in shuffled epochs."""
-        indices, texts, labels, draws = [], [], [], []
-        styles = shuffled(len(STYLES), self.seed, "order/style", positions)
-        for position, style in zip(positions, styles, strict=True):
-            rows = self.of_style[style]
-            row = int(rows[shuffled(len(rows), self.seed, f"order/{style}", np.array([position // len(STYLES)]))[0]])
+        """As many positions in a row as there are styles hold each style once; within a style the pictures come in shuffled epochs."""
+        groups = len(self.of_style)
+        rows, indices, texts, draws = [], [], [], []
+        for position, group in zip(positions, shuffled(groups, self.seed, "order/style", positions), strict=True):
+            members = self.of_style[group]
+            rows.append(int(members[shuffled(len(members), self.seed, f"order/{group}", np.array([position // groups]))[0]]))
             rng = numpy_rng(self.seed, "train/caption", int(position))
-            index = row * self.recipe.each + int(rng.integers(self.recipe.each))
-            scene, shown = self.scene(index)
-            indices.append(index)
-            texts.append(any_caption(scene, shown, rng)[0])
-            labels.append(self.label_of[shown[0]])
+            indices.append(rows[-1] * self.recipe.each + int(rng.integers(self.recipe.each)))
+            texts.append(self.shown.caption(self.scene(indices[-1]), rng) if self.text else None)
             draws.append(rng.random(5))
-        ids, mask = self.text.tokenize(texts) if self.text else (torch.zeros(len(texts), 1), torch.ones(len(texts), 1, dtype=torch.bool))
+        n = len(positions)
+        ids, mask = self.text.tokenize([t or "" for t in texts]) if self.text else (torch.zeros(n, 1), torch.ones(n, 1, dtype=torch.bool))
         x0 = self.latents[torch.tensor(indices)].float()
-        shown_style = torch.from_numpy(self.art.style[np.array(indices) // self.recipe.each])
         u = torch.tensor(np.array(draws), dtype=torch.float32)
         drop = self.recipe.drop
         both = u[:, 4] < drop.both
@@ -318,9 +321,9 @@ class DiffusionTask:
             "t": draw_t(self.recipe.objective, u[:, 0].clamp(1e-6, 1 - 1e-6), u[:, 1]),
             "ids": ids,
             "mask": mask,
-            "style": F.one_hot(shown_style, len(STYLES)).float(),
-            "label": torch.tensor(np.array(labels)),
-            "no_text": (u[:, 2] < drop.text) | both,
+            "style": self._hot(self.shown.style[rows]),
+            "label": torch.from_numpy(self.shown.label[rows]),
+            "no_text": (u[:, 2] < drop.text) | both | torch.tensor([t is None for t in texts]),
             "no_style": (u[:, 3] < drop.style) | both,
         }
 
@@ -334,24 +337,23 @@ class DiffusionTask:
         cond = without_style(silent(cond, batch["no_text"]), batch["no_style"])
         return loss(networks["denoiser"], batch["x0"], batch["noise"], batch["t"], cond, self.path, self.recipe.objective, live=self.live)
 
-    def cond(self, texts: list[str], style: Tensor, label: Tensor | None = None) -> Cond:
-        cond = Cond(style=style.to(self.device), label=None if label is None else label.to(self.device))
+    def cond(self, texts: Sequence[str | None], style: Tensor, label: Tensor) -> Cond:
+        cond = Cond(style=style.to(self.device), label=label.to(self.device))
         if self.text is None:
             return cond
-        states, mask, pooled = self.text.encode(texts)
-        return replace(cond, text=states, mask=mask, pooled=pooled)
+        states, mask, pooled = self.text.encode([t or "" for t in texts])
+        return without_text(replace(cond, text=states, mask=mask, pooled=pooled), torch.tensor([t is None for t in texts], device=self.device))
 
     def samples(self, networks: dict[str, nn.Module]) -> Image.Image:
         """The preview prompts in fixed styles with fixed noise, two of each."""
         net = networks["denoiser"]
-        prompts = [p for p in PREVIEW for _ in range(2)]
-        style = F.one_hot(torch.tensor([s for _, s in prompts]), len(STYLES)).float()
-        label = torch.arange(len(prompts)) // 2 % len(self.labels) if self.labels else None
-        cond = self.cond([t for t, _ in prompts], style, label)
-        everything = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
+        asked = [a for a in self.shown.preview() for _ in range(2)]
+        captions, styles, labels = zip(*asked, strict=True)
+        cond = self.cond(captions, self._hot(np.array(styles)), torch.tensor(labels))
+        everything = torch.ones(len(asked), dtype=torch.bool, device=self.device)
         denoise = guided(cfg(Precond(net, self.recipe.objective.prediction, self.path), cond, silent(cond, everything), 3.0))
         noise = torch.stack(
-            [torch.randn(self.latents.shape[1:], generator=torch_rng(derive(self.seed, "preview"), "noise", i)) for i in range(len(prompts))]
+            [torch.randn(self.latents.shape[1:], generator=torch_rng(derive(self.seed, "preview"), "noise", i)) for i in range(len(asked))]
         )
         z = [s.x for s in sample_heun(denoise, noise.to(self.device), timesteps(self.path, 12), self.path)][-1]
         return grid(to_pil(self.codec.decode(z)), columns=8)
@@ -362,7 +364,7 @@ class DiffusionTask:
         for start in range(0, len(v["x0"]), 128):
             rows = slice(start, start + 128)
             x0, noise, t = (v[k][rows].to(self.device) for k in ("x0", "noise", "t"))
-            cond = self.cond(v["names"][rows], v["style"][rows], v["label"][rows])
+            cond = self.cond(v["captions"][rows], v["style"][rows], v["label"][rows])
             value, _ = loss(net, x0, noise, t, cond, self.path, self.recipe.objective, live=self.live)
             total += float(value) * len(x0)
         validation = total / len(v["x0"])
@@ -371,7 +373,6 @@ class DiffusionTask:
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parts = {"codec": self.codec, "denoiser": networks["denoiser"]} | ({"text": self.text} if self.text else {})
         tensors = {f"{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
-        words = {c.hexcode: {t: [c.names[t], *c.keywords[t]] for t in LANGUAGES} | {"emoji": [c.emoji], "group": [c.group]} for c in self.known()}
         meta = {
             "kind": "latent-diffusion",
             "codec": self.codec_meta["codec"],
@@ -379,18 +380,23 @@ class DiffusionTask:
             "path": to_json(self.recipe.path),
             "prediction": self.recipe.objective.prediction,
             "size": self.size,
-            "styles": list(STYLES),
-            "labels": self.labels,
-            "words": words,
-            "filler": FILLER,
-            "credits": credits(),
+            "styles": self.styles,
+            "labels": self.shown.labels,
         }
+        meta |= self.shown.about()
+        meta["credits"] += [c for c in self._inherited() if c not in meta["credits"]]
         return tensors, meta | ({"text": self.text_meta["text"], "tokenizer": self.text_meta["tokenizer"]} if self.text else {})
+
+    def _inherited(self) -> list[dict[str, str]]:
+        """Whose works the weights that this denoiser began from had learned from."""
+        return list(read_metadata(find(self.recipe.init)).get("credits") or []) if self.recipe.init else []  # type: ignore[call-overload]
 
 
 def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the denoiser in the run folder `out`; `codec` and `text` are runs or packs, copied in on the first start."""
     loop = settled(loop, out)
+    if recipe.data != EMOJI:
+        same_pictures(Path(out), scan(recipe.data, progress=False))
     task = main_first(loop, lambda device: DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device, loop.dtype == "bf16"))
     trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, load_tensors, save_tensors, thousands, write_json
-from sfumato.core.config import to_json
+from sfumato.core.config import from_json, to_json
 from sfumato.core.images import save_png
 from sfumato.core.pack import save_pack
 from sfumato.core.runlog import RunLog, is_out_of_memory
@@ -210,6 +210,7 @@ class Trainer:
 
         loop = settled(loop, run)
         self.task, self.loop, self.run = task, loop, Path(run)
+        self.settings = type(config)
         self.config = {"kind": task.kind, "config": to_json(config), "loop": to_json(loop)}
         _forget_accelerator()
         self.accelerator = Accelerator(
@@ -489,13 +490,20 @@ class Trainer:
                 continue
             if not {"run", "counters"} <= metadata.keys():
                 raise FileError(f"{path} is not the state of a run: move it away, or use another --out")
-            _check_same(self.config, metadata["run"], self.run)
+            _check_same(self.config, self._completed(metadata["run"]), self.run)
             self._load(tensors, metadata["counters"])
             return
         if states:
             raise FileError(
                 f"none of the {len(states)} states in {self.run} can be read, the newest is {states[-1].name}: repair it or move them away"
             )
+
+    def _completed(self, saved: Any) -> Any:
+        """What a state says of its run; a setting that did not exist when it was begun has its default value."""
+        try:
+            return saved | {"config": to_json(from_json(self.settings, saved["config"])), "loop": to_json(from_json(LoopConfig, saved["loop"]))}
+        except ValueError:
+            return saved
 
     def _load(self, tensors: dict[str, Tensor], counters: Any) -> None:
         for prefix, networks in (("raw", self.task.networks), ("ema", self.averages)):

@@ -25,10 +25,10 @@ def task(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> DiffusionTask
 
 
 def test_no_held_out_pair_is_ever_encoded(task: DiffusionTask) -> None:
-    for c, s in zip(task.art.concept, task.art.style, strict=True):
+    for c, s in zip(task.shown.art.concept, task.shown.art.style, strict=True):
         assert not is_held_out(concepts()[c].hexcode, STYLES[s])
-    used = {i.drawing for n in range(len(task.latents)) for i in task.scene(n)[0].items}
-    assert max(used) < len(task.art)
+    used = {i.drawing for n in range(len(task.latents)) for i in task.scene(n).items}
+    assert max(used) < len(task.shown.pixels)
 
 
 def test_latents_are_standardised(task: DiffusionTask) -> None:
@@ -54,7 +54,7 @@ def test_latent_style_and_caption_belong_together(task: DiffusionTask) -> None:
     batch = task.batch(np.arange(30))
     for x0, style in zip(batch["x0"], batch["style"], strict=True):
         index = next(i for i, z in enumerate(task.latents) if torch.equal(z.float(), x0))
-        assert int(style.argmax()) == task.art.style[index // task.recipe.each]
+        assert int(style.argmax()) == task.shown.style[index // task.recipe.each]
 
 
 def test_conditions_are_dropped_as_often_as_asked(task: DiffusionTask) -> None:
@@ -158,10 +158,10 @@ def test_packed_files_serve_as_parts(smoke: Path, tmp_path: Path) -> None:
 def test_a_memory_starts_at_the_names_and_is_packed(smoke: Path, tmp_path: Path) -> None:
     recipe, loop = preset_smoke()
     trainer = train(replace(recipe, memory=True), replace(loop, images=64), tmp_path / "run", codec=smoke / "codec", text=smoke / "text")
-    assert trainer.task.denoiser.memory == len(trainer.task.known()) == 12
+    assert trainer.task.denoiser.memory == len(trainer.task.shown.known) == 12
     tensors, meta = load_tensors(checkpoints(tmp_path / "run", "model")[-1])
     assert meta["denoiser"]["memory"] == 12
-    names = trainer.task.text.encode([c.names["zh"] for c in trainer.task.known()])[2]
+    names = trainer.task.text.encode([c.names["zh"] for c in trainer.task.shown.known])[2]
     near = torch.nn.functional.cosine_similarity(tensors["denoiser.memory.keys"], names)
     assert float(near.min()) > 0.5
     model = load(checkpoints(tmp_path / "run", "model")[-1])

@@ -12,6 +12,7 @@ from sfumato.core.checkpoint import load_tensors
 from sfumato.core.config import from_json, to_json
 from sfumato.core.runlog import read_log
 from sfumato.train.loop import checkpoints
+from sfumato.train.sayings import EmojiSayings
 from sfumato.train.text import PRESETS, TextRecipe, TextTask, contrastive, preset_smoke, train, whitened
 
 
@@ -93,11 +94,9 @@ def test_recipes_round_trip() -> None:
 
 def test_a_resume_keeps_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words may change between two versions; the ids that the embeddings were trained with must not."""
-    from sfumato.train import text as module
-
     recipe = preset_smoke()[0]
     first = TextTask(recipe, 0, tmp_path).networks["text"].tokenizer.to_str()
-    monkeypatch.setattr(module, "tokenizer_corpus", lambda limit: ["something else entirely"])
+    monkeypatch.setattr(EmojiSayings, "corpus", lambda self: ["something else entirely"])
     assert TextTask(recipe, 0, tmp_path).networks["text"].tokenizer.to_str() == first
 
 

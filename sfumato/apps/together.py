@@ -1,0 +1,273 @@
+"""`sfumato train all`: from a folder of one's own pictures to a model that draws, in one command that goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from sfumato.apps.training import Pack, _run, pack_run, plan
+from sfumato.core.checkpoint import FileError, checkpoints, write_bytes, write_json
+from sfumato.core.images import png_bytes
+from sfumato.data.folder import Scan, near_duplicates, scan, split
+
+BUNDLED = "bundled"
+SAMPLES = 64
+COUNTS = (  # pictures below this number: images for codec and denoiser, begun from the bundled model; encoded pictures of each
+    (200, 12_000, 60_000, 16),
+    (2_000, 30_000, 300_000, 8),
+    (20_000, 100_000, 1_000_000, 4),
+    (10**12, 400_000, 4_000_000, 2),
+)
+
+
+@dataclass(frozen=True)
+class All:
+    """Trains everything on a folder or zip of your own pictures: codec, text (where there are captions), generator; packs it, and says how it went.
+
+    Settings are chosen by the number of pictures and the device. Giving the same command again goes on where it stopped.
+    """
+
+    data: Path
+    """The folder or zip."""
+    out: Path = Path("runs/own")
+    """Where everything goes; OUT/model.safetensors draws."""
+    preset: Literal["auto"] = "auto"
+    """auto: chosen by count, size and device."""
+    init: str = BUNDLED
+    """What to begin from: "bundled", another model file or run folder, or "none" (from nothing; takes three times as long)."""
+    size: int = 0
+    """Pixels of a side, a multiple of 16; 0 takes 64 on a CPU and 128 on a GPU."""
+    effort: float = 1.0
+    """How long to train, as a factor."""
+    strict: bool = False
+    """Refuse where any file is bad."""
+    plan: bool = False
+    """Only say what it would take."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: what, its settings, and where."""
+
+    what: str
+    recipe: Any
+    loop: Any
+    out: Path
+
+
+def run(asked: All) -> Path | dict[str, Any]:
+    """The packed model; with `plan`, what it would take."""
+    if asked.effort <= 0:
+        raise ValueError(f"effort (={asked.effort}) must be above 0: 1 is the usual length, 0.5 half of it")
+    if asked.size % 16:
+        raise ValueError(f"size (={asked.size}) must be a multiple of 16, or 0")
+    found = scan(asked.data, strict=asked.strict)
+    asked = replace(asked, size=asked.size or _usual_size(asked.device))
+    stages = stages_for(asked, found)
+    _tell_of(found, asked.size)
+    if asked.plan:
+        return whole_plan(asked, stages)
+    _room(asked, disk_needed(stages, found))
+    for stage in stages:
+        if _finished(stage):
+            _say(f"{stage.what}: done already")
+            continue
+        _say(f"{stage.what}: {stage.loop.images:,} images, in {stage.out}")
+        _run(stage.what, stage.recipe, stage.loop, stage.out, _parts(asked, stages))
+    model = pack_run(Pack(run=stages[-1].out, out=asked.out / "model.safetensors", force=True))
+    report(asked, found, stages, model)
+    return model
+
+
+def stages_for(asked: All, found: Scan) -> list[Stage]:
+    """What is to be trained, in its order."""
+    from sfumato.train import autoencoder, diffusion, text
+
+    codec_images, images, each = next(c[1:] for c in COUNTS if len(found.entries) < c[0])
+    scratch = asked.init == "none"
+    init = "" if scratch else "emoji" if asked.init == BUNDLED else asked.init
+    data = str(asked.data)
+    longer = (3 if scratch else 1) * asked.effort
+    stages = []
+
+    recipe, loop = autoencoder.preset_own()
+    loop = replace(loop, lr=1e-3) if scratch else loop
+    stages.append(_stage(asked, "autoencoder", replace(recipe, data=data, init=init, size=asked.size), loop, codec_images * longer, "codec"))
+    captions = {e.caption for e in split(found.entries)[0] if e.caption}
+    if scratch and len(captions) > 1:
+        words, loop = text.preset_own()
+        stages.append(_stage(asked, "text", replace(words, data=data), loop, loop.images * asked.effort, "text"))
+    drawn, loop = diffusion.preset_own()
+    drawn = replace(drawn, data=data, init=init, each=each)
+    if not captions or (scratch and len(captions) < 2):
+        drawn = replace(drawn, denoiser=replace(drawn.denoiser, text_width=0), memory=False)
+    stages.append(_stage(asked, "diffusion", drawn, loop, images * longer, "diffusion"))
+    return stages
+
+
+def _stage(asked: All, what: str, recipe: Any, loop: Any, images: float, name: str) -> Stage:
+    batch = loop.batch_size
+    images = max(int(images) // batch, 4) * batch
+    every = max(images // 4 // batch, 1) * batch
+    changed = {"images": images, "save_every": every, "sample_every": every, "warmup": min(loop.warmup, images // 10)}
+    changed |= {"device": asked.device, "threads": asked.threads, "seed": asked.seed}
+    return Stage(what, recipe, replace(loop, **changed), asked.out / name)
+
+
+def _usual_size(device: str) -> int:
+    import torch
+
+    return 128 if device in ("auto", "cuda") and torch.cuda.is_available() else 64
+
+
+def _parts(asked: All, stages: list[Stage]) -> SimpleNamespace:
+    """Codec and text encoder for the denoiser: those of this run, or what it begins from."""
+    own = {s.what: s.out for s in stages}
+    begun = Path("emoji" if asked.init in (BUNDLED, "none") else asked.init)
+    return SimpleNamespace(codec=own["autoencoder"], text=own.get("text", begun))
+
+
+def _finished(stage: Stage) -> bool:
+    from sfumato.core.checkpoint import read_metadata
+
+    states = checkpoints(stage.out, "state")
+    return bool(states) and read_metadata(states[-1])["counters"]["images"] >= stage.loop.images  # type: ignore[index, call-overload]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+# --- before it begins ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _tell_of(found: Scan, size: int) -> None:
+    """What a user should know of the pictures before time is spent on them."""
+    train, unseen = split(found.entries)
+    captions = sum(e.caption is not None for e in found.entries)
+    _say(f"{len(found.entries):,} pictures, {captions:,} with captions; {len(unseen)} are kept apart to measure with; {len(found.bad)} files are bad")
+    for b in found.bad[:5]:
+        _say(f"warning: {b.name} {b.reason}")
+    if len(found.bad) > 5:
+        _say(f"warning: {len(found.bad) - 5} more: sfumato data check {found.root}")
+    small = sum(min(e.width, e.height) < size for e in found.entries)
+    soft = sum(any("enlarged" in n for n in e.notes) for e in found.entries)
+    if small or soft:
+        _say(f"warning: {small} pictures are smaller than {size} pixels, {soft} look enlarged: what they lack cannot be learned")
+    twins = near_duplicates(train, unseen) if len(found.entries) <= 20_000 else []
+    if twins:
+        a, b = twins[0]
+        _say(f"warning: {len(twins)} pictures kept apart have near-duplicates that are trained on, such as {b.name} and {a.name}: scores flatter")
+
+
+def disk_needed(stages: list[Stage], found: Scan) -> int:
+    """Bytes that the checkpoints, pixels and latents of all stages take at most."""
+    import torch
+
+    from sfumato.codecs.autoencoder import Autoencoder
+    from sfumato.diffusion.dit import DiT
+
+    total = 0
+    for s in stages:
+        with torch.device("meta"):
+            net = Autoencoder(s.recipe.codec) if s.what == "autoencoder" else DiT(s.recipe.denoiser) if s.what == "diffusion" else None
+        weights = 4 * sum(p.numel() for p in net.parameters()) if net is not None else 20_000_000
+        total += (s.loop.keep + 1) * 5 * weights  # raw, averaged, two moments; and the pack
+    size = stages[0].recipe.size
+    latents = stages[-1].recipe.each * 16 * (size // 8) ** 2 * 2
+    return total + len(found.entries) * (4 * (2 * size) ** 2 + latents)
+
+
+def _room(asked: All, needed: int) -> None:
+    free = shutil.disk_usage(next(p for p in (asked.out, *asked.out.resolve().parents) if p.exists())).free
+    if free < needed:
+        raise FileError(f"{asked.out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there: make room, or name another --out")
+
+
+def whole_plan(asked: All, stages: list[Stage]) -> dict[str, Any]:
+    """Hours, memory and disk of all stages, and when there is something to look at. A few steps of each are timed."""
+    found = scan(asked.data, progress=False)
+    needed = disk_needed(stages, found)
+    _room(asked, needed)
+    facts: dict[str, Any] = {}
+    hours, first, memory = 0.0, 0.0, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        parts = _stand_ins(asked, Path(folder))
+        for s in stages:
+            facts[s.what] = plan(s.what, SimpleNamespace(recipe=s.recipe, loop=s.loop, out=s.out, **vars(parts)))["plan"]
+            if s.what == "diffusion":
+                first = hours + s.loop.sample_every / facts[s.what]["images_per_s"] / 3600
+            hours += facts[s.what]["hours"]
+            memory = max(memory, facts[s.what]["memory_GB"])
+    whole = {"pictures": len(found.entries), "size": asked.size, "hours": round(hours, 2), "first_samples_after_hours": round(first, 2)}
+    whole |= {"memory_GB": memory, "disk_GB": round(needed / 1e9, 2), "device": facts["diffusion"]["device"]}
+    return {"plan": whole, "stages": {k: {n: v for n, v in f.items() if n not in ("free_disk_GB", "disk_GB")} for k, f in facts.items()}}
+
+
+def _stand_ins(asked: All, folder: Path) -> SimpleNamespace:
+    """A codec and a text encoder of the right size to time with, before there are others."""
+    from sfumato.core.pack import load_pack, save_pack
+    from sfumato.pipelines.find import find
+
+    tensors, meta = load_pack(find("emoji"))
+    save_pack(folder / "codec.safetensors", {k: v for k, v in tensors.items() if k.startswith("codec.")}, meta | {"size": asked.size})
+    return SimpleNamespace(codec=folder / "codec.safetensors", text=Path("emoji"))
+
+
+# --- after it -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def report(asked: All, found: Scan, stages: list[Stage], model: Path) -> dict[str, Any]:
+    """Says how it went, in OUT/report.json, samples.png and nearest.png: what was drawn, and whether it is new."""
+    from sfumato.core.request import GenerateRequest
+    from sfumato.core.runlog import read_log
+    from sfumato.data.folder import pixels_of
+    from sfumato.pipelines.find import bundled
+    from sfumato.pipelines.likeness import likeness
+    from sfumato.pipelines.load import load
+
+    drawing = load(model, device=asked.device, threads=asked.threads)
+    train, unseen = split(found.entries)
+    sides = [pixels_of(found, part, 2 * asked.size).pixels for part in (train[:20_000], unseen)]
+    captions = [e.caption for e in train if e.caption] if drawing.text is not None else []
+    labels = drawing.meta["labels"]
+    requests = [
+        GenerateRequest(
+            prompt=captions[i * len(captions) // SAMPLES] if captions else None,
+            label=labels[i % len(labels)] if labels else None,
+            seed=asked.seed + i,
+        )
+        for i in range(SAMPLES)
+    ]
+    rival = load("emoji", device=asked.device) if "emoji" in bundled() else None
+    result = likeness(drawing, *sides, requests, rival)
+    psnr = [line["psnr"] for line in read_log(stages[0].out / "log.jsonl") if "psnr" in line]
+    figures = {"pictures": len(found.entries), "unseen": len(unseen), "codec_psnr_of_unseen": psnr[-1] if psnr else None, **result.figures}
+    write_json(asked.out / "report.json", figures)
+    for name, picture in (("samples", result.samples), ("nearest", result.nearest)):
+        write_bytes(asked.out / f"{name}.png", png_bytes(picture))
+    _say(json.dumps(figures))
+    _say(honestly(len(found.entries), figures["copies"]))
+    return figures
+
+
+def honestly(count: int, copies: float) -> str:
+    """What that number of pictures can give."""
+    if count < 200:
+        kind = "so few pictures are learned by heart: expect their looks and close copies of them, not new things"
+    elif count < 2_000:
+        kind = "hundreds of pictures give their style and mixtures of them; much of what is drawn is still near to one of them"
+    else:
+        kind = "thousands of pictures give new ones of their kind"
+    return f"{kind}. {copies:.0%} of the samples are copies of a training picture, or nearly: see nearest.png (sample, nearest training picture)"

@@ -1,0 +1,216 @@
+"""What a generator is taught: pictures, and what is said of each. The embedded drawings and one's own folder, behind one face."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfumato.data.augment import Scene, Variety, draw_scene
+from sfumato.data.captions import FILLER, any_caption
+from sfumato.data.emoji import LANGUAGES, STYLES, Drawings, art_digest, concepts, credits, drawable, drawings
+from sfumato.data.folder import Entry, Scan, near_duplicates, pixels_of, scan, split
+
+EMOJI = "emoji"
+PREVIEW = (("a cat", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸鱼", 3), ("a rocket", 4), ("a frog", 5), ("sunflower", 0), ("汉堡", 1),
+           ("a purple dog", 0), ("guitar", 2), ("两只猫", 1), ("a penguin in the snow", 0))  # fmt: skip
+LISTED = 1000  # captions that a model of one's own pictures remembers, to say what it can draw
+MOST_WORDS = 20_000
+MOST_CLASSES = 1000
+MOST_EXACT = 512
+Labels = Literal["none", "group", "concept", "auto"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Pictures with what is said of them: pixels "n 4 s s" in [0, 1], premultiplied; caption None: nothing; style and label -1: none."""
+
+    pixels: Tensor
+    captions: list[str | None]
+    style: np.ndarray
+    label: np.ndarray
+
+
+class Subjects(Protocol):
+    """Row i of `pixels` (uint8 "n 4 s s", premultiplied) has style[i] of `styles` and label[i] of `labels`; -1 is none."""
+
+    pixels: Tensor
+    style: np.ndarray
+    label: np.ndarray
+    styles: list[str]
+    labels: list[str]
+    captioned: bool
+    digest: str
+
+    def scene(self, row: int, variety: Variety, rng: np.random.Generator) -> Scene:
+        """A picture about a row."""
+        ...
+
+    def caption(self, scene: Scene, rng: np.random.Generator) -> str | None:
+        """What is said of a scene; None: nothing."""
+        ...
+
+    def names(self) -> list[list[str]]:
+        """The things that a memory keeps, each with what it is called."""
+        ...
+
+    def validation(self) -> Shown:
+        """Pictures that no training sees, at half the side of `pixels`, as they are."""
+        ...
+
+    def preview(self) -> list[tuple[str | None, int, int]]:
+        """What the sample grids show: caption, style, label."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What a pack says of them: the words that it knows, and whose works they are."""
+        ...
+
+
+def subjects(data: str, size: int, *, limit: int = 0, labels: Labels = "auto", strict: bool = False) -> Subjects:
+    """The embedded drawings for "emoji", else the pictures of a folder or zip; `pixels` have twice `size`, so that moving them loses nothing."""
+    if data == EMOJI:
+        return Emoji(size, limit, labels)
+    return Own(scan(data, strict=strict), size, labels)
+
+
+class Emoji:
+    """The embedded drawings that no one holds out; `limit` takes the first concepts only."""
+
+    captioned = True
+
+    def __init__(self, size: int, limit: int = 0, labels: Labels = "none") -> None:
+        self.styles = list(STYLES)
+        self.known = concepts()[:limit] if limit else drawable()
+        art = drawings(2 * size, self.known if limit else None)
+        wanted = {c.index for c in self.known}
+        art = art.rows(np.array([c in wanted for c in art.concept]))
+        self.kept_apart, self.art = art.rows(art.held_out), art.rows(~art.held_out)
+        self.pixels, self.style = self.art.pixels, self.art.style
+        self.flips, self.recolours = self.art.may_flip, self.art.may_recolour
+        self.of_style = [np.flatnonzero(self.style == s) for s in range(len(STYLES))]
+        self.labels, self.label_of = self._labels("none" if labels == "auto" else labels)
+        self.label = self.label_of[self.art.concept]
+        self.digest = hashlib.sha256(f"{art_digest()} {self.art.concept.tolist()} {self.art.style.tolist()}".encode()).hexdigest()[:12]
+
+    def _labels(self, labels: Labels) -> tuple[list[str], np.ndarray]:
+        """The names of the labels, and the label of each concept (by its index)."""
+        known = concepts()
+        if labels == "group":
+            names = sorted({known[c].group for c in self.art.concept})
+            return names, np.array([names.index(c.group) if c.group in names else -1 for c in known])
+        if labels == "concept":
+            there = sorted(set(self.art.concept.tolist()))
+            return [known[c].name for c in there], np.array([there.index(i) if i in there else -1 for i in range(len(known))])
+        return [], np.full(len(known), -1)
+
+    def scene(self, row: int, variety: Variety, rng: np.random.Generator) -> Scene:
+        others = self.of_style[self.style[row]]
+        friend = int(rng.choice(others[self.art.concept[others] != self.art.concept[row]]))
+        return draw_scene(rng, variety, row, bool(self.flips[row]), [(friend, bool(self.flips[friend]))], bool(self.recolours[row]))
+
+    def caption(self, scene: Scene, rng: np.random.Generator) -> str:
+        return any_caption(scene, [int(self.art.concept[i.drawing]) for i in scene.items], rng)[0]
+
+    def names(self) -> list[list[str]]:
+        return [[c.names[t] for t in LANGUAGES] for c in self.known]
+
+    def validation(self) -> Shown:
+        of: Drawings = self.kept_apart if len(self.kept_apart) else self.art.rows(np.arange(len(self.art)) < 8)
+        captions: list[str | None] = [concepts()[c].names["en" if i % 2 else "zh"] for i, c in enumerate(of.concept)]
+        return Shown(F.avg_pool2d(of.pixels.float() / 255, 2), captions, of.style, self.label_of[of.concept])
+
+    def preview(self) -> list[tuple[str | None, int, int]]:
+        return [(prompt, style, i % len(self.labels) if self.labels else -1) for i, (prompt, style) in enumerate(PREVIEW)]
+
+    def about(self) -> dict[str, Any]:
+        words = {c.hexcode: {t: [c.names[t], *c.keywords[t]] for t in LANGUAGES} | {"emoji": [c.emoji], "group": [c.group]} for c in self.known}
+        return {"words": words, "filler": FILLER, "credits": credits()}
+
+
+class Own:
+    """The pictures of a folder: captions as they are written; the label `style` gives styles, sub-folders (or one other label) give labels."""
+
+    def __init__(self, found: Scan, size: int, labels: Labels = "auto") -> None:
+        if labels in ("group", "concept"):
+            raise ValueError(f"labels (={labels!r}) is of the embedded drawings: auto or none are for one's own pictures")
+        self.found = found
+        train, unseen = split(found.entries)
+        if not train:
+            train, unseen = unseen, []
+        kept = pixels_of(found, train, 2 * size)
+        self.entries, self.unseen, self.size = kept.entries, unseen, size
+        self.pixels = kept.pixels
+        self.captioned = any(e.caption for e in self.entries)
+        self.styles, self.style = _classes(self.entries, "style")
+        self.labels, self.label = ([], np.full(len(train), -1)) if labels == "none" else _classes(self.entries, _label_column(self.entries))
+        said = "".join(f"{e.digest} {e.caption} {sorted(e.labels.items())}\n" for e in self.entries)
+        self.digest = hashlib.sha256(said.encode()).hexdigest()[:12]
+
+    def scene(self, row: int, variety: Variety, rng: np.random.Generator) -> Scene:
+        return draw_scene(rng, variety, row, True)
+
+    def caption(self, scene: Scene, rng: np.random.Generator) -> str | None:
+        return self.entries[scene.items[0].drawing].caption
+
+    def twins(self) -> list[tuple[Entry, Entry]]:
+        """Pictures kept apart that show the same as one that is trained on: for them validation is too kind."""
+        return near_duplicates(list(self.entries), list(self.unseen))
+
+    def names(self) -> list[list[str]]:
+        return [[c] for c in dict.fromkeys(e.caption for e in self.entries) if c]
+
+    def validation(self) -> Shown:
+        """Of many, some; without any, the first that are trained on."""
+        chosen = self.unseen[:MOST_EXACT] or self.entries[:8]
+        pixels = F.avg_pool2d(pixels_of(self.found, chosen, 2 * self.size).pixels.float() / 255, 2)
+        style, label = (_indices(chosen, column, names) for column, names in (("style", self.styles), (_label_column(self.entries), self.labels)))
+        return Shown(pixels, [e.caption for e in chosen], style, label)
+
+    def preview(self) -> list[tuple[str | None, int, int]]:
+        rows = np.linspace(0, len(self.entries) - 1, 12).round().astype(int)
+        return [(self.entries[i].caption, int(self.style[i]), int(self.label[i])) for i in rows]
+
+    def about(self) -> dict[str, Any]:
+        counted = Counter(e.caption for e in self.entries if e.caption)
+        spoken: Counter[str] = Counter()
+        for caption, n in counted.items():
+            spoken.update(dict.fromkeys(set(re.findall(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W_]+", caption)), n))
+        words = {f"caption {i}": {"en": [c], "zh": [""], "zh-hant": [""], "emoji": [""]} for i, (c, _) in enumerate(counted.most_common(LISTED))}
+        whose = {"attribution": f"{len(self.entries)} pictures of {Path(self.found.root).name}", "licence": "not said", "home": ""}
+        return {"words": words, "filler": [*FILLER, *(w for w, _ in spoken.most_common(MOST_WORDS))], "credits": [whose]}
+
+
+def _label_column(entries: Sequence[Entry]) -> str:
+    """The label that tells pictures into classes: sub-folders, else the first other column with two values or more that recur."""
+    columns = list(dict.fromkeys(k for e in entries for k in e.labels if k != "style"))
+    for column in sorted(columns, key=lambda c: c != "folder"):
+        values = {e.labels[column] for e in entries if column in e.labels}
+        if 2 <= len(values) <= min(MOST_CLASSES, max(len(entries) // 2, 2)):
+            return column
+    return "folder"
+
+
+def _classes(entries: Sequence[Entry], column: str) -> tuple[list[str], np.ndarray]:
+    """The values of a label in their order, none where there is only one, and each entry's index among them."""
+    names = sorted({e.labels[column] for e in entries if column in e.labels})
+    if len(names) < 2:
+        return [], np.full(len(entries), -1)
+    if column == "style" and (odd := next((n for n in names if "," in n or ":" in n), None)):
+        raise ValueError(f"style (={odd!r}) must be without comma and colon, which mean mixtures of styles: write it otherwise in the metadata")
+    if len(names) > MOST_CLASSES:
+        raise ValueError(f"the label {column} has {len(names):,} values: more than {MOST_CLASSES:,} are captions, not classes")
+    return names, _indices(entries, column, names)
+
+
+def _indices(entries: Sequence[Entry], column: str, names: list[str]) -> np.ndarray:
+    at = {name: i for i, name in enumerate(names)}
+    return np.array([at.get(e.labels.get(column, ""), -1) for e in entries], dtype=int)
