@@ -72,3 +72,24 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.train(*text.preset_smoke(), folder / "text")
     diffusion.train(*diffusion.preset_smoke(), folder / "diffusion", codec=folder / "codec", text=folder / "text")
     return folder
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """Forty pictures of one's own in two sub-folders, discs and squares of six colours with captions: what is said can be seen."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    colours = ("red", "green", "blue", "orange", "purple", "black")
+    for i in range(40):
+        rng = np.random.default_rng(i)
+        shape, colour = ("square", "circle")[i % 2], colours[i % 6]
+        image = Image.new("RGB", (40, 32), tuple(int(v) for v in rng.integers(128, 256, 3)))
+        x, y = (int(v) for v in rng.integers(2, 18, 2))
+        pen = ImageDraw.Draw(image)
+        (pen.ellipse if i % 2 else pen.rectangle)((x, y, x + 14, y + 10), fill=colour)
+        path = tmp_path / "own" / shape / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        path.with_suffix(".txt").write_text(f"a {colour} {shape}", encoding="utf-8")
+    return tmp_path / "own"

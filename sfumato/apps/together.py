@@ -79,13 +79,17 @@ def run(asked: All) -> Path | dict[str, Any]:
     if asked.plan:
         return whole_plan(asked, stages)
     _room(asked, disk_needed(stages, found))
-    for stage in stages:
-        if _finished(stage):
+    model, done = asked.out / "model.safetensors", [_finished(s) for s in stages]
+    if all(done) and model.exists() and (asked.out / "report.json").exists():
+        _say(f"all is done already: its figures are in {asked.out / 'report.json'}")
+        return model
+    for stage, finished in zip(stages, done, strict=True):
+        if finished:
             _say(f"{stage.what}: done already")
             continue
         _say(f"{stage.what}: {stage.loop.images:,} images, in {stage.out}")
         _run(stage.what, stage.recipe, stage.loop, stage.out, _parts(asked, stages))
-    model = pack_run(Pack(run=stages[-1].out, out=asked.out / "model.safetensors", force=True))
+    pack_run(Pack(run=stages[-1].out, out=model, force=True))
     report(asked, found, stages, model)
     return model
 
@@ -210,7 +214,7 @@ def whole_plan(asked: All, stages: list[Stage]) -> dict[str, Any]:
                 first = hours + s.loop.sample_every / facts[s.what]["images_per_s"] / 3600
             hours += facts[s.what]["hours"]
             memory = max(memory, facts[s.what]["memory_GB"])
-    whole = {"pictures": len(found.entries), "size": asked.size, "hours": round(hours, 2), "first_samples_after_hours": round(first, 2)}
+    whole = {"pictures": len(found.entries), "size": asked.size, "hours": round(hours, 2), "first_samples_after_minutes": round(first * 60, 1)}
     whole |= {"memory_GB": memory, "disk_GB": round(needed / 1e9, 2), "device": facts["diffusion"]["device"]}
     return {"plan": whole, "stages": {k: {n: v for n, v in f.items() if n not in ("free_disk_GB", "disk_GB")} for k, f in facts.items()}}
 

@@ -94,10 +94,10 @@ def whitened(features: Tensor, width: int = IMAGE_WIDTH) -> Tensor:
 class Heads(nn.Module):
     """What only training needs: the projection of image features, attribute classifiers and temperatures."""
 
-    def __init__(self, width: int, image_width: int) -> None:
+    def __init__(self, width: int, image_width: int, attributes: bool = True) -> None:
         super().__init__()
         self.image = nn.Linear(image_width, width)
-        self.attributes = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in ATTRIBUTES.items()})
+        self.attributes = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in ATTRIBUTES.items() if attributes})
         self.log_scale = nn.Parameter(torch.tensor([2.6, 2.6]))  # 1 / temperature of captions and of images
 
     def prototypes(self, features: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class TextTask:
         torch.manual_seed(seed)
         self.networks: dict[str, nn.Module] = {
             "text": TextEncoder(recipe.text, tokenizer),
-            "heads": Heads(recipe.text.width, self.features.shape[1]),
+            "heads": Heads(recipe.text.width, self.features.shape[1], recipe.attributes > 0 and recipe.data == EMOJI),
         }
         self.phases = [Phase("text", ("text", "heads"), self.loss)]
 
@@ -179,8 +179,9 @@ class TextTask:
         between = contrastive(z, same, touching & ~same, scales[0])
         log_p = F.log_softmax(z @ prototypes.float().T * scales[1], dim=1)
         images = -(log_p * means_ / means_.sum(1, keepdim=True)).sum(1).mean()
-        known = enumerate(logits.values()) if self.recipe.attributes and self.recipe.data == EMOJI else ()
-        attributes = sum((F.cross_entropy(h.float(), batch["attributes"][:, i]) for i, h in known), z.new_zeros(())) / len(logits)
+        attributes = sum(
+            (F.cross_entropy(h.float(), batch["attributes"][:, i]) / len(logits) for i, h in enumerate(logits.values())), z.new_zeros(())
+        )
         return between + images + self.recipe.attributes * attributes, {
             "captions": between.detach(), "images": images.detach(), "attributes": attributes.detach()
         }  # fmt: skip

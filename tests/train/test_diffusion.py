@@ -12,11 +12,11 @@ from PIL import Image
 from sfumato.core.checkpoint import FileError, load_tensors
 from sfumato.core.config import from_json, to_json
 from sfumato.core.runlog import read_log
-from sfumato.data.emoji import STYLES, concepts, is_held_out
+from sfumato.data.emoji import STYLES, concepts, credits, is_held_out
 from sfumato.diffusion.dit import DiTConfig
 from sfumato.pipelines.load import load
-from sfumato.train.diffusion import PRESETS, DiffusionRecipe, DiffusionTask, preset_smoke, train
-from sfumato.train.loop import checkpoints
+from sfumato.train.diffusion import CLOSE, PRESETS, DiffusionRecipe, DiffusionTask, preset_smoke, train
+from sfumato.train.loop import LoopConfig, checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +187,66 @@ def test_a_denoiser_may_begin_from_another(smoke: Path, tmp_path: Path) -> None:
     wider = replace(begun, denoiser=replace(recipe.denoiser, depth=3))
     with pytest.raises(ValueError, match="must hold a denoiser of the recipe's shape"):
         DiffusionTask(wider, 0, smoke / "codec", smoke / "text", tmp_path / "c")
+
+
+# --- one's own pictures ---------------------------------------------------------------------------------------------------------------------------
+
+
+def own(folder: Path, **more: object) -> tuple[DiffusionRecipe, LoopConfig]:
+    recipe, loop = preset_smoke()
+    return replace(recipe, data=str(folder), limit=0, labels="auto", variety=CLOSE, **more), replace(loop, device="cpu")  # type: ignore[arg-type]
+
+
+def test_a_denoiser_of_ones_own_pictures_learns_and_goes_on_bit_for_bit(own_folder: Path, smoke: Path, tmp_path: Path) -> None:
+    recipe, loop = own(own_folder, memory=True)
+    parts = {"codec": smoke / "codec", "text": smoke / "text"}
+    trainer = train(recipe, loop, tmp_path / "whole", **parts)
+    train(recipe, loop, tmp_path / "halves", stop_at=320, **parts)
+    train(recipe, loop, tmp_path / "halves", **parts)
+    a, b = (load_tensors(checkpoints(tmp_path / name, "state")[-1])[0] for name in ("whole", "halves"))
+    assert all(torch.equal(a[k], v) for k, v in b.items())
+    scores = [line["validation_loss"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "validation_loss" in line]
+    assert scores[-1] < scores[0]
+    assert (trainer.task.denoiser.styles, trainer.task.denoiser.labels) == (0, 2)
+    assert trainer.task.denoiser.memory == len({e.caption for e in trainer.task.shown.entries})
+    model = load(tmp_path / "whole")
+    assert model.meta["labels"] == ["circle", "square"]
+    assert model.unknown("a red square") == []
+    assert [w for w, _ in model.unknown("a red zebra")] == ["zebra"]
+    assert len(model.generate("a red square", label="square", steps=2, count=2)) == 2
+
+
+def test_without_captions_it_draws_with_no_prompt(own_folder: Path, smoke: Path, tmp_path: Path) -> None:
+    for text in own_folder.rglob("*.txt"):
+        text.unlink()
+    recipe, loop = own(own_folder)
+    train(recipe, replace(loop, images=64, sample_every=64, save_every=64), tmp_path / "run", codec=smoke / "codec", text=tmp_path / "nowhere")
+    model = load(tmp_path / "run")
+    assert model.text is None
+    assert len(model.generate(label="circle", steps=2)) == 1
+    with pytest.raises(ValueError, match="trained without captions"):
+        model.generate("a circle", steps=2)
+
+
+def test_own_pictures_begin_with_every_weight_that_fits(own_folder: Path, smoke: Path, tmp_path: Path) -> None:
+    begun, _ = own(own_folder, init=str(smoke / "diffusion"))
+    task = DiffusionTask(begun, 0, smoke / "codec", smoke / "text", tmp_path / "a")
+    weights = load_tensors(checkpoints(smoke / "diffusion", "model")[-1])[0]
+    network = task.networks["denoiser"].state_dict()
+    same = {k for k, v in network.items() if f"denoiser.{k}" in weights and torch.equal(weights[f"denoiser.{k}"], v)}
+    assert set(network) - same == {"label.weight"}
+    assert all(p.requires_grad for p in task.networks["denoiser"].parameters())
+    inherited = {c["attribution"] for c in task.pack(task.networks)[1]["credits"]}
+    assert len(inherited) == 1 + len({c["attribution"] for c in credits()})
+    wider = replace(begun, denoiser=replace(begun.denoiser, width=48))
+    with pytest.raises(ValueError, match="must hold a denoiser of the recipe's shape"):
+        DiffusionTask(wider, 0, smoke / "codec", smoke / "text", tmp_path / "b")
+
+
+def test_captions_that_changed_are_noticed(own_folder: Path, smoke: Path, tmp_path: Path) -> None:
+    recipe, loop = own(own_folder)
+    train(recipe, loop, tmp_path / "run", codec=smoke / "codec", text=smoke / "text", stop_at=32)
+    for text in own_folder.rglob("*.txt"):
+        text.write_text("a thing")
+    with pytest.raises(ValueError, match="was made from another drawings"):
+        train(recipe, loop, tmp_path / "run", codec=smoke / "codec", text=smoke / "text")

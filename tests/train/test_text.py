@@ -12,7 +12,7 @@ from sfumato.core.checkpoint import load_tensors
 from sfumato.core.config import from_json, to_json
 from sfumato.core.runlog import read_log
 from sfumato.train.loop import checkpoints
-from sfumato.train.sayings import EmojiSayings
+from sfumato.train.sayings import EmojiSayings, shortened
 from sfumato.train.text import PRESETS, TextRecipe, TextTask, contrastive, preset_smoke, train, whitened
 
 
@@ -104,3 +104,35 @@ def test_accumulation_is_refused(tmp_path: Path) -> None:
     recipe, loop = preset_smoke()
     with pytest.raises(ValueError, match=r"accumulate \(=2\)"):
         train(recipe, replace(loop, accumulate=2), tmp_path)
+
+
+def test_own_captions_are_learned_and_gone_on_with_bit_for_bit(own_folder: Path, tmp_path: Path) -> None:
+    recipe, loop = preset_smoke()
+    recipe = replace(recipe, data=str(own_folder), limit=0)
+    loop = replace(loop, images=2560, save_every=1280, sample_every=1280)
+    train(recipe, loop, tmp_path / "whole")
+    train(recipe, loop, tmp_path / "halves", stop_at=1280)
+    train(recipe, loop, tmp_path / "halves")
+    a, b = (load_tensors(checkpoints(tmp_path / n, "state")[-1])[0] for n in ("whole", "halves"))
+    assert all(torch.equal(a[k], v) for k, v in b.items())
+    scores = [line["captions"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "score" in line]
+    assert scores[-1] >= 0.9
+
+
+def test_a_folder_without_captions_is_refused(own_folder: Path, tmp_path: Path) -> None:
+    for text in own_folder.rglob("*.txt"):
+        text.write_text("the same")
+    with pytest.raises(ValueError, match="has 1 different captions: a text encoder needs two at least"):
+        train(replace(preset_smoke()[0], data=str(own_folder), limit=0), preset_smoke()[1], tmp_path / "run")
+
+
+def test_a_shortened_caption_is_part_of_it() -> None:
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        for text, unit in (("a red square on grey paper", str.split), ("一个红色的正方形", list)):
+            words = unit(text)
+            left = iter(words)
+            short = unit(shortened(text, rng))
+            assert short
+            assert all(w in left for w in short), "in their order"
+    assert shortened("two words", np.random.default_rng(0)) == "two words"

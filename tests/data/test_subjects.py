@@ -1,0 +1,78 @@
+"""What a generator is taught of one's own pictures: captions, styles and classes as the folder says them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sfumato.data.augment import Variety
+from sfumato.data.folder import scan, split
+from sfumato.data.subjects import Own, subjects
+
+STILL = Variety(place=0.0, flip=0.0, recolour=0.0)
+
+
+def test_captions_and_sub_folders(own_folder: Path) -> None:
+    own = subjects(str(own_folder), 16)
+    assert isinstance(own, Own)
+    assert own.captioned
+    assert own.labels == ["circle", "square"]
+    assert own.styles == []
+    assert own.pixels.shape == (len(own.entries), 4, 32, 32)
+    rng = np.random.default_rng(0)
+    for row, entry in enumerate(own.entries):
+        assert own.caption(own.scene(row, STILL, rng), rng) == entry.caption
+        assert own.labels[own.label[row]] in str(entry.caption)
+        assert own.style[row] == -1
+
+
+def test_nothing_kept_apart_is_taught(own_folder: Path) -> None:
+    own = subjects(str(own_folder), 16)
+    assert isinstance(own, Own)
+    unseen = split(scan(own_folder).entries)[1]
+    assert len(unseen) == 4
+    assert not {e.digest for e in own.entries} & {e.digest for e in unseen}
+    shown = own.validation()
+    assert shown.captions == [e.caption for e in unseen]
+    assert shown.pixels.shape == (4, 4, 16, 16)
+    assert [own.labels[i] for i in shown.label] == [e.labels["folder"] for e in unseen]
+
+
+def test_a_column_named_style_gives_styles(own_folder: Path) -> None:
+    names = sorted(p.relative_to(own_folder).as_posix() for p in own_folder.rglob("*.png"))
+    rows = [{"file_name": n, "style": ("ink", "oil")[i % 2]} for i, n in enumerate(names)]
+    table = own_folder / "metadata.jsonl"
+    table.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    own = subjects(str(own_folder), 16)
+    assert isinstance(own, Own)
+    assert own.styles == ["ink", "oil"]
+    assert [own.styles[s] for s in own.style] == [e.labels["style"] for e in own.entries]
+    table.write_text("".join(json.dumps(r | {"style": f"a:{r['style']}"}) + "\n" for r in rows))
+    with pytest.raises(ValueError, match=r"style \(='a:ink'\) must be without comma and colon"):
+        subjects(str(own_folder), 16)
+
+
+def test_what_is_said_decides_the_digest(own_folder: Path) -> None:
+    before = subjects(str(own_folder), 16)
+    assert before.digest == subjects(str(own_folder), 16).digest
+    kept = next(e.name for e in before.entries)  # type: ignore[attr-defined]
+    (own_folder / kept).with_suffix(".txt").write_text("something else")
+    assert before.digest != subjects(str(own_folder), 16).digest
+
+
+def test_a_model_knows_the_words_of_its_captions(own_folder: Path) -> None:
+    (own_folder / "circle" / "01.txt").write_text("一个蓝色的圆", encoding="utf-8")
+    about = subjects(str(own_folder), 16).about()
+    said = {w for entry in about["words"].values() for w in entry["en"]}
+    assert "a red square" in said
+    assert "一个蓝色的圆" in said or "01.png" in [Path(e.name).name for e in split(scan(own_folder).entries)[1]]
+    assert {"red", "square"} <= set(about["filler"])
+    assert about["credits"] == [{"attribution": "36 pictures of own", "licence": "not said", "home": ""}]
+
+
+def test_labels_of_the_embedded_drawings_are_refused(own_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"labels \(='concept'\) is of the embedded drawings"):
+        subjects(str(own_folder), 16, labels="concept")
