@@ -85,7 +85,8 @@ def packed(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The calls of the three trainers, which end before they begin."""
+    """The calls of the trainers, which end before they begin."""
+    from sfumato.apps import together
     from sfumato.train import autoencoder, diffusion, text
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -96,6 +97,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], 
 
     for module in (autoencoder, text, diffusion):
         monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(together, "run", train)
     return calls
 
 
@@ -162,7 +164,7 @@ def test_every_command_and_flag_that_is_named_exists(name: str, capsys: pytest.C
     named = {part.split()[0] for line in lists for part in line.split("·")} | {argv[0] for argv in commands(name)}
     assert named == set(COMMANDS)
     known: set[str] = set()
-    for argv in (["generate"], ["pack"], *(["train", what] for what in ("autoencoder", "text", "diffusion"))):
+    for argv in (["generate"], ["pack"], *(["train", what] for what in ("all", "autoencoder", "text", "diffusion"))):
         with pytest.raises(SystemExit) as done:
             main([*argv, "--help"])
         assert not done.value.code
