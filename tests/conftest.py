@@ -45,6 +45,7 @@ settings.load_profile("sfumato")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is written to the user's cache, unless the caller names one."""
     os.environ.setdefault("SFUMATO_CACHE", str(tmp_path_factory.mktemp("cache")))
+    os.environ["SFUMATO_LANG"] = "en"
 
 
 @pytest.fixture(autouse=True)

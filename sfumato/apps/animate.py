@@ -15,6 +15,7 @@ from sfumato.apps.cli import OUT, say
 from sfumato.apps.draw import Generate, check_targets, finish, slug, teller, warn, where
 from sfumato.core.checkpoint import write_bytes
 from sfumato.core.images import flatten
+from sfumato.core.language import translated
 from sfumato.core.request import METADATA_KEY, SOURCE_KEY, GenerateRequest, metadata_text
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def animate(asked: Generate, model: LatentDiffusion, requests: list[GenerateRequ
     tell("begin", model=model.name, hash=model.meta["hash"], seed=first.seed, prompts=[first.prompt, last.prompt])
     for r in (first, last):
         warn(model, r)
-    with tqdm(unit="step", leave=False, desc="drawing", dynamic_ncols=True) as bar:
+    with tqdm(unit="step", leave=False, desc=translated("drawing"), dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total, bar.n = total, done

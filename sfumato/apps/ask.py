@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sfumato.apps.cli import OUT
+from sfumato.apps.cli import OUT, say
 from sfumato.apps.describe import describe
 from sfumato.core.checkpoint import FileError, cache_folder, read_metadata
 from sfumato.pipelines.find import bundled, find
@@ -92,7 +91,7 @@ def _called(word: str, rows: list[dict[str, list[str]]]) -> list[dict[str, list[
         return exact
     named = {normalise(w): r for r in rows for t in ("en", "zh") for w in r[t] if w}
     near = [named[w] for w in nearest_words(word, named, 8)]
-    print(f"nothing is called {word!r}" + ("; the nearest are" if near else ""), file=sys.stderr)
+    say(f"nothing is called {word!r}" + ("; the nearest are" if near else ""))
     return near
 
 

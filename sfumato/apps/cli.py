@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import dataclasses
+import inspect
 import io
+import itertools
 import re
 import sys
+import textwrap
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import sfumato
+from sfumato.core.language import language, translated
 from sfumato.core.runlog import is_out_of_memory
 
 OUT = Path("sfumato-out")  # where results go that have no name
@@ -27,7 +34,7 @@ Pictures from words, and the models behind them.
   credits [FILE]        whose works a model learned from, with their licences
   paths                 where things are kept, and how to be rid of them
   data check DIR        what a folder of one's own pictures is good for; also data show DIR, data shard DIR --out SHARDS
-  train WHAT ...        train an autoencoder, a text encoder or a diffusion model
+  train WHAT ...        train an autoencoder, a text encoder or a diffusion model; train all --data DIR: everything on your own pictures
   pack RUN              make one small file that draws from a finished run
 
 sfumato COMMAND --help says more. --version prints the version."""
@@ -35,7 +42,7 @@ sfumato COMMAND --help says more. --version prints the version."""
 
 def say(text: str) -> None:
     """A remark for people, on stderr, so that stdout holds results only."""
-    print(text, file=sys.stderr)
+    print(translated(text), file=sys.stderr)
 
 
 def generate(argv: list[str]) -> None:
@@ -80,7 +87,7 @@ def data(argv: list[str]) -> None:
         raise ValueError(f"data what? (={given!r}) must be one of {', '.join(known)}{nearest(given, known)}")
     kind, answer = known[argv[0]]
     for line in answer(parse(tyro, kind, argv[1:], f"data {argv[0]}")):
-        print(line)
+        print(translated(line))
 
 
 def train(argv: list[str]) -> None:
@@ -110,19 +117,65 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def parse(tyro: Any, kind: type, argv: list[str], command: str) -> Any:
     """tyro's parse of `kind`; its boxed errors become one line."""
-    words = io.StringIO()
+    words, helped = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(words):
-            return tyro.cli(kind, args=argv, prog=f"sfumato {command}")
+        with contextlib.redirect_stderr(words), contextlib.nullcontext() if language() == "en" else contextlib.redirect_stdout(helped):
+            return tyro.cli(in_language(tyro, kind), args=argv, prog=f"sfumato {command}")
     except SystemExit as e:
         if not e.code:
+            print(_chinese_help(helped.getvalue()), end="")
             raise
         raise ValueError(f"{_one_line(words.getvalue())} (see sfumato {command} --help)") from None
 
 
+def in_language(tyro: Any, kind: type) -> type:
+    """`kind` itself, or, for a reader of Chinese, a dataclass with the same fields and translated helps."""
+    if language() == "en":
+        return kind
+    hints, helps = typing.get_type_hints(kind, include_extras=True), _field_helps(kind)
+
+    def like(f: dataclasses.Field) -> dataclasses.Field:
+        return dataclasses.field(default=f.default, default_factory=f.default_factory)  # type: ignore[arg-type, return-value]
+
+    fields = [
+        (f.name, typing.Annotated[hints[f.name], tyro.conf.arg(help=translated(helps[f.name]))] if f.name in helps else hints[f.name], like(f))
+        for f in dataclasses.fields(kind)
+    ]
+    made = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
+    made.__doc__ = translated((kind.__doc__ or "").split("\n\n")[0])
+    return made
+
+
+def _field_helps(kind: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass; none where its source cannot be read."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    pairs = itertools.pairwise(body)
+    return {a.target.id: b.value.value for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}  # type: ignore[union-attr, attr-defined]
+
+
+HEADINGS = {
+    "usage: ": "用法：",
+    "\n positional arguments\n": "\n 位置参数\n",
+    "\n options\n": "\n 选项\n",
+    "show this help message and exit": "显示本帮助并退出",
+    "(required)": "（必填）",
+}
+
+
+def _chinese_help(text: str) -> str:
+    """tyro's own words in a help; it draws no frames into a text, so nothing has to stand in columns."""
+    text = re.sub(r" +$", "", text, flags=re.MULTILINE)
+    for english, chinese in HEADINGS.items():
+        text = text.replace(english, chinese)
+    return re.sub(r" ?\(default: (.*)\)$", r"（默认：\1）", text, flags=re.MULTILINE)
+
+
 def _one_line(box: str) -> str:
     lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
-    body = [line for line in lines[1:] if line]
+    body = [line for line in lines[1:] if line.strip("-")]
     kept: list[str] = []
     for line in body:
         if line.startswith(("For full helptext", "Argument helptext", "Got errors")):
@@ -141,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows may not be able to write Chinese otherwise
             stream.reconfigure(encoding="utf-8", errors="replace")
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(HELP)
+        print(translated(HELP))
         raise SystemExit(0 if argv else 2)
     if argv[0] in ("--version", "-V"):
         print(f"sfumato {sfumato.__version__}")

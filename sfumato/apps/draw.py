@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sfumato.apps.cli import OUT, say
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.images import flatten, grid, png_bytes
+from sfumato.core.language import translated
 from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, GenerateRequest, metadata_text, parse_metadata
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ def check_targets(paths: list[Path], force: bool) -> None:
 def _draw(model: LatentDiffusion, jobs: list[Job], tell: Tell) -> list[Picture]:
     """Draws all jobs under one progress bar; each picture is written as soon as it is there."""
     pictures = []
-    with tqdm(total=0, unit="step", leave=False, desc="drawing", dynamic_ncols=True) as bar:
+    with tqdm(total=0, unit="step", leave=False, desc=translated("drawing"), dynamic_ncols=True) as bar:
         for j, job in enumerate(jobs):
 
             def progress(done: int, total: int, j: int = j) -> None:
@@ -349,7 +350,7 @@ def _draw(model: LatentDiffusion, jobs: list[Job], tell: Tell) -> list[Picture]:
 
 def _sheet(model: LatentDiffusion, path: Path, requests: list[GenerateRequest], styles: list[str | None], tell: Tell) -> None:
     """All prompts in all styles as one picture, over white, with the names of what can be written."""
-    with tqdm(unit="step", leave=False, desc="drawing", dynamic_ncols=True) as bar:
+    with tqdm(unit="step", leave=False, desc=translated("drawing"), dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total, bar.n = total, done

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from sfumato.apps.cli import say
 from sfumato.apps.training import Pack, _run, pack_run, plan
 from sfumato.core.checkpoint import FileError, checkpoints, write_bytes, write_json
 from sfumato.core.images import png_bytes
@@ -81,13 +81,13 @@ def run(asked: All) -> Path | dict[str, Any]:
     _room(asked, disk_needed(stages, found))
     model, done = asked.out / "model.safetensors", [_finished(s) for s in stages]
     if all(done) and model.exists() and (asked.out / "report.json").exists():
-        _say(f"all is done already: its figures are in {asked.out / 'report.json'}")
+        say(f"all is done already: its figures are in {asked.out / 'report.json'}")
         return model
     for stage, finished in zip(stages, done, strict=True):
         if finished:
-            _say(f"{stage.what}: done already")
+            say(f"{stage.what}: done already")
             continue
-        _say(f"{stage.what}: {stage.loop.images:,} images, in {stage.out}")
+        say(f"{stage.what}: {stage.loop.images:,} images, in {stage.out}")
         _run(stage.what, stage.recipe, stage.loop, stage.out, _parts(asked, stages))
     pack_run(Pack(run=stages[-1].out, out=model, force=True))
     report(asked, found, stages, model)
@@ -149,10 +149,6 @@ def _finished(stage: Stage) -> bool:
     return bool(states) and read_metadata(states[-1])["counters"]["images"] >= stage.loop.images  # type: ignore[index, call-overload]
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 # --- before it begins ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -160,19 +156,19 @@ def _tell_of(found: Scan, size: int) -> None:
     """What a user should know of the pictures before time is spent on them."""
     train, unseen = split(found.entries)
     captions = sum(e.caption is not None for e in found.entries)
-    _say(f"{len(found.entries):,} pictures, {captions:,} with captions; {len(unseen)} are kept apart to measure with; {len(found.bad)} files are bad")
+    say(f"{len(found.entries):,} pictures, {captions:,} with captions; {len(unseen)} are kept apart to measure with; {len(found.bad)} files are bad")
     for b in found.bad[:5]:
-        _say(f"warning: {b.name} {b.reason}")
+        say(f"warning: {b.name} {b.reason}")
     if len(found.bad) > 5:
-        _say(f"warning: {len(found.bad) - 5} more: sfumato data check {found.root}")
+        say(f"warning: {len(found.bad) - 5} more: sfumato data check {found.root}")
     small = sum(min(e.width, e.height) < size for e in found.entries)
     soft = sum(any("enlarged" in n for n in e.notes) for e in found.entries)
     if small or soft:
-        _say(f"warning: {small} pictures are smaller than {size} pixels, {soft} look enlarged: what they lack cannot be learned")
+        say(f"warning: {small} pictures are smaller than {size} pixels, {soft} look enlarged: what they lack cannot be learned")
     twins = near_duplicates(train, unseen) if len(found.entries) <= 20_000 else []
     if twins:
         a, b = twins[0]
-        _say(f"warning: {len(twins)} pictures kept apart have near-duplicates that are trained on, such as {b.name} and {a.name}: scores flatter")
+        say(f"warning: {len(twins)} pictures kept apart have near-duplicates that are trained on, such as {b.name} and {a.name}: scores flatter")
 
 
 def disk_needed(stages: list[Stage], found: Scan) -> int:
@@ -261,8 +257,8 @@ def report(asked: All, found: Scan, stages: list[Stage], model: Path) -> dict[st
     write_json(asked.out / "report.json", figures)
     for name, picture in (("samples", result.samples), ("nearest", result.nearest)):
         write_bytes(asked.out / f"{name}.png", png_bytes(picture))
-    _say(json.dumps(figures))
-    _say(honestly(len(found.entries), figures["copies"]))
+    say(json.dumps(figures))
+    say(honestly(len(found.entries), figures["copies"]))
     return figures
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sfumato.apps.cli import say
 from sfumato.core.checkpoint import FileError, checkpoints
 from sfumato.core.config import nearest, to_json
 from sfumato.core.runlog import read_log
@@ -50,7 +51,7 @@ def train(argv: list[str]) -> None:
     trainer = _run(what, asked.recipe, asked.loop, asked.out, asked)
     if not trainer.accelerator.is_main_process:
         return
-    print(f"{asked.out}: {trainer.counters['images']:,} images, {trainer.counters['skipped']} steps skipped", file=sys.stderr)
+    say(f"{asked.out}: {trainer.counters['images']:,} images, {trainer.counters['skipped']} steps skipped")
     print(asked.out)
 
 
@@ -242,6 +243,6 @@ def pack_run(asked: Pack) -> Path:
     small = compress(tensors, int8=asked.int8)
     save_pack(out, small, {k: v for k, v in meta.items() if k != "hash"})
     if out.stat().st_size > LARGE:
-        print(f"warning: {out} is larger than {LARGE / 1e6:.0f} MB: more parts in --int8 make it smaller", file=sys.stderr)
-    print(f"{out.stat().st_size / 1e6:.1f} MB from {source.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+        say(f"warning: {out} is larger than {LARGE / 1e6:.0f} MB: more parts in --int8 make it smaller")
+    say(f"{out.stat().st_size / 1e6:.1f} MB from {source.stat().st_size / 1e6:.1f} MB")
     return out

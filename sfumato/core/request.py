@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +91,9 @@ class GenerateRequest:
 
 
 def style_weights(style: str, known: list[str] | None = None) -> dict[str, float]:
-    """ "noto" -> {"noto": 1.0}; "noto:1,twemoji:3" -> {"noto": 0.25, "twemoji": 0.75}. `known` limits the names."""
+    """ "noto" -> {"noto": 1.0}; "noto:1,twemoji:3" (full-width, too) -> {"noto": 0.25, "twemoji": 0.75}. `known` limits the names."""
     weights: dict[str, float] = {}
-    for part in style.split(","):
+    for part in unicodedata.normalize("NFKC", style).replace("、", ",").split(","):
         name, colon, number = part.strip().partition(":")
         try:
             weight = float(number) if colon else 1.0

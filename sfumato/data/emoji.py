@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from sfumato.core.checkpoint import cache_folder, cached
 from sfumato.core.images import premultiply
+from sfumato.core.language import translated
 
 STYLES = ("twemoji", "noto", "fluent", "fluent-flat", "openmoji", "emojione")
 LANGUAGES = ("en", "zh", "zh-hant")
@@ -186,9 +187,8 @@ def drawings(size: int, which: Sequence[Concept] | None = None, styles: Sequence
         jobs = [(svgs[i : i + 64], size) for i in range(0, len(svgs), 64)]
         if len(jobs) > 4:
             with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-                parts = list(
-                    tqdm(pool.map(_rasterise_many, jobs), total=len(jobs), desc=f"rasterising {len(svgs)} drawings at {size} px", leave=False)
-                )
+                done = pool.map(_rasterise_many, jobs)
+                parts = list(tqdm(done, total=len(jobs), desc=translated(f"rasterising {len(svgs)} drawings at {size} px"), leave=False))
         else:
             parts = [_rasterise_many(j) for j in jobs]
         return {"pixels": torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous()}, {"size": size}

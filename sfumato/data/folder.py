@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, cache_folder, replacing, write_bytes, write_json
 from sfumato.core.images import Unreadable, decode, flatten, premultiply
+from sfumato.core.language import translated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -380,7 +381,8 @@ def survey(root: Path | str, *, workers: int = 0, progress: bool = True) -> Scan
         warnings.simplefilter("ignore")  # Pillow's remarks about damaged EXIF data
         known = [seen.get(f.name) for f in pictures]
         fresh = [f for f, k in zip(pictures, known, strict=True) if k is None or k.stamp != f.stamp]
-        bar = tqdm(pool.map(look, fresh), total=len(fresh), desc="looking at pictures", unit=" files", leave=False, disable=not progress or not fresh)
+        silent = not progress or not fresh
+        bar = tqdm(pool.map(look, fresh), total=len(fresh), desc=translated("looking at pictures"), unit=" files", leave=False, disable=silent)
         new = dict(zip((f.name for f in fresh), bar, strict=True))
     looked: list[Entry | Bad] = [new.get(f.name) or seen[f.name] for f in pictures]
     if fresh or len(seen) != len(looked):
@@ -471,7 +473,7 @@ def pixels_of(found: Scan, entries: Sequence[Entry], size: int) -> Pictures:
         with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             held = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(entries), 4, size, size))
             squares = pool.map(lambda e: _square(found, e, size), entries)
-            for i, square in enumerate(tqdm(squares, total=len(entries), desc="decoding", unit=" pictures", leave=False)):
+            for i, square in enumerate(tqdm(squares, total=len(entries), desc=translated("decoding"), unit=" pictures", leave=False)):
                 held[i] = square
             held.flush()
     with warnings.catch_warnings():

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, load_tensors, read_metadata, save_tensors
+from sfumato.core.language import translated
 
 
 def cached_latents(
@@ -33,7 +34,7 @@ def cached_latents(
             raise FileError(f"{path} holds {len(latents)} latents instead of {count}: remove it")
         return latents
     parts = []
-    with torch.no_grad(), tqdm(total=count, desc="encoding", unit=" images", leave=False, mininterval=2) as bar:
+    with torch.no_grad(), tqdm(total=count, desc=translated("encoding"), unit=" images", leave=False, mininterval=2) as bar:
         for start in range(0, count, batch):
             indices = np.arange(start, min(start + batch, count))
             parts.append(encode(indices).half().cpu())

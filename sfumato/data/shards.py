@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, cache_folder, replacing
 from sfumato.core.images import Unreadable, decode
+from sfumato.core.language import translated
 from sfumato.core.rng import numpy_rng
 from sfumato.data.folder import SUFFIXES, Bad, Entry, Scan, read
 
@@ -59,7 +60,7 @@ def write_shards(found: Scan, out: Path, *, per_shard: int = PER_SHARD, largest:
         raise FileError(f"{out} holds {len(before)} shards already: use --force to replace them, or another --out")
     entries = sorted(found.entries, key=lambda e: (e.digest, e.name))
     written = []
-    with tqdm(total=len(entries), desc="writing shards", unit=" pictures", leave=False) as bar:
+    with tqdm(total=len(entries), desc=translated("writing shards"), unit=" pictures", leave=False) as bar:
         for part in _parts(entries, per_shard, largest):
             path = out / f"{len(written):06d}.tar"
             with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -160,7 +161,7 @@ class Shards:
 
     def check(self) -> Iterator[Bad]:
         """Decodes every picture, and names those that cannot be used."""
-        for i in tqdm(range(len(self)), desc="looking at pictures", unit=" files", leave=False):
+        for i in tqdm(range(len(self)), desc=translated("looking at pictures"), unit=" files", leave=False):
             sample = self[i]
             try:
                 decode(sample.data)
@@ -182,7 +183,7 @@ class Shards:
                 raise FileError(f"there is no shard {p}")
         path = cache_folder() / f"shards-{self._stamp}.npy"
         if not path.exists():
-            bar = tqdm(self.paths, desc="indexing", unit=" shards", leave=False)
+            bar = tqdm(self.paths, desc=translated("indexing"), unit=" shards", leave=False)
             rows = [np.array(list(_rows(i, p)), dtype=np.int64).reshape(-1, COLUMNS) for i, p in enumerate(bar)]
             with replacing(path) as temporary, open(temporary, "wb") as f:
                 np.save(f, np.concatenate(rows))

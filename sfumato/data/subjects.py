@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -204,8 +205,10 @@ def _classes(entries: Sequence[Entry], column: str) -> tuple[list[str], np.ndarr
     names = sorted({e.labels[column] for e in entries if column in e.labels})
     if len(names) < 2:
         return [], np.full(len(entries), -1)
-    if column == "style" and (odd := next((n for n in names if "," in n or ":" in n), None)):
-        raise ValueError(f"style (={odd!r}) must be without comma and colon, which mean mixtures of styles: write it otherwise in the metadata")
+    if column == "style" and (odd := next((n for n in names if n != unicodedata.normalize("NFKC", n) or set(n) & set(",:、")), None)):
+        raise ValueError(
+            f"style (={odd!r}) must be plain letters without comma and colon, which mean mixtures of styles: write it otherwise in the metadata"
+        )
     if len(names) > MOST_CLASSES:
         raise ValueError(f"the label {column} has {len(names):,} values: more than {MOST_CLASSES:,} are captions, not classes")
     return names, _indices(entries, column, names)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from sfumato.core.language import translated
 from sfumato.nn.backbones import efficientnet_lite0, over
 
 SIDE = 128  # pixels at which pictures are looked at, whatever they have
@@ -16,7 +17,7 @@ SIDE = 128  # pixels at which pictures are looked at, whatever they have
 def picture_features(pixels: UInt8[Tensor, "n 4 s s"]) -> Float[Tensor, "n 1280"]:
     """Lite0 features of premultiplied RGBA over white; smaller and larger pictures are resized bilinearly to SIDE pixels."""
     network, rows = efficientnet_lite0(), []
-    for part in tqdm(pixels.split(64), desc="features of the pictures", leave=False):
+    for part in tqdm(pixels.split(64), desc=translated("features of the pictures"), leave=False):
         flat = over(part.float() / 255) * 2 - 1
         if flat.shape[-1] != SIDE:
             flat = F.interpolate(flat, size=(SIDE, SIDE), mode="bilinear", antialias=flat.shape[-1] > SIDE, align_corners=False)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, load_tensors, save_tensors, thousands, write_json
 from sfumato.core.config import from_json, to_json
 from sfumato.core.images import save_png
+from sfumato.core.language import translated
 from sfumato.core.pack import save_pack
 from sfumato.core.runlog import RunLog, is_out_of_memory
 from sfumato.nn.ema import ema_copy, ema_update
@@ -301,7 +302,7 @@ class Trainer:
                     raise
             batches, self.accumulate = halves, len(halves)
             at_once = self.loop.batch_size // self.accumulate
-            tqdm.write(f"out of memory: going on with {at_once} pictures at a time, batches are as large as before", file=sys.stderr)
+            tqdm.write(translated(f"out of memory: going on with {at_once} pictures at a time, batches are as large as before"), file=sys.stderr)
 
     def _halves(self, batches: list[Batch]) -> list[Batch] | None:
         """Every batch in two; None where that was done often enough, or the task compares the pictures of a batch with each other."""
@@ -346,7 +347,9 @@ class Trainer:
         began = self.counters["images"]
         if main:
             threads, n = torch.get_num_threads(), self.accelerator.num_processes
-            tqdm.write(f"{self.task.kind} on {self.device.type}, {loop.dtype}, {threads} threads, {n} process{'es' * (n > 1)}", file=sys.stderr)
+            tqdm.write(
+                translated(f"{self.task.kind} on {self.device.type}, {loop.dtype}, {threads} threads, {n} process{'es' * (n > 1)}"), file=sys.stderr
+            )
         bar = tqdm(total=loop.images, initial=began, unit=" images", disable=not main, dynamic_ncols=True, smoothing=0.05, mininterval=2)
         try:
             with _signals() as signalled, _no_denormals(), bar:
@@ -486,7 +489,7 @@ class Trainer:
             try:
                 tensors, metadata = load_tensors(path)
             except FileError as e:
-                tqdm.write(f"{e}; trying the one before", file=sys.stderr)
+                tqdm.write(translated(f"{e}; trying the one before"), file=sys.stderr)
                 continue
             if not {"run", "counters"} <= metadata.keys():
                 raise FileError(f"{path} is not the state of a run: move it away, or use another --out")

@@ -49,6 +49,7 @@ def test_style_weights() -> None:
     assert style_weights("noto") == {"noto": 1.0}
     assert style_weights("noto:1, twemoji:3") == {"noto": 0.25, "twemoji": 0.75}
     assert style_weights("a,a,b") == pytest.approx({"a": 2 / 3, "b": 1 / 3})
+    assert style_weights("noto：1，twemoji：3") == style_weights("noto:1、twemoji:3") == style_weights("noto:1,twemoji:3")
     with pytest.raises(ValueError, match="did you mean 'noto'"):
         style_weights("notto", ["noto", "twemoji"])
 

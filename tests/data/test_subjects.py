@@ -51,7 +51,7 @@ def test_a_column_named_style_gives_styles(own_folder: Path) -> None:
     assert own.styles == ["ink", "oil"]
     assert [own.styles[s] for s in own.style] == [e.labels["style"] for e in own.entries]
     table.write_text("".join(json.dumps(r | {"style": f"a:{r['style']}"}) + "\n" for r in rows))
-    with pytest.raises(ValueError, match=r"style \(='a:ink'\) must be without comma and colon"):
+    with pytest.raises(ValueError, match=r"style \(='a:ink'\) must be plain letters without comma and colon"):
         subjects(str(own_folder), 16)
 
 
