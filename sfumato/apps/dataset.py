@@ -15,7 +15,7 @@ from sfumato.apps.cli import OUT
 from sfumato.core.checkpoint import FileError
 from sfumato.core.images import Unreadable, decode, grid, png_bytes, write_bytes
 from sfumato.data.folder import TOO_MANY_BAD, Entry, Scan, check, framed, near_duplicates, open_picture, scan, split, survey
-from sfumato.data.shards import PER_SHARD, Shards, write_shards
+from sfumato.data.shards import PER_SHARD, Shards, are_shards, write_shards
 
 SHOWN = 20  # lines of one kind, unless all are asked for
 
@@ -61,10 +61,6 @@ class Shard:
     """Refuse where a single file is bad."""
     force: bool = False
     """Replace shards that are there already."""
-
-
-def are_shards(where: Path) -> bool:
-    return where.suffix.lower() == ".tar" or (where.is_dir() and any(where.glob("*.tar")))
 
 
 def run_shard(asked: Shard) -> Iterator[str]:

@@ -15,6 +15,7 @@ from sfumato.apps.training import Pack, _run, pack_run, plan
 from sfumato.core.checkpoint import FileError, checkpoints, write_bytes, write_json
 from sfumato.core.images import png_bytes
 from sfumato.data.folder import Scan, near_duplicates, scan, split
+from sfumato.data.shards import are_shards
 
 BUNDLED = "bundled"
 SAMPLES = 64
@@ -72,6 +73,8 @@ def run(asked: All) -> Path | dict[str, Any]:
         raise ValueError(f"effort (={asked.effort}) must be above 0: 1 is the usual length, 0.5 half of it")
     if asked.size % 16:
         raise ValueError(f"size (={asked.size}) must be a multiple of 16, or 0")
+    if are_shards(asked.data):
+        raise ValueError(f"data (={str(asked.data)!r}) is of shards, which a codec can be trained on, and nothing else as yet: name a folder or zip")
     found = scan(asked.data, strict=asked.strict)
     asked = replace(asked, size=asked.size or _usual_size(asked.device))
     stages = stages_for(asked, found)

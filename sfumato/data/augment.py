@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -176,7 +177,14 @@ def place(rgba: Float[Tensor, "b 4 s s"], items: Sequence[Placed], size: int) ->
     return F.avg_pool2d(F.grid_sample(rgba, grid, mode="bilinear", padding_mode="zeros", align_corners=False), 2)
 
 
-def render(pixels: UInt8[Tensor, "n 4 s s"], scenes: Sequence[Scene], size: int) -> Float[Tensor, "{len(scenes)} 4 {size} {size}"]:
+@runtime_checkable
+class Rows(Protocol):
+    """Pictures that are not all in memory: `pixels[rows]` is uint8 "b 4 s s"."""
+
+    def __getitem__(self, rows: Tensor) -> Tensor: ...
+
+
+def render(pixels: UInt8[Tensor, "n 4 s s"] | Rows, scenes: Sequence[Scene], size: int) -> Float[Tensor, "{len(scenes)} 4 {size} {size}"]:
     """Scenes over the drawings `pixels` -> pictures in [0, 1]; both are premultiplied."""
     canvas = torch.zeros(len(scenes), 4, size, size)
     for row, scene in enumerate(scenes):

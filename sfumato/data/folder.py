@@ -472,9 +472,9 @@ def pixels_of(found: Scan, entries: Sequence[Entry], size: int) -> Pictures:
     if not path.exists():
         with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             held = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(entries), 4, size, size))
-            squares = pool.map(lambda e: _square(found, e, size), entries)
-            for i, square in enumerate(tqdm(squares, total=len(entries), desc=translated("decoding"), unit=" pictures", leave=False)):
-                held[i] = square
+            squares = pool.map(lambda e: square(open_picture(found, e), size), entries)
+            for i, pixels in enumerate(tqdm(squares, total=len(entries), desc=translated("decoding"), unit=" pictures", leave=False)):
+                held[i] = pixels
             held.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch minds that the file is not to be written to; nobody does
@@ -484,7 +484,10 @@ def pixels_of(found: Scan, entries: Sequence[Entry], size: int) -> Pictures:
 def same_pictures(run: Path, found: Scan) -> None:
     """Notes in a run folder what it is trained on, or raises ValueError where that has changed since the run was begun."""
     digest = hashlib.sha256("".join(sorted(e.digest for e in found.entries)).encode()).hexdigest()
-    now = {"pictures": len(found.entries), "digest": digest}
+    same_data(run, found.root, {"pictures": len(found.entries), "digest": digest})
+
+
+def same_data(run: Path, where: Path | str, now: dict[str, Any]) -> None:
     path = run / "data.json"
     if not path.exists():
         write_json(path, now)
@@ -492,14 +495,14 @@ def same_pictures(run: Path, found: Scan) -> None:
     before = json.loads(path.read_text(encoding="utf-8"))
     if before != now:
         raise ValueError(
-            f"{found.root} has changed since {run} was begun ({before['pictures']} pictures then, {now['pictures']} now): "
+            f"{where} has changed since {run} was begun ({before['pictures']} pictures then, {now['pictures']} now): "
             "put it back as it was, or name another --out"
         )
 
 
-def _square(found: Scan, entry: Entry, size: int) -> np.ndarray:
-    straight = np.asarray(framed(open_picture(found, entry), size).convert("RGBA"))
-    return premultiply(straight).transpose(2, 0, 1)
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """A picture as uint8 "4 size size", premultiplied."""
+    return premultiply(np.asarray(framed(image, size).convert("RGBA"))).transpose(2, 0, 1)
 
 
 # --- training and validation --------------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -25,7 +27,10 @@ from sfumato.core.checkpoint import FileError, cache_folder, replacing
 from sfumato.core.images import Unreadable, decode
 from sfumato.core.language import translated
 from sfumato.core.rng import numpy_rng
-from sfumato.data.folder import SUFFIXES, Bad, Entry, Scan, read
+from sfumato.data.folder import SUFFIXES, Bad, Entry, Scan, read, same_data, square
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PER_SHARD = 2_000
 LARGEST_SHARD = 256 * 2**20
@@ -114,10 +119,20 @@ class Shards:
         if not self.paths:
             raise FileError(f"{where} holds no .tar file")
         self._index = self._mapped()
-        counts = np.bincount(self._index[:, 0], minlength=len(self.paths)) if len(self._index) else np.zeros(len(self.paths), dtype=np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._count()
         if not len(self._index):
             raise FileError(f"{where} holds no sample with a picture")
+
+    def _count(self) -> None:
+        counts = np.bincount(self._index[:, 0], minlength=len(self.paths)) if len(self._index) else np.zeros(len(self.paths), dtype=np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+
+    def part(self, start: int, end: int) -> Shards:
+        """The samples from `start` to before `end` alone, numbered from 0."""
+        other = copy(self)
+        other._index = self._index[start:end]
+        other._count()
+        return other
 
     def __len__(self) -> int:
         return len(self._index)
@@ -188,6 +203,63 @@ class Shards:
             with replacing(path) as temporary, open(temporary, "wb") as f:
                 np.save(f, np.concatenate(rows))
         return np.load(path, mmap_mode="r")
+
+
+def are_shards(where: Path | str) -> bool:
+    """Whether a path is one shard, or a folder that holds some."""
+    where = Path(where)
+    return where.suffix.lower() == ".tar" or (where.is_dir() and any(where.glob("*.tar")))
+
+
+# --- training on them ---------------------------------------------------------------------------------------------------------------------------
+
+
+class ShardPictures:
+    """Samples of shards as training reads pictures: decoded when they are asked for, by `workers` threads (0: one a core).
+
+    `pixels[rows]` is uint8 "b 4 size size", premultiplied: what `Pictures.pixels` would hold. Nothing is kept.
+    """
+
+    def __init__(self, shards: Shards, size: int, workers: int = 0) -> None:
+        self.shards, self.size, self.workers = shards, size, workers or os.cpu_count() or 1
+        self.style, self.may_flip = np.zeros(len(shards), dtype=np.int8), np.ones(len(shards), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    @property
+    def pixels(self) -> ShardPictures:
+        return self
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        import torch
+
+        wanted = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        with ThreadPoolExecutor(self.workers) as pool:
+            return torch.from_numpy(np.stack(list(pool.map(self._square, wanted))))
+
+    def _square(self, row: int) -> np.ndarray:
+        sample = self.shards[row]
+        try:
+            return square(decode(sample.data), self.size)
+        except Unreadable as e:
+            raise FileError(f"{sample.name} {e}: `sfumato data check` names all that are bad; `sfumato data shard` leaves them out") from None
+
+
+def split_shards(where: Path | str, size: int, fraction: float = 0.05, most: int = 512) -> tuple[ShardPictures, ShardPictures]:
+    """(training, validation): the last samples are kept apart. Shards of `sfumato data shard` lie in an order by content, so copies stay together."""
+    shards = Shards(Path(where))
+    if len(shards) < 2:
+        raise FileError(f"{where} holds a single picture: training needs two at least")
+    cut = len(shards) - min(max(int(len(shards) * fraction), 1), most)
+    return ShardPictures(shards.part(0, cut), size), ShardPictures(shards.part(cut, len(shards)), size)
+
+
+def same_shards(run: Path, where: Path | str) -> None:
+    """Notes in a run folder which shards it is trained on, or raises ValueError where they have changed since the run was begun."""
+    shards = Shards(Path(where))
+    facts = [(p.name, p.stat().st_size) for p in shards.paths]
+    same_data(run, where, {"pictures": len(shards), "digest": hashlib.sha256(json.dumps(facts).encode()).hexdigest()})
 
 
 def _at(file: BinaryIO, offset: int, size: int) -> bytes:

@@ -19,6 +19,7 @@ from sfumato.data.augment import Scene, Variety, draw_scene
 from sfumato.data.captions import FILLER, any_caption
 from sfumato.data.emoji import LANGUAGES, STYLES, Drawings, art_digest, concepts, credits, drawable, drawings
 from sfumato.data.folder import Entry, Scan, near_duplicates, pixels_of, scan, split
+from sfumato.data.shards import are_shards
 
 EMOJI = "emoji"
 PREVIEW = (("a cat", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸鱼", 3), ("a rocket", 4), ("a frog", 5), ("sunflower", 0), ("汉堡", 1),
@@ -80,6 +81,8 @@ def subjects(data: str, size: int, *, limit: int = 0, labels: Labels = "auto", s
     """The embedded drawings for "emoji", else the pictures of a folder or zip; `pixels` have twice `size`, so that moving them loses nothing."""
     if data == EMOJI:
         return Emoji(size, limit, labels)
+    if are_shards(data):
+        raise ValueError(f"data (={data!r}) is of shards, which a codec can be trained on, and nothing else as yet: name a folder or zip")
     return Own(scan(data, strict=strict), size, labels)
 
 

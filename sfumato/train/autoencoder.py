@@ -22,10 +22,11 @@ from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig, measure_l
 from sfumato.core.config import to_json
 from sfumato.core.images import grid, to_pil
 from sfumato.core.pack import load_pack
-from sfumato.core.rng import numpy_rng, shuffled, torch_rng
+from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
 from sfumato.data.augment import Variety, draw_scene, render
 from sfumato.data.emoji import Drawings, concepts, drawings
 from sfumato.data.folder import Pictures, pixels_of, same_pictures, scan, split
+from sfumato.data.shards import ShardPictures, are_shards, same_shards, split_shards
 from sfumato.losses.perceptual import perceptual
 from sfumato.nn.backbones import EfficientNetLite0, efficientnet_lite0, over
 from sfumato.pipelines.find import find
@@ -40,7 +41,7 @@ WIDE = Variety(place=0.6, scale=(0.6, 1.25), angle=20.0, recolour=0.15, count=0.
 class AutoencoderRecipe:
     """Everything that decides what a codec becomes. Weights are relative to the mean absolute error.
 
-    `data` is "emoji", the embedded drawings, or a folder or zip of one's own pictures; `init` a pack whose codec it begins from.
+    `data` is "emoji", the embedded drawings, or a folder, a zip or shards of one's own pictures; `init` a pack whose codec it begins from.
     `perceptual_from` is the fraction of the run after which the feature term joins, at `perceptual_size` pixels.
     """
 
@@ -103,8 +104,10 @@ def preset_smoke() -> tuple[AutoencoderRecipe, LoopConfig]:
 PRESETS = {"bundled": preset_bundled, "own": preset_own, "smoke": preset_smoke}
 
 
-def split_pictures(data: str, size: int, limit: int = 0) -> tuple[Drawings | Pictures, Drawings | Pictures]:
-    """(training, held out): the embedded art, of which `limit` takes the first concepts only, or the pictures of a folder."""
+def split_pictures(data: str, size: int, limit: int = 0) -> tuple[Drawings | Pictures | ShardPictures, Drawings | Pictures | ShardPictures]:
+    """(training, held out): the embedded art, of which `limit` takes the first concepts only, or the pictures of a folder or of shards."""
+    if data != "emoji" and are_shards(data):
+        return split_shards(data, size)
     if data != "emoji":
         found = scan(data)
         return tuple(pixels_of(found, part, size) for part in split(found.entries))  # type: ignore[return-value]
@@ -162,7 +165,10 @@ class AutoencoderTask:
 
     def pictures(self, positions: np.ndarray, purpose: str = "train") -> Tensor:
         """Augmented training pictures "b 4 size size" in [-1, 1] at positions of the data order."""
-        rows = shuffled(len(self.train), self.seed, f"{purpose}/order", positions)
+        if isinstance(self.train, ShardPictures):
+            rows = self.train.shards.order(derive(self.seed, purpose), positions)
+        else:
+            rows = shuffled(len(self.train), self.seed, f"{purpose}/order", positions)
         scenes, mixes = [], []
         for position, row in zip(positions, rows, strict=True):
             rng = numpy_rng(self.seed, f"{purpose}/scene", int(position))
@@ -237,7 +243,9 @@ class AutoencoderTask:
 def train(recipe: AutoencoderRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the codec in the run folder `out`."""
     loop = settled(loop, out)
-    if recipe.data != "emoji":
+    if recipe.data != "emoji" and are_shards(recipe.data):
+        same_shards(Path(out), recipe.data)
+    elif recipe.data != "emoji":
         same_pictures(Path(out), scan(recipe.data, progress=False))
     trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed, loop.dtype == "bf16")), loop, out, recipe)
     trainer.train(stop_at=stop_at)

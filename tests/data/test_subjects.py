@@ -10,6 +10,7 @@ import pytest
 
 from sfumato.data.augment import Variety
 from sfumato.data.folder import scan, split
+from sfumato.data.shards import write_shards
 from sfumato.data.subjects import Own, subjects
 
 STILL = Variety(place=0.0, flip=0.0, recolour=0.0)
@@ -76,3 +77,9 @@ def test_a_model_knows_the_words_of_its_captions(own_folder: Path) -> None:
 def test_labels_of_the_embedded_drawings_are_refused(own_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"labels \(='concept'\) is of the embedded drawings"):
         subjects(str(own_folder), 16, labels="concept")
+
+
+def test_shards_are_refused_as_yet(own_folder: Path, tmp_path: Path) -> None:
+    write_shards(scan(own_folder), tmp_path / "shards")
+    with pytest.raises(ValueError, match="is of shards, which a codec can be trained on"):
+        subjects(str(tmp_path / "shards"), 16)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
 from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from sfumato.core.images import flatten, to_pil
 from sfumato.core.runlog import read_log
 from sfumato.data.emoji import STYLES, concepts, is_held_out, pairs
 from sfumato.data.folder import scan, split
+from sfumato.data.shards import ShardPictures, split_shards, write_shards
 from sfumato.train.autoencoder import (
     OWN,
     PRESETS,
@@ -216,17 +216,14 @@ def test_the_bundled_codec_is_what_its_docstring_says() -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Forty pictures, each a disc of its own colour and place."""
-    root = tmp_path / "own"
-    root.mkdir()
-    for i in range(40):
-        rng = np.random.default_rng(i)
-        image = Image.new("RGB", (40, 32), tuple(int(v) for v in rng.integers(0, 256, 3)))
-        x, y = rng.integers(4, 20, 2)
-        ImageDraw.Draw(image).ellipse((x, y, x + 12, y + 10), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
-        image.save(root / f"{i:02}.png")
-    return root
+def folder(own_folder: Path) -> Path:
+    return own_folder
+
+
+@pytest.fixture
+def shards(own_folder: Path, tmp_path: Path) -> Path:
+    write_shards(scan(own_folder), tmp_path / "shards", per_shard=9)
+    return tmp_path / "shards"
 
 
 def own(folder: Path, **more: object) -> tuple[AutoencoderRecipe, LoopConfig]:
@@ -257,7 +254,7 @@ def test_own_pictures_fill_the_canvas_and_none_is_of_both_sides(folder: Path) ->
 def test_a_folder_that_changed_is_refused(folder: Path, tmp_path: Path) -> None:
     recipe, loop = own(folder)
     train(recipe, loop, tmp_path / "run", stop_at=32)
-    (folder / "00.png").unlink()
+    (folder / "square" / "00.png").unlink()
     with pytest.raises(ValueError, match=r"has changed since .* was begun \(40 pictures then, 39 now\)"):
         train(recipe, loop, tmp_path / "run")
 
@@ -275,3 +272,44 @@ def test_a_codec_may_begin_from_another(folder: Path, run: Path, tmp_path: Path)
         AutoencoderTask(other, seed=0)
     with pytest.raises(ValueError, match=r"limit \(=3\) is of the embedded drawings"):
         replace(recipe, limit=3)
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_codec_learns_from_shards_and_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    recipe, loop = own(shards)
+    train(recipe, loop, tmp_path / "whole")
+    train(recipe, loop, tmp_path / "halves", stop_at=320)
+    train(recipe, loop, tmp_path / "halves")
+    a, b = (load_tensors(checkpoints(tmp_path / name, "state")[-1])[0] for name in ("whole", "halves"))
+    assert all(torch.equal(a[k], v) for k, v in b.items())
+    scores = [line["psnr"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "psnr" in line]
+    assert scores[-1] > scores[0]
+
+
+def test_shards_give_each_picture_once_an_epoch_and_keep_some_apart(shards: Path) -> None:
+    part, held = split_shards(shards, 32, fraction=0.1)
+    assert (len(part), len(held)) == (36, 4)
+    for epoch in range(2):
+        assert sorted(part.shards.order(0, np.arange(36) + 36 * epoch)) == list(range(36))
+    names = [{p.shards[i].name for i in range(len(p))} for p in (part, held)]
+    assert not names[0] & names[1]
+    assert len(names[0] | names[1]) == 40
+
+
+def test_the_number_of_workers_changes_nothing(shards: Path) -> None:
+    part, _ = split_shards(shards, 32)
+    rows = torch.tensor([5, 0, 17, 5])
+    alone = ShardPictures(part.shards, 32, workers=1)[rows]
+    assert torch.equal(alone, ShardPictures(part.shards, 32, workers=7)[rows])
+    assert alone.shape == (4, 4, 32, 32)
+    assert torch.equal(alone[0], alone[3])
+
+
+def test_shards_that_changed_are_refused(shards: Path, tmp_path: Path) -> None:
+    recipe, loop = own(shards)
+    train(recipe, loop, tmp_path / "run", stop_at=32)
+    sorted(shards.glob("*.tar"))[0].unlink()
+    with pytest.raises(ValueError, match=r"has changed since .* was begun \(40 pictures then, 31 now\)"):
+        train(recipe, loop, tmp_path / "run")
