@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
-from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, load_tensors, save_tensors, thousands, write_json
+from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, load_tensors, save_tensors, sweep, thousands, write_json
 from sfumato.core.config import from_json, to_json
 from sfumato.core.images import save_png
 from sfumato.core.language import translated
@@ -338,6 +338,7 @@ class Trainer:
         end = min(loop.images, stop_at or loop.images)
         log = RunLog(self.run / "log.jsonl", self.counters["images"]) if main else None
         if main:
+            sweep(self.run)
             write_json(self.run / "config.json", self.config)
         if loop.trackers:
             missing = sorted(set(loop.trackers) - {str(getattr(t, "value", t)) for t in self.accelerator.log_with} - {"all"})
