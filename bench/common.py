@@ -134,6 +134,7 @@ def draw(
     model: LatentDiffusion, prompts: Sequence[str], styles: Sequence[str], seeds: Sequence[int], what: str = "", **options: Any
 ) -> list[Image.Image]:
     """Picture i of prompt i in style i from seed i, as `model.generate` draws it alone (within a level); far quicker in batches."""
+    options = {"size": model.size} | options
     requests = [GenerateRequest(prompt=p, style=s, seed=seed, **options) for p, s, seed in zip(prompts, styles, seeds, strict=True)]
     return [p.image for p in tqdm(model.draw(requests), total=len(requests), desc=what, unit=" pictures", leave=False)]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
+from sfumato.codecs.upscaler import Upscaler, UpscalerConfig
 from sfumato.core.checkpoint import FileError
 from sfumato.core.config import from_json
 from sfumato.diffusion.dit import DiT, DiTConfig
@@ -17,6 +18,7 @@ NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {
     "autoencoder": (AutoencoderConfig, Autoencoder),
     "dit": (DiTConfig, DiT),
     "text": (TextConfig, TextEncoder),
+    "upscaler": (UpscalerConfig, Upscaler),
 }
 
 

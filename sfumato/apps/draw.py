@@ -62,7 +62,9 @@ class Generate:
     label: str | None = None
     """A class, for models trained on labels."""
     size: int | None = None
-    """Pixels of a side; models draw the size they were trained at."""
+    """Pixels of a side; without it the largest that the model has."""
+    native: bool = False
+    """The size that the model draws, without the enlargement."""
     init: str | None = None
     """A picture to begin from: a doodle, a photograph, one of our own."""
     mask: str | None = None
@@ -115,6 +117,8 @@ def run(asked: Generate) -> None:
     model = load(asked.model, **_engine(asked, record))
     if record is not None:
         _compare(model, record, again=only is not None)
+    if asked.native:
+        requests = [replace(r, size=model.size) for r in requests]
     for r in requests:
         model.check(r)
     if asked.morph or asked.morph_style or asked.morph_seed is not None:
@@ -211,6 +215,13 @@ def _compare(model: LatentDiffusion, record: dict[str, Any], again: bool) -> Non
         raise ValueError(
             f"the picture was drawn by the model {record['model']['name']} {drawn_by[:10]}, this is {model.name} {ours[:10]}: "
             "name that model with --model, or give the prompt again to draw it with this one"
+        )
+    enlarged = (record.get("side", model.size), record.get("upscaler"))
+    large = model.side(record["request"]) != model.size
+    if again and enlarged != (model.side(record["request"]), model.upscaler_hash if large else None):
+        raise ValueError(
+            f"the picture has {enlarged[0]} x {enlarged[0]} pixels and was not made by the enlargement that is here: "
+            "give the prompt again to draw it as it would be now"
         )
     if again and record["request"].init is not None and record.get("init_sha256") != begun_digest(record["request"]):
         raise ValueError(f"{record['request'].init} or its mask is not the picture that was begun from: it has changed, so it cannot be drawn again")
@@ -359,7 +370,7 @@ def _sheet(model: LatentDiffusion, path: Path, requests: list[GenerateRequest], 
 
         pictures = list(model.draw([replace(r, style=s) for r in requests for s in styles], progress=progress))
     columns = len(styles) * requests[0].count
-    side = model.size * max(1, 128 // model.size)
+    side = model.side(requests[0]) * max(1, 128 // model.side(requests[0]))
     big = [flatten(p.image).resize((side, side), Image.Resampling.LANCZOS) for p in pictures]
     page = labelled(grid(big, columns=columns, gap=4), [s or "" for s in styles], [r.prompt or "" for r in requests])
     write_bytes(path, png_bytes(page, _several(pictures)))

@@ -250,6 +250,7 @@ def report(asked: All, found: Scan, stages: list[Stage], model: Path) -> dict[st
             prompt=captions[i * len(captions) // SAMPLES] if captions else None,
             label=labels[i % len(labels)] if labels else None,
             seed=asked.seed + i,
+            size=drawing.size,
         )
         for i in range(SAMPLES)
     ]

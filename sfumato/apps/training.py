@@ -18,7 +18,7 @@ from sfumato.core.checkpoint import FileError, checkpoints
 from sfumato.core.config import nearest, to_json
 from sfumato.core.runlog import read_log
 
-WHAT = ("all", "autoencoder", "text", "diffusion")
+WHAT = ("all", "autoencoder", "text", "diffusion", "upscaler")
 LARGE = 24_000_000  # bytes that a bundled file may have
 EMOJI = "emoji"  # the embedded drawings, as --data
 PLAN_LIMIT = 24  # concepts that are read to time a few steps
@@ -41,6 +41,8 @@ def train(argv: list[str]) -> None:
     name = _preset_name(argv, presets)
     recipe, loop = presets[name]()
     asked = parse(tyro, _arguments(what, recipe, loop, presets, name), argv[1:], f"train {what}")
+    if asked.data != EMOJI and what == "upscaler":
+        raise ValueError(f"data (={asked.data!r}) must be emoji: an enlargement is learned from drawings that are there at any size")
     if asked.data != EMOJI:
         asked = replace(asked, recipe=replace(asked.recipe, data=asked.data, limit=0))
     chosen = {k: v for k in ("device", "dtype", "threads") if (v := getattr(asked, k)) is not None}
@@ -68,6 +70,8 @@ def _presets(what: str) -> dict[str, Callable[[], tuple[Any, Any]]]:
             from sfumato.train.autoencoder import PRESETS
         case "text":
             from sfumato.train.text import PRESETS
+        case "upscaler":
+            from sfumato.train.upscaler import PRESETS
         case _:
             from sfumato.train.diffusion import PRESETS
     return PRESETS
@@ -89,8 +93,10 @@ def _preset_name(argv: list[str], presets: dict[str, Any]) -> str:
 def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name: str) -> type:
     """The flags of one kind of training, with the preset's values as defaults."""
     parts: list[Any] = []
+    if what in ("diffusion", "upscaler"):
+        parts = [("codec", Path, field(default=Path("runs/codec")))]
     if what == "diffusion":
-        parts = [("codec", Path, field(default=Path("runs/codec"))), ("text", Path, field(default=Path("runs/text")))]
+        parts.append(("text", Path, field(default=Path("runs/text"))))
     made = make_dataclass(
         "Train",
         [
@@ -118,6 +124,10 @@ def _run(what: str, recipe: Any, loop: Any, out: Path, asked: Any, stop_at: int 
             from sfumato.train.autoencoder import train as go
         case "text":
             from sfumato.train.text import train as go  # type: ignore[assignment]
+        case "upscaler":
+            from sfumato.train.upscaler import train as upscaler
+
+            return upscaler(recipe, loop, out, codec=asked.codec, stop_at=stop_at)
         case _:
             from sfumato.train.diffusion import train as diffusion
 
@@ -130,13 +140,13 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
 
     Memory is this process's peak (host memory; a GPU's is not measured) plus the data that a real run holds.
     """
-    own = asked.recipe.data != EMOJI
+    own = getattr(asked.recipe, "data", EMOJI) != EMOJI
     recipe, loop = asked.recipe if own else replace(asked.recipe, limit=PLAN_LIMIT), asked.loop
     if what == "diffusion":
         recipe = replace(recipe, each=1)
     speed, trainer, disk = _timed(what, recipe, loop, asked)
     seconds = loop.images / speed
-    if what == "autoencoder" and recipe.perceptual and recipe.perceptual_from < 1:
+    if what in ("autoencoder", "upscaler") and recipe.perceptual and recipe.perceptual_from < 1:
         later, _, _ = _timed(what, replace(recipe, perceptual_from=0.0), loop, asked)
         seconds = loop.images * (recipe.perceptual_from / speed + (1 - recipe.perceptual_from) / later)
     data = _data_bytes(what, asked.recipe, trainer)
@@ -198,6 +208,10 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
         return {"memory": latents, "disk": latents + pixels.numel()}
     if recipe.limit or what == "text":
         return {"memory": 0, "disk": 0}
+    if what == "upscaler":
+        decoded = trainer.task.small[0].numel() * 2 * recipe.each
+        large = trainer.task.train.pixels[0].numel()
+        return {"memory": len(pairs(drawable())) * (decoded + large), "disk": len(pairs(drawable())) * decoded}
     side = 2 * (recipe.size if what == "autoencoder" else trainer.task.size)
     rasters = len(pairs(concepts())) * 4 * side * side
     if what == "autoencoder":

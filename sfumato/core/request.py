@@ -26,7 +26,7 @@ class GenerateRequest:
 
     prompt: None draws without text. style: a name, or "noto:0.5,twemoji:0.5"; None lets each seed draw its own mixture.
     guidance: 1 is none; guidance_interval (low, high) in t limits it (arXiv 2404.07724); style_guidance: a strength of its own for the style.
-    eta: fresh noise of the sampler ddim. seed None: a random one is chosen. size: None is what the model was trained at.
+    eta: fresh noise of the sampler ddim. seed None: a random one is chosen. size: None is the largest that the model has.
     init: a picture to begin from, of which `strength` (0 little, 1 all) is drawn anew (SDEdit, arXiv 2108.01073). mask: a picture of the same
     size, white where init is to be redrawn; what is black there stays as it is, to the pixel.
     """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import sfumato
 from sfumato.codecs.autoencoder import Autoencoder
+from sfumato.codecs.upscaler import Upscaler
 from sfumato.core.config import nearest
 from sfumato.core.images import Unreadable, decode, png_bytes, to_pil, to_tensor
 from sfumato.core.request import METADATA_KEY, SOURCE_KEY, GenerateRequest, metadata_text, parameters_text, source_text, style_weights
@@ -107,6 +108,8 @@ class LatentDiffusion:
     name: str
     device: torch.device
     dtype: torch.dtype
+    upscaler: Upscaler | None = None
+    upscaler_hash: str | None = None
 
     @property
     def styles(self) -> list[str]:
@@ -115,6 +118,15 @@ class LatentDiffusion:
     @property
     def size(self) -> int:
         return self.meta["size"]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sides that pictures can have: what the denoiser draws, and what the enlargement makes of it, the usual one last."""
+        return [self.size] if self.upscaler is None else [self.size, self.size * self.upscaler.config.factor]
+
+    def side(self, request: GenerateRequest) -> int:
+        """The side of a request's pictures."""
+        return request.size or self.sizes[-1]
 
     @cached_property
     def words(self) -> set[str]:
@@ -144,8 +156,8 @@ class LatentDiffusion:
         if request.label is not None and request.label not in labels:
             allowed = f"one of {', '.join(labels)}{nearest(request.label, labels)}" if labels else "left out: this model has no labels"
             raise ValueError(f"label (={request.label!r}) must be {allowed}")
-        if request.size not in (None, self.size):
-            raise ValueError(f"size (={request.size}) must be {self.size}: this model draws {self.size} x {self.size} pixels")
+        if request.size not in (None, *self.sizes):
+            raise ValueError(f"size (={request.size}) must be {' or '.join(map(str, self.sizes))}: the sides of what this model draws")
         sampler(request.sampler)
         if request.init is not None:
             self._pictures_of(request)
@@ -198,7 +210,7 @@ class LatentDiffusion:
                 last, done = x, done + 1
                 if progress:
                     progress(done, total)
-            drawn = self.decode(last)
+            drawn = self.enlarge(self.decode(last), chunk[0].request)
             for row, image in zip(chunk, to_pil(drawn if begun is None else begun.keep(drawn)), strict=True):
                 yield self._picture(image, row, begun)
 
@@ -206,15 +218,16 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def begin(self, request: GenerateRequest) -> Begun | None:
-        """The init picture of a request at the model's size, with its mask; None where it has none."""
+        """The init picture of a request with its mask, at the side of what is drawn; None where it has none."""
         if request.init is None:
             return None
         init, mask = self._pictures_of(request)
         whole = init.mode == "RGBA"
-        x = to_tensor(framed(init, self.size), self.codec.spec.image_channels).to(self.device)
-        at = None if mask is None else to_tensor(framed(mask.convert("L"), self.size, whole), 1).to(self.device) / 2 + 0.5
-        mean = self.codec.encode(x).mean
+        side, channels = self.side(request), self.codec.spec.image_channels
+        mean = self.codec.encode(to_tensor(framed(init, self.size), channels).to(self.device)).mean
         assert mean is not None
+        x = to_tensor(framed(init, side), channels).to(self.device)
+        at = None if mask is None else to_tensor(framed(mask.convert("L"), side, whole), 1).to(self.device) / 2 + 0.5
         return Begun(x, mean, at, begun_digest(request))
 
     def _pictures_of(self, request: GenerateRequest) -> tuple[Image.Image, Image.Image | None]:
@@ -260,6 +273,14 @@ class LatentDiffusion:
         if not bool(torch.isfinite(x).all()):
             raise ValueError("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps")
         return x
+
+    @torch.no_grad()
+    def enlarge(self, x: Tensor, request: GenerateRequest) -> Tensor:
+        """What was decoded, at the side that the request asks for."""
+        if self.side(request) == self.size:
+            return x
+        assert self.upscaler is not None
+        return self.upscaler(x.clamp(-1, 1))
 
     def _denoise(self, rows: list[Row], begun: Begun | None = None) -> Denoise:
         request = rows[0].request
@@ -321,10 +342,14 @@ class LatentDiffusion:
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
         }
+        if self.side(row.request) != self.size:
+            record |= {"side": self.side(row.request), "upscaler": self.upscaler_hash}
         if begun is not None:
             record["init_sha256"] = begun.digest
         model, digest = self.name, self.meta["hash"]
-        parameters = parameters_text(row.request, seed=row.seed, size=self.size, model=model, model_hash=digest, version=sfumato.__version__)
+        parameters = parameters_text(
+            row.request, seed=row.seed, size=self.side(row.request), model=model, model_hash=digest, version=sfumato.__version__
+        )
         return Picture(image, row.request, row.index, record, parameters, source_text(model, self.meta.get("credits", [])))
 
 

@@ -51,7 +51,7 @@ def likeness(
     if "unseen" in looks:
         figures["nearest"]["unseen pictures"] = _median(nearest(looks["unseen"], looks["trained"])[0])
     if rival is not None:
-        theirs = pixels_of(rival, [GenerateRequest(prompt=r.prompt, seed=r.seed) for r in requests])
+        theirs = pixels_of(rival, [GenerateRequest(prompt=r.prompt, seed=r.seed, size=rival.size) for r in requests])
         figures[f"distance of {rival.name}"] = round(kernel_distance(picture_features(theirs), real), 5)
     shown, found = (to_pil(p[:SHOWN].float() / 127.5 - 1) for p in (drawn, trained[rows]))
     side = shown[0].size

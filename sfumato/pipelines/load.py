@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 
 from sfumato import zoo
-from sfumato.core.checkpoint import FileError
+from sfumato.codecs.upscaler import Upscaler, drawn_by
+from sfumato.core.checkpoint import FileError, read_metadata
 from sfumato.core.config import from_json
 from sfumato.core.pack import load_pack
 from sfumato.diffusion.path import PathConfig, make_path
-from sfumato.pipelines.find import find
+from sfumato.pipelines.find import bundled, find
 from sfumato.pipelines.generate import LatentDiffusion
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -64,6 +65,7 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
         network.to_empty(device="cpu")
         networks[name] = zoo.load_into(network, tensors, f"{name}.").to(where)
     networks["denoiser"].to(kind)
+    upscaler, digest = upscaler_for(networks["codec"])
     return LatentDiffusion(
         codec=networks["codec"],  # type: ignore[arg-type]
         text=networks.get("text"),  # type: ignore[arg-type]
@@ -73,4 +75,16 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
         name=path.stem,
         device=where,
         dtype=kind,
+        upscaler=None if upscaler is None else upscaler.to(where),
+        upscaler_hash=digest,
     )
+
+
+def upscaler_for(codec: torch.nn.Module) -> tuple[Upscaler | None, str | None]:
+    """The bundled enlargement that was made for the pictures of this codec, with its hash, if there is one."""
+    for path in bundled().values():
+        meta = read_metadata(path)
+        if meta.get("kind") == "upscaler" and meta.get("decoder") == drawn_by(codec):
+            tensors, meta = load_pack(path)
+            return zoo.load_into(zoo.make(meta["upscaler"]), tensors, "upscaler."), meta["hash"]  # type: ignore[return-value, arg-type]
+    return None, None
