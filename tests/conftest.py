@@ -14,7 +14,8 @@ from beartype import beartype
 from hypothesis import settings
 from jaxtyping import AbstractArray, install_import_hook
 
-SHAPED = ("nn", "codecs", "losses", "diffusion", "text.encoder", "data.augment", "data.latents")  # the modules with shapes in their annotations
+# the modules with shapes in their annotations
+SHAPED = ("nn", "codecs", "losses", "metrics", "diffusion", "text.encoder", "data.augment", "data.latents")
 
 
 def shapes(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +12,16 @@ from typing import Any, Literal
 
 from sfumato.apps.cli import say
 from sfumato.apps.training import Pack, _run, pack_run, plan
-from sfumato.core.checkpoint import FileError, checkpoints, write_bytes, write_json
+from sfumato.core.checkpoint import FileError, cache_folder, checkpoints, free_bytes, sweep, write_bytes, write_json
 from sfumato.core.images import png_bytes
-from sfumato.data.folder import Scan, near_duplicates, scan, split
+from sfumato.core.request import LONGEST_PROMPT, GenerateRequest
+from sfumato.data.folder import Entry, Scan, evenly, near_duplicates, pixels_of, same_pictures, scan, split
 from sfumato.data.shards import are_shards
 
 BUNDLED = "bundled"
 SAMPLES = 64
+COMPARED = 20_000  # pictures that samples are compared with
+FEWEST = 8
 COUNTS = (  # pictures below this number: images for codec and denoiser, begun from the bundled model; encoded pictures of each
     (200, 12_000, 60_000, 16),
     (2_000, 30_000, 300_000, 8),
@@ -76,13 +79,16 @@ def run(asked: All) -> Path | dict[str, Any]:
     if are_shards(asked.data):
         raise ValueError(f"data (={str(asked.data)!r}) is of shards, which a codec can be trained on, and nothing else as yet: name a folder or zip")
     found = scan(asked.data, strict=asked.strict)
+    if len(found.entries) < FEWEST:
+        raise ValueError(f"{asked.data} holds {len(found.entries)} pictures: {FEWEST} at least are needed to learn anything and to measure it")
     asked = replace(asked, size=asked.size or _usual_size(asked.device))
     stages = stages_for(asked, found)
     _tell_of(found, asked.size)
     if asked.plan:
-        return whole_plan(asked, stages)
-    _room(asked, disk_needed(stages, found))
+        return whole_plan(asked, stages, found)
     model, done = asked.out / "model.safetensors", [_finished(s) for s in stages]
+    _room(asked, [s for s, finished in zip(stages, done, strict=True) if not finished], found)
+    _same_command(asked, found)
     if all(done) and model.exists() and (asked.out / "report.json").exists():
         say(f"all is done already: its figures are in {asked.out / 'report.json'}")
         return model
@@ -92,9 +98,24 @@ def run(asked: All) -> Path | dict[str, Any]:
             continue
         say(f"{stage.what}: {stage.loop.images:,} images, in {stage.out}")
         _run(stage.what, stage.recipe, stage.loop, stage.out, _parts(asked, stages))
-    pack_run(Pack(run=stages[-1].out, out=model, force=True))
-    report(asked, found, stages, model)
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one ends it
+        pack_run(Pack(run=stages[-1].out, out=model, force=True))
+        report(asked, found, stages, model)
     return model
+
+
+def _same_command(asked: All, found: Scan) -> None:
+    """Notes in OUT what it is of, or raises ValueError where it was begun with other pictures, words or settings: its parts would not fit."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    sweep(asked.out)
+    same_pictures(asked.out, found, words=True)
+    now = {"init": asked.init, "size": asked.size, "seed": asked.seed, "effort": asked.effort}
+    path = asked.out / "settings.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(f"{name} (={value!r}) must be {before.get(name)!r}, with which {asked.out} was begun: or name another --out")
+    write_json(path, now)
 
 
 def stages_for(asked: All, found: Scan) -> list[Stage]:
@@ -149,7 +170,10 @@ def _finished(stage: Stage) -> bool:
     from sfumato.core.checkpoint import read_metadata
 
     states = checkpoints(stage.out, "state")
-    return bool(states) and read_metadata(states[-1])["counters"]["images"] >= stage.loop.images  # type: ignore[index, call-overload]
+    try:
+        return bool(states) and read_metadata(states[-1])["counters"]["images"] >= stage.loop.images  # type: ignore[index, call-overload]
+    except FileError:  # the training itself goes on from the one before
+        return False
 
 
 # --- before it begins ---------------------------------------------------------------------------------------------------------------------------
@@ -174,8 +198,8 @@ def _tell_of(found: Scan, size: int) -> None:
         say(f"warning: {len(twins)} pictures kept apart have near-duplicates that are trained on, such as {b.name} and {a.name}: scores flatter")
 
 
-def disk_needed(stages: list[Stage], found: Scan) -> int:
-    """Bytes that the checkpoints, pixels and latents of all stages take at most."""
+def disk_needed(stages: list[Stage], size: int, found: Scan) -> int:
+    """Bytes that the checkpoints and latents of stages take at most."""
     import torch
 
     from sfumato.codecs.autoencoder import Autoencoder
@@ -187,22 +211,33 @@ def disk_needed(stages: list[Stage], found: Scan) -> int:
             net = Autoencoder(s.recipe.codec) if s.what == "autoencoder" else DiT(s.recipe.denoiser) if s.what == "diffusion" else None
         weights = 4 * sum(p.numel() for p in net.parameters()) if net is not None else 20_000_000
         total += (s.loop.keep + 1) * 5 * weights  # raw, averaged, two moments; and the pack
-    size = stages[0].recipe.size
-    latents = stages[-1].recipe.each * 16 * (size // 8) ** 2 * 2
-    return total + len(found.entries) * (4 * (2 * size) ** 2 + latents)
+    latents = sum(s.recipe.each * 16 * (size // 8) ** 2 * 2 for s in stages if s.what == "diffusion")
+    return total + len(found.entries) * latents
 
 
-def _room(asked: All, needed: int) -> None:
-    free = shutil.disk_usage(next(p for p in (asked.out, *asked.out.resolve().parents) if p.exists())).free
-    if free < needed:
-        raise FileError(f"{asked.out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there: make room, or name another --out")
+def pixels_needed(size: int, found: Scan) -> int:
+    """Bytes of the decoded pictures in the cache folder."""
+    return len(found.entries) * 4 * (2 * size) ** 2
 
 
-def whole_plan(asked: All, stages: list[Stage]) -> dict[str, Any]:
+def _room(asked: All, stages: list[Stage], found: Scan) -> None:
+    """Raises FileError where there is too little room for what these stages have yet to write."""
+    written = sum(p.stat().st_size for s in stages for p in s.out.rglob("*") if p.is_file())
+    kept = sum(p.stat().st_size for p in cache_folder().glob("pixels-*"))
+    wanted = (
+        (asked.out, disk_needed(stages, asked.size, found) - written),
+        (cache_folder(), (pixels_needed(asked.size, found) - kept) if stages else 0),
+    )
+    for place, needed in wanted:
+        if free_bytes(place) < needed:
+            free = free_bytes(place) / 1e9
+            raise FileError(f"{place} needs {needed / 1e9:.1f} GB, {free:.1f} GB are free there: make room, or name another --out or SFUMATO_CACHE")
+
+
+def whole_plan(asked: All, stages: list[Stage], found: Scan) -> dict[str, Any]:
     """Hours, memory and disk of all stages, and when there is something to look at. A few steps of each are timed."""
-    found = scan(asked.data, progress=False)
-    needed = disk_needed(stages, found)
-    _room(asked, needed)
+    _room(asked, stages, found)
+    needed = disk_needed(stages, asked.size, found) + pixels_needed(asked.size, found)
     facts: dict[str, Any] = {}
     hours, first, memory = 0.0, 0.0, 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -233,27 +268,16 @@ def _stand_ins(asked: All, folder: Path) -> SimpleNamespace:
 
 def report(asked: All, found: Scan, stages: list[Stage], model: Path) -> dict[str, Any]:
     """Says how it went, in OUT/report.json, samples.png and nearest.png: what was drawn, and whether it is new."""
-    from sfumato.core.request import GenerateRequest
     from sfumato.core.runlog import read_log
-    from sfumato.data.folder import pixels_of
     from sfumato.pipelines.find import bundled
     from sfumato.pipelines.likeness import likeness
     from sfumato.pipelines.load import load
 
     drawing = load(model, device=asked.device, threads=asked.threads)
     train, unseen = split(found.entries)
-    sides = [pixels_of(found, part, 2 * asked.size).pixels for part in (train[:20_000], unseen)]
-    captions = [e.caption for e in train if e.caption] if drawing.text is not None else []
-    labels = drawing.meta["labels"]
-    requests = [
-        GenerateRequest(
-            prompt=captions[i * len(captions) // SAMPLES] if captions else None,
-            label=labels[i % len(labels)] if labels else None,
-            seed=asked.seed + i,
-            size=drawing.size,
-        )
-        for i in range(SAMPLES)
-    ]
+    once = list({e.digest: e for e in train}.values())  # copies would hide that samples are copies
+    sides = [pixels_of(found, [part[i] for i in evenly(len(part), COMPARED)], 2 * asked.size).pixels for part in (once, unseen)]
+    requests = [_like(e, drawing, asked.seed + i) for i, e in enumerate(once[i * len(once) // SAMPLES] for i in range(SAMPLES))]
     rival = load("emoji", device=asked.device) if "emoji" in bundled() else None
     result = likeness(drawing, *sides, requests, rival)
     psnr = [line["psnr"] for line in read_log(stages[0].out / "log.jsonl") if "psnr" in line]
@@ -264,6 +288,14 @@ def report(asked: All, found: Scan, stages: list[Stage], model: Path) -> dict[st
     say(json.dumps(figures))
     say(honestly(len(found.entries), figures["copies"]))
     return figures
+
+
+def _like(entry: Entry, model: Any, seed: int) -> GenerateRequest:
+    """What to ask for, to get a picture such as this one."""
+    prompt = entry.caption[:LONGEST_PROMPT] if entry.caption and model.text is not None else None
+    label = next((v for v in entry.labels.values() if v in model.meta["labels"]), None)
+    style = entry.labels.get("style") if entry.labels.get("style") in model.styles else None
+    return GenerateRequest(prompt=prompt, label=label, style=style, seed=seed, size=model.size)
 
 
 def honestly(count: int, copies: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sfumato.apps.cli import say
-from sfumato.core.checkpoint import FileError, checkpoints
+from sfumato.core.checkpoint import FileError, checkpoints, free_bytes
 from sfumato.core.config import nearest, to_json
 from sfumato.core.runlog import read_log
 
@@ -79,15 +78,22 @@ def _presets(what: str) -> dict[str, Callable[[], tuple[Any, Any]]]:
 
 def _preset_name(argv: list[str], presets: dict[str, Any]) -> str:
     """The preset decides the defaults of all other flags, so it is looked for first."""
-    name = "bundled"
-    for i, word in enumerate(argv):
-        if word == "--preset" and i + 1 < len(argv):
-            name = argv[i + 1]
-        elif word.startswith("--preset="):
-            name = word.partition("=")[2]
+    own = "own" in presets and _flag(argv, "--data") not in (None, EMOJI)
+    name = _flag(argv, "--preset") or ("own" if own else "bundled")
     if name not in presets:
         raise ValueError(f"preset (={name!r}) must be one of {', '.join(presets)}{nearest(name, presets)}")
     return name
+
+
+def _flag(argv: list[str], flag: str) -> str | None:
+    """The last value of a flag, as `--flag value` or `--flag=value`."""
+    found = None
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif word.startswith(flag + "="):
+            found = word.partition("=")[2]
+    return found
 
 
 def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name: str) -> type:
@@ -136,7 +142,8 @@ def _run(what: str, recipe: Any, loop: Any, out: Path, asked: Any, stop_at: int 
 
 
 def plan(what: str, asked: Any) -> dict[str, Any]:
-    """The resolved settings, and what they would take: a few steps are timed with little data in a temporary folder.
+    """The resolved settings, and what they would take: a few steps are timed in a temporary folder, with little of the embedded drawings or with
+    all of one's own pictures, which are decoded for the purpose.
 
     Memory is this process's peak (host memory; a GPU's is not measured) plus the data that a real run holds.
     """
@@ -150,14 +157,13 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
         later, _, _ = _timed(what, replace(recipe, perceptual_from=0.0), loop, asked)
         seconds = loop.images * (recipe.perceptual_from / speed + (1 - recipe.perceptual_from) / later)
     data = _data_bytes(what, asked.recipe, trainer)
-    free = shutil.disk_usage(next(p for p in (asked.out, *asked.out.resolve().parents) if p.exists())).free
     facts = {
         "parameters": _parameters(what, asked.recipe, trainer.task),
         "images_per_s": speed,
         "hours": round(seconds / 3600, 2),
         "memory_GB": round((_peak_bytes() + data["memory"]) / 1e9, 2),
         "disk_GB": round((disk * (loop.keep + 1) + data["disk"]) / 1e9, 3),
-        "free_disk_GB": round(free / 1e9, 1),
+        "free_disk_GB": round(free_bytes(asked.out) / 1e9, 1),
         "device": str(trainer.device),
         "dtype": trainer.loop.dtype,
     }
@@ -199,7 +205,10 @@ def _parameters(what: str, recipe: Any, task: Any) -> dict[str, int]:
 def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
     """What a real run's data takes beyond the few drawings of the plan: rasterised drawings, and latents where there are any."""
     from sfumato.data.emoji import concepts, drawable, is_held_out, pairs
+    from sfumato.data.shards import are_shards
 
+    if what == "autoencoder" and are_shards(recipe.data):
+        return {"memory": 0, "disk": 0}
     if what == "autoencoder" and recipe.data != EMOJI:
         return {"memory": 0, "disk": (len(trainer.task.train) + len(trainer.task.exact)) * 4 * (2 * recipe.size) ** 2}
     if what == "diffusion" and recipe.data != EMOJI:

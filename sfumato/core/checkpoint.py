@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,9 +45,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what writes left behind that were killed half-way. Nobody else may be writing there."""
-    for left in folder.rglob(".*.part"):
+    """Removes what writes left in a folder that were killed half-way. Nobody else may be writing there."""
+    for left in folder.glob(".*.part"):
         left.unlink(missing_ok=True)
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the disk where `path` is, or would be."""
+    return shutil.disk_usage(next(p for p in (path, *path.resolve().parents) if p.exists())).free
 
 
 def _umask() -> int:

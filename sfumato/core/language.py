@@ -50,14 +50,16 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
 
 def translated(text: str) -> str:
     """`text` in the reader's language, as far as the catalogue has it."""
-    return text if language() == "en" or len(text) > LONGEST else _chinese(text)
+    if language() == "en" or len(text) > LONGEST:
+        return text
+    return catalogue().get(text) or _chinese(text)
 
 
 def _chinese(text: str) -> str:
     """The Chinese of a sentence, or the text itself; a name of several words may stand before it ("my cat.png is empty")."""
     spaces = [m.end() for m in re.finditer(" ", text)][:MOST_WORDS]
     for start in (0, *spaces):
-        if (said := _sentence(text[start:])) is not None:
+        if " " in text[start:] and (said := _sentence(text[start:])) is not None:  # a single word may be anybody's
             return text[:start] + said
     return text
 

@@ -320,7 +320,7 @@ def _said(files: Iterable[Found], names: set[str]) -> tuple[dict[str, str], dict
                 continue
             if said := row.pop("text", None):
                 captions[name] = " ".join(str(said).split())
-            labels[name] = {str(k): str(v) for k, v in row.items() if isinstance(v, (str, int, float, bool)) and str(v)}
+            labels[name] = {str(k).strip(): str(v).strip() for k, v in row.items() if isinstance(v, (str, int, float, bool)) and str(v).strip()}
     return captions, labels, bad
 
 
@@ -481,10 +481,14 @@ def pixels_of(found: Scan, entries: Sequence[Entry], size: int) -> Pictures:
         return Pictures(torch.from_numpy(np.load(path, mmap_mode="r")), tuple(entries))
 
 
-def same_pictures(run: Path, found: Scan) -> None:
-    """Notes in a run folder what it is trained on, or raises ValueError where that has changed since the run was begun."""
+def same_pictures(run: Path, found: Scan, *, words: bool = False) -> None:
+    """Notes in a run folder what it is trained on, with `words` captions and labels too, or raises ValueError where that has changed since."""
     digest = hashlib.sha256("".join(sorted(e.digest for e in found.entries)).encode()).hexdigest()
-    same_data(run, found.root, {"pictures": len(found.entries), "digest": digest})
+    now: dict[str, Any] = {"pictures": len(found.entries), "digest": digest}
+    if words:
+        said = sorted(json.dumps([e.digest, e.caption, sorted(e.labels.items())]) for e in found.entries)
+        now["words"] = hashlib.sha256("".join(said).encode()).hexdigest()
+    same_data(run, found.root, now)
 
 
 def same_data(run: Path, where: Path | str, now: dict[str, Any]) -> None:
@@ -493,6 +497,8 @@ def same_data(run: Path, where: Path | str, now: dict[str, Any]) -> None:
         write_json(path, now)
         return
     before = json.loads(path.read_text(encoding="utf-8"))
+    if {**before, "words": None} == {**now, "words": None} and before != now:
+        raise ValueError(f"captions or labels of {where} have changed since {run} was begun: put them back as they were, or name another --out")
     if before != now:
         raise ValueError(
             f"{where} has changed since {run} was begun ({before['pictures']} pictures then, {now['pictures']} now): "
@@ -524,6 +530,11 @@ def split(entries: Iterable[Entry], fraction: float = 0.05) -> tuple[list[Entry]
     if chosen == digests:
         chosen = chosen - {max(digests)}
     return [e for e in entries if e.digest not in chosen], [e for e in entries if e.digest in chosen]
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """At most `most` of n indices, from all over them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist() if n else []
 
 
 def near_duplicates(a: list[Entry], b: list[Entry]) -> list[tuple[Entry, Entry]]:

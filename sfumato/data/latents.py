@@ -33,13 +33,15 @@ def cached_latents(
         if len(latents) != count:
             raise FileError(f"{path} holds {len(latents)} latents instead of {count}: remove it")
         return latents
-    parts = []
+    latents = None
     with torch.no_grad(), tqdm(total=count, desc=translated("encoding"), unit=" images", leave=False, mininterval=2) as bar:
         for start in range(0, count, batch):
             indices = np.arange(start, min(start + batch, count))
-            parts.append(encode(indices).half().cpu())
+            part = encode(indices).half().cpu()
+            latents = torch.empty(count, *part.shape[1:], dtype=torch.half) if latents is None else latents
+            latents[start : start + batch] = part
             bar.update(len(indices))
-    latents = torch.cat(parts)
+    assert latents is not None
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("the codec gave latents that are not finite: its weights are broken")
     save_tensors(path, {"latents": latents}, {"made_from": made_from})

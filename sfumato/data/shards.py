@@ -206,9 +206,12 @@ class Shards:
 
 
 def are_shards(where: Path | str) -> bool:
-    """Whether a path is one shard, or a folder that holds some."""
+    """Whether a path is one shard, or a folder that holds some and neither pictures nor folders."""
     where = Path(where)
-    return where.suffix.lower() == ".tar" or (where.is_dir() and any(where.glob("*.tar")))
+    if not where.is_dir():
+        return where.suffix.lower() == ".tar"
+    names = [p.name.lower() for p in where.iterdir() if not p.name.startswith(".") and (p.suffix.lower() in (".tar", *SUFFIXES) or p.is_dir())]
+    return bool(names) and all(n.endswith(".tar") for n in names)
 
 
 # --- training on them ---------------------------------------------------------------------------------------------------------------------------
@@ -247,17 +250,31 @@ class ShardPictures:
 
 
 def split_shards(where: Path | str, size: int, fraction: float = 0.05, most: int = 512) -> tuple[ShardPictures, ShardPictures]:
-    """(training, validation): the last samples are kept apart. Shards of `sfumato data shard` lie in an order by content, so copies stay together."""
+    """(training, validation): the last samples are kept apart.
+
+    Shards of `sfumato data shard` lie in an order by content, so copies stay together; of others that are sorted, the last kinds are kept apart.
+    """
     shards = Shards(Path(where))
     if len(shards) < 2:
         raise FileError(f"{where} holds a single picture: training needs two at least")
     cut = len(shards) - min(max(int(len(shards) * fraction), 1), most)
+    while cut > 1 and shards[cut - 1].data == shards[cut].data:
+        cut -= 1
     return ShardPictures(shards.part(0, cut), size), ShardPictures(shards.part(cut, len(shards)), size)
 
 
 def same_shards(run: Path, where: Path | str) -> None:
-    """Notes in a run folder which shards it is trained on, or raises ValueError where they have changed since the run was begun."""
+    """Notes in a run folder which shards it is trained on, or raises ValueError where they have changed since the run was begun.
+
+    When it begins every picture is looked at: nothing bad is met in the middle of a training. Raises FileError where one is.
+    """
     shards = Shards(Path(where))
+    bad = [] if (run / "data.json").exists() else list(shards.check())
+    if bad:
+        raise FileError(
+            f"{len(bad)} of {len(shards)} pictures in {where} cannot be used, such as {bad[0].name}, which {bad[0].reason}: "
+            "unpack them, and `sfumato data shard` leaves them out"
+        )
     facts = [(p.name, p.stat().st_size) for p in shards.paths]
     same_data(run, where, {"pictures": len(shards), "digest": hashlib.sha256(json.dumps(facts).encode()).hexdigest()})
 

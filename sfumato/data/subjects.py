@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sfumato.data.augment import Scene, Variety, draw_scene
 from sfumato.data.captions import FILLER, any_caption
 from sfumato.data.emoji import LANGUAGES, STYLES, Drawings, art_digest, concepts, credits, drawable, drawings
-from sfumato.data.folder import Entry, Scan, near_duplicates, pixels_of, scan, split
+from sfumato.data.folder import Entry, Scan, evenly, pixels_of, scan, split
 from sfumato.data.shards import are_shards
 
 EMOJI = "emoji"
@@ -27,7 +27,7 @@ PREVIEW = (("a cat", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸
 LISTED = 1000  # captions that a model of one's own pictures remembers, to say what it can draw
 MOST_WORDS = 20_000
 MOST_CLASSES = 1000
-MOST_EXACT = 512
+MOST_EXACT = 512  # pictures kept apart that are looked at while training
 Labels = Literal["none", "group", "concept", "auto"]
 
 
@@ -77,13 +77,13 @@ class Subjects(Protocol):
         ...
 
 
-def subjects(data: str, size: int, *, limit: int = 0, labels: Labels = "auto", strict: bool = False) -> Subjects:
+def subjects(data: str, size: int, *, limit: int = 0, labels: Labels = "auto") -> Subjects:
     """The embedded drawings for "emoji", else the pictures of a folder or zip; `pixels` have twice `size`, so that moving them loses nothing."""
     if data == EMOJI:
         return Emoji(size, limit, labels)
     if are_shards(data):
         raise ValueError(f"data (={data!r}) is of shards, which a codec can be trained on, and nothing else as yet: name a folder or zip")
-    return Own(scan(data, strict=strict), size, labels)
+    return Own(scan(data), size, labels)
 
 
 class Emoji:
@@ -148,33 +148,26 @@ class Own:
             raise ValueError(f"labels (={labels!r}) is of the embedded drawings: auto or none are for one's own pictures")
         self.found = found
         train, unseen = split(found.entries)
-        if not train:
-            train, unseen = unseen, []
         kept = pixels_of(found, train, 2 * size)
         self.entries, self.unseen, self.size = kept.entries, unseen, size
         self.pixels = kept.pixels
         self.captioned = any(e.caption for e in self.entries)
         self.styles, self.style = _classes(self.entries, "style")
         self.labels, self.label = ([], np.full(len(train), -1)) if labels == "none" else _classes(self.entries, _label_column(self.entries))
-        said = "".join(f"{e.digest} {e.caption} {sorted(e.labels.items())}\n" for e in self.entries)
-        self.digest = hashlib.sha256(said.encode()).hexdigest()[:12]
+        self.digest = hashlib.sha256("".join(e.digest for e in self.entries).encode()).hexdigest()[:12]
 
     def scene(self, row: int, variety: Variety, rng: np.random.Generator) -> Scene:
-        return draw_scene(rng, variety, row, True)
+        return draw_scene(rng, replace(variety, recolour=0.0, count=0.0, pair=0.0, scene=0.0), row, True)  # of which the caption would say nothing
 
     def caption(self, scene: Scene, rng: np.random.Generator) -> str | None:
         return self.entries[scene.items[0].drawing].caption
-
-    def twins(self) -> list[tuple[Entry, Entry]]:
-        """Pictures kept apart that show the same as one that is trained on: for them validation is too kind."""
-        return near_duplicates(list(self.entries), list(self.unseen))
 
     def names(self) -> list[list[str]]:
         return [[c] for c in dict.fromkeys(e.caption for e in self.entries) if c]
 
     def validation(self) -> Shown:
         """Of many, some; without any, the first that are trained on."""
-        chosen = self.unseen[:MOST_EXACT] or self.entries[:8]
+        chosen = [self.unseen[i] for i in evenly(len(self.unseen), MOST_EXACT)] or self.entries[:8]
         pixels = F.avg_pool2d(pixels_of(self.found, chosen, 2 * self.size).pixels.float() / 255, 2)
         style, label = (_indices(chosen, column, names) for column, names in (("style", self.styles), (_label_column(self.entries), self.labels)))
         return Shown(pixels, [e.caption for e in chosen], style, label)
@@ -193,20 +186,20 @@ class Own:
         return {"words": words, "filler": [*FILLER, *(w for w, _ in spoken.most_common(MOST_WORDS))], "credits": [whose]}
 
 
-def _label_column(entries: Sequence[Entry]) -> str:
-    """The label that tells pictures into classes: sub-folders, else the first other column with two values or more that recur."""
+def _label_column(entries: Sequence[Entry]) -> str | None:
+    """The label that tells pictures into classes: sub-folders, else the first other column, with two values or more that recur; None: none does."""
     columns = list(dict.fromkeys(k for e in entries for k in e.labels if k != "style"))
     for column in sorted(columns, key=lambda c: c != "folder"):
         values = {e.labels[column] for e in entries if column in e.labels}
         if 2 <= len(values) <= min(MOST_CLASSES, max(len(entries) // 2, 2)):
             return column
-    return "folder"
+    return None
 
 
-def _classes(entries: Sequence[Entry], column: str) -> tuple[list[str], np.ndarray]:
+def _classes(entries: Sequence[Entry], column: str | None) -> tuple[list[str], np.ndarray]:
     """The values of a label in their order, none where there is only one, and each entry's index among them."""
-    names = sorted({e.labels[column] for e in entries if column in e.labels})
-    if len(names) < 2:
+    names = sorted({v for e in entries if (v := e.labels.get(column or ""))})
+    if column is None or len(names) < 2:
         return [], np.full(len(entries), -1)
     if column == "style" and (odd := next((n for n in names if n != unicodedata.normalize("NFKC", n) or set(n) & set(",:、")), None)):
         raise ValueError(
@@ -217,6 +210,6 @@ def _classes(entries: Sequence[Entry], column: str) -> tuple[list[str], np.ndarr
     return names, _indices(entries, column, names)
 
 
-def _indices(entries: Sequence[Entry], column: str, names: list[str]) -> np.ndarray:
+def _indices(entries: Sequence[Entry], column: str | None, names: list[str]) -> np.ndarray:
     at = {name: i for i, name in enumerate(names)}
-    return np.array([at.get(e.labels.get(column, ""), -1) for e in entries], dtype=int)
+    return np.array([at.get(e.labels.get(column or "", ""), -1) for e in entries], dtype=int)

@@ -151,6 +151,8 @@ class LatentDiffusion:
     def check(self, request: GenerateRequest) -> None:
         """Raises ValueError for what this model cannot do."""
         if request.style is not None:
+            if not self.styles:
+                raise ValueError(f"style (={request.style!r}) must be left out: this model has no styles")
             style_weights(request.style, self.styles)
         labels = self.meta["labels"]
         if request.label is not None and request.label not in labels:

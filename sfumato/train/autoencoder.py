@@ -25,7 +25,7 @@ from sfumato.core.pack import load_pack
 from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
 from sfumato.data.augment import Variety, draw_scene, render
 from sfumato.data.emoji import Drawings, concepts, drawings
-from sfumato.data.folder import Pictures, pixels_of, same_pictures, scan, split
+from sfumato.data.folder import Pictures, evenly, pixels_of, same_pictures, scan, split
 from sfumato.data.shards import ShardPictures, are_shards, same_shards, split_shards
 from sfumato.losses.perceptual import perceptual
 from sfumato.nn.backbones import EfficientNetLite0, efficientnet_lite0, over
@@ -154,7 +154,8 @@ class AutoencoderTask:
         self.recipe, self.seed, self.bf16 = recipe, seed, bf16
         self.lite0: EfficientNetLite0 | None = None
         self.train, held_out = split_pictures(recipe.data, 2 * recipe.size, recipe.limit)
-        exact = (held_out if len(held_out) else self.train).pixels[: MOST_EXACT if recipe.data != "emoji" else None]
+        shown = held_out if len(held_out) else self.train
+        exact = shown.pixels[torch.tensor(evenly(len(shown), MOST_EXACT if recipe.data != "emoji" else len(shown)))]
         self.exact = self._of_the_codec(F.avg_pool2d(exact.float() / 255, 2)) * 2 - 1
         self.flips = self.train.may_flip
         self.of_style = [np.flatnonzero(self.train.style == s) for s in range(6)]
@@ -244,7 +245,7 @@ def train(recipe: AutoencoderRecipe, loop: LoopConfig, out: Path, *, stop_at: in
     """Trains, or goes on with, the codec in the run folder `out`."""
     loop = settled(loop, out)
     if recipe.data != "emoji" and are_shards(recipe.data):
-        same_shards(Path(out), recipe.data)
+        same_shards(Path(out), recipe.data)  # looks at every picture when the run begins
     elif recipe.data != "emoji":
         same_pictures(Path(out), scan(recipe.data, progress=False))
     trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed, loop.dtype == "bf16")), loop, out, recipe)

@@ -5,6 +5,7 @@ Latents are encoded once, several augmented pictures per drawing, and captions a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from sfumato import zoo
 from sfumato.codecs.autoencoder import Autoencoder, measure_latents
 from sfumato.core.checkpoint import FileError, hash_tensors, read_metadata
 from sfumato.core.config import to_json
 from sfumato.core.images import grid, to_pil
+from sfumato.core.language import translated
 from sfumato.core.pack import load_pack, save_pack
 from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
 from sfumato.core.seams import Cond
@@ -171,7 +174,9 @@ class DiffusionTask:
         self.styles = self.shown.styles if recipe.denoiser.styles else []
         self.denoiser = self._denoiser()
         self.text, self.text_meta = self._load_text(frozen_part(text, run, "text")) if self.denoiser.text_width else (None, {})
-        self.of_style = [np.flatnonzero(self.shown.style == s) for s in sorted(set(self.shown.style.tolist()))]
+        own = recipe.data != EMOJI  # drawn as often as they come, whatever their styles; of the drawings every style is drawn as often as another
+        self.groups = [np.arange(len(self.shown.style))] if own else [np.flatnonzero(self.shown.style == s) for s in range(len(self.shown.styles))]
+        self.groups = [g for g in self.groups if len(g)]
         self._measure(part)
         alive = (self.codec.latent_std > 0).to(self.device)
         self.live = None if bool(alive.all()) else alive
@@ -191,6 +196,10 @@ class DiffusionTask:
         """The recipe's, with as many styles, labels and things to remember as there are; without text where nothing is said."""
         r, shown = self.recipe, self.shown
         things = len(shown.names()) if r.memory and shown.captioned else 0
+        if things > MOST_THINGS:
+            tqdm.write(
+                translated(f"memory has no effect: {things:,} different captions are more than the {MOST_THINGS:,} that it keeps"), file=sys.stderr
+            )
         return replace(
             r.denoiser,
             text_width=r.denoiser.text_width if shown.captioned else 0,
@@ -210,11 +219,13 @@ class DiffusionTask:
         apart = ("text_width", "styles", "labels", "memory") if self.recipe.data != EMOJI else ()
         if not isinstance(found, dict) or any(found.get(k) != v for k, v in ours.items() if k not in apart):
             raise ValueError(f"init (={self.recipe.init!r}) must hold a denoiser of the recipe's shape: {pack} has {found or 'none'}")
-        if found == ours:
+        if self.recipe.data == EMOJI:
             zoo.load_into(network, tensors, "denoiser.").train().requires_grad_(True)
             return
-        own = network.state_dict()
-        taken = {k: v for k, v in own.items() if (t := tensors.get(f"denoiser.{k}")) is not None and t.shape == v.shape}
+        own, said = network.state_dict(), self.shown.about()
+        named = {"style": meta["styles"] == self.styles, "label": meta["labels"] == self.shown.labels, "memory": meta["words"] == said["words"]}
+        fits = lambda k: named.get(k.partition(".")[0].partition("_")[0], True)  # noqa: E731  # a row of another thing is worth nothing
+        taken = {k: v for k, v in own.items() if (t := tensors.get(f"denoiser.{k}")) is not None and t.shape == v.shape and fits(k)}
         network.load_state_dict(own | {k: tensors[f"denoiser.{k}"].to(v) for k, v in taken.items()})
 
     # --- frozen parts and data ----------------------------------------------------------------------------------------------------------------
@@ -300,13 +311,11 @@ class DiffusionTask:
 
     def batch(self, positions: np.ndarray) -> Batch:
         """As many positions in a row as there are styles hold each style once; within a style the pictures come in shuffled epochs."""
-        groups = len(self.of_style)
-        rows, indices, texts, draws = [], [], [], []
-        for position, group in zip(positions, shuffled(groups, self.seed, "order/style", positions), strict=True):
-            members = self.of_style[group]
-            rows.append(int(members[shuffled(len(members), self.seed, f"order/{group}", np.array([position // groups]))[0]]))
+        rows = self._rows(positions)
+        indices, texts, draws = [], [], []
+        for position, row in zip(positions, rows, strict=True):
             rng = numpy_rng(self.seed, "train/caption", int(position))
-            indices.append(rows[-1] * self.recipe.each + int(rng.integers(self.recipe.each)))
+            indices.append(int(row) * self.recipe.each + int(rng.integers(self.recipe.each)))
             texts.append(self.shown.caption(self.scene(indices[-1]), rng) if self.text else None)
             draws.append(rng.random(5))
         n = len(positions)
@@ -323,9 +332,19 @@ class DiffusionTask:
             "mask": mask,
             "style": self._hot(self.shown.style[rows]),
             "label": torch.from_numpy(self.shown.label[rows]),
-            "no_text": (u[:, 2] < drop.text) | both | torch.tensor([t is None for t in texts]),
+            "unsaid": torch.tensor([t is None for t in texts]),
+            "no_text": (u[:, 2] < drop.text) | both,
             "no_style": (u[:, 3] < drop.style) | both,
         }
+
+    def _rows(self, positions: np.ndarray) -> np.ndarray:
+        """Which picture stands at each position."""
+        n, rows = len(self.groups), np.empty(len(positions), dtype=np.int64)
+        which = shuffled(n, self.seed, "order/style", positions)
+        for group in np.unique(which):
+            here, members = which == group, self.groups[group]
+            rows[here] = members[shuffled(len(members), self.seed, f"order/{group}", positions[here] // n)]
+        return rows
 
     def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         cond = Cond(style=batch["style"], label=batch["label"])
@@ -334,7 +353,7 @@ class DiffusionTask:
             with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
                 states, pooled = self.text(batch["ids"], batch["mask"])
             cond = replace(cond, text=states.float(), mask=batch["mask"], pooled=pooled.float())
-        cond = without_style(silent(cond, batch["no_text"]), batch["no_style"])
+        cond = without_style(without_text(silent(cond, batch["no_text"]), batch["unsaid"]), batch["no_style"])
         return loss(networks["denoiser"], batch["x0"], batch["noise"], batch["t"], cond, self.path, self.recipe.objective, live=self.live)
 
     def cond(self, texts: Sequence[str | None], style: Tensor, label: Tensor) -> Cond:
@@ -396,7 +415,7 @@ def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, 
     """Trains, or goes on with, the denoiser in the run folder `out`; `codec` and `text` are runs or packs, copied in on the first start."""
     loop = settled(loop, out)
     if recipe.data != EMOJI:
-        same_pictures(Path(out), scan(recipe.data, progress=False))
+        same_pictures(Path(out), scan(recipe.data, progress=False), words=True)
     task = main_first(loop, lambda device: DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device, loop.dtype == "bf16"))
     trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)

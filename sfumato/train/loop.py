@@ -338,7 +338,8 @@ class Trainer:
         end = min(loop.images, stop_at or loop.images)
         log = RunLog(self.run / "log.jsonl", self.counters["images"]) if main else None
         if main:
-            sweep(self.run)
+            for folder in (self.run, self.run / "parts", self.run / "samples"):
+                sweep(folder)
             write_json(self.run / "config.json", self.config)
         if loop.trackers:
             missing = sorted(set(loop.trackers) - {str(getattr(t, "value", t)) for t in self.accelerator.log_with} - {"all"})

@@ -41,9 +41,10 @@ Question = tuple[str, frozenset[int]]  # a text, and the things that are a right
 
 
 class Sayings(Protocol):
-    """`count` things, numbered from 0."""
+    """`count` things, numbered from 0; `digest` changes when what is said changes, "" where it never does."""
 
     count: int
+    digest: str
 
     def say(self, thing: int, rng: np.random.Generator) -> Said:
         """A caption of a thing."""
@@ -66,8 +67,8 @@ class EmojiSayings:
     """Names, keywords and scenes of the first `limit` concepts, or of all (0), in English and Chinese."""
 
     def __init__(self, limit: int, variety: Variety) -> None:
-        self.limit, self.variety = limit, variety
-        self.count = limit or len(concepts())
+        self.limit, self.variety, self.digest = limit, variety, ""
+        self.count = len(concepts()[: limit or None])
 
     def scene(self, rng: np.random.Generator, concept: int) -> tuple[Scene, tuple[int, ...]]:
         """A scene about a concept, without drawings, and the concepts of its items."""
@@ -133,6 +134,7 @@ class OwnSayings:
             raise ValueError(f"{folder} has {len(by_caption)} different captions: a text encoder needs two at least, in NAME.txt or metadata.jsonl")
         chosen = sorted(by_caption, key=lambda c: hashlib.sha256(c.encode()).digest())[:MOST_CAPTIONS]
         self.captions, self.of_caption, self.count = chosen, by_caption, len(chosen)
+        self.digest = hashlib.sha256("\n".join(chosen).encode()).hexdigest()[:12]
 
     def say(self, thing: int, rng: np.random.Generator) -> Said:
         text = self.captions[thing]

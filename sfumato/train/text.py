@@ -147,6 +147,7 @@ class TextTask:
     def _begun(self, path: Path) -> tuple[Tensor, str]:
         """Image features and tokenizer, made when the run begins and kept in its folder: a resume must not give the embeddings new meanings."""
         made_for = {"vocabulary": self.recipe.text.vocabulary, "limit": self.recipe.limit}
+        made_for |= {"captions": self.sayings.digest} if self.sayings.digest else {}
         if not path.exists():
             tokenizer = train_tokenizer(self.sayings.corpus(), self.recipe.text.vocabulary)
             save_tensors(path, {"features": whitened(self.sayings.features())}, {"tokenizer": tokenizer.to_str(), "made_for": made_for})
@@ -223,7 +224,7 @@ def train(recipe: TextRecipe, loop: LoopConfig, out: Path, *, stop_at: int | Non
         raise ValueError(f"accumulate (={loop.accumulate}) must be 1 here: the captions of a batch are compared with each other")
     out = Path(out)
     if recipe.data != EMOJI:
-        same_pictures(out, scan(recipe.data, progress=False))
+        same_pictures(out, scan(recipe.data, progress=False), words=True)
     trainer = Trainer(main_first(loop, lambda _: TextTask(recipe, loop.seed, out)), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

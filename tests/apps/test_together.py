@@ -67,6 +67,10 @@ def test_a_folder_becomes_a_model_and_again_costs_nothing(
     assert len(model.generate("a red square", steps=2)) == 1
     main(argv)
     assert "all is done already" in capsys.readouterr().err
+    for more, named in ((["--seed", "1"], "seed (=1) must be 0"), (["--size", "32"], "size (=32) must be 64")):
+        with pytest.raises(SystemExit):
+            main([*argv, *more])
+        assert named in capsys.readouterr().err
     (out / "report.json").unlink()
     main(argv)
     assert capsys.readouterr().err.count(": done already") == 2
@@ -85,6 +89,7 @@ def test_a_plan_says_hours_and_a_full_disk_is_refused_at_once(
     assert not (tmp_path / "out").exists()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**8, 10**8))
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
     for more in ([], ["--plan"]):
         with pytest.raises(SystemExit) as stopped:
             main([*argv, *more])

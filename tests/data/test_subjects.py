@@ -56,12 +56,21 @@ def test_a_column_named_style_gives_styles(own_folder: Path) -> None:
         subjects(str(own_folder), 16)
 
 
-def test_what_is_said_decides_the_digest(own_folder: Path) -> None:
-    before = subjects(str(own_folder), 16)
-    assert before.digest == subjects(str(own_folder), 16).digest
-    kept = next(e.name for e in before.entries)  # type: ignore[attr-defined]
-    (own_folder / kept).with_suffix(".txt").write_text("something else")
-    assert before.digest != subjects(str(own_folder), 16).digest
+def test_nothing_is_drawn_that_the_caption_does_not_say(own_folder: Path) -> None:
+    own = subjects(str(own_folder), 16)
+    wild = Variety(recolour=1.0, count=0.4, pair=0.3, scene=0.3)
+    for seed in range(20):
+        scene = own.scene(0, wild, np.random.default_rng(seed))
+        assert (scene.kind, len(scene.items), scene.ground, scene.items[0].colour) == ("one", 1, None, None)
+
+
+def test_folders_that_hold_one_picture_each_are_no_classes(own_folder: Path) -> None:
+    for i, path in enumerate(sorted(own_folder.rglob("*.png"))):
+        (own_folder / f"day {i}").mkdir()
+        path.rename(own_folder / f"day {i}" / path.name)
+    own = subjects(str(own_folder), 16)
+    assert own.labels == []
+    assert (own.label == -1).all()
 
 
 def test_a_model_knows_the_words_of_its_captions(own_folder: Path) -> None:
