@@ -42,6 +42,7 @@ from sfumato.text.encoder import TextEncoder
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, checkpoints, main_first, settled
 
 GENTLE = Variety(place=0.25, scale=(0.75, 1.0), angle=10.0, recolour=0.12, count=0.02, pair=0.02, scene=0.04)
+STEADY = replace(GENTLE, place=0.08, flip=0.06, recolour=0.08, count=0.01, pair=0.01, scene=0.03)
 CLOSE = Variety(place=0.5, scale=(1.0, 1.1), angle=0.0, flip=0.0, recolour=0.0)  # what a generator of one's own pictures may learn besides
 MOST_THINGS = 4096  # different captions that a memory keeps
 
@@ -118,6 +119,16 @@ def preset_sharpen() -> tuple[DiffusionRecipe, LoopConfig]:
     return replace(recipe, objective=objective, init="runs/diffusion"), replace(loop, images=400_000, lr=4e-4, warmup=5_000, decay=1.0)
 
 
+def preset_settle() -> tuple[DiffusionRecipe, LoopConfig]:
+    """The third part of the bundled denoiser's training, from the run of `--preset sharpen` on: mostly the drawings as they are.
+
+    `sfumato train diffusion --preset settle --codec runs/codec --text runs/text --out runs/settle --loop.compile`
+    """
+    recipe, loop = preset_sharpen()
+    recipe = replace(recipe, objective=ObjectiveConfig(P_mean=0.0, P_std=1.2), variety=STEADY, init="runs/sharp")
+    return recipe, replace(loop, images=1_400_000, lr=5e-4)
+
+
 def preset_own() -> tuple[DiffusionRecipe, LoopConfig]:
     """A denoiser of one's own pictures, begun from the bundled one.
 
@@ -136,7 +147,7 @@ def preset_smoke() -> tuple[DiffusionRecipe, LoopConfig]:
     )  # fmt: skip
 
 
-PRESETS = {"bundled": preset_bundled, "sharpen": preset_sharpen, "own": preset_own, "smoke": preset_smoke}
+PRESETS = {"bundled": preset_bundled, "sharpen": preset_sharpen, "settle": preset_settle, "own": preset_own, "smoke": preset_smoke}
 
 
 def frozen_part(source: Path, run: Path, name: str) -> Path:
