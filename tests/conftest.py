@@ -95,3 +95,13 @@ def own_folder(tmp_path: Path) -> Path:
         image.save(path)
         path.with_suffix(".txt").write_text(f"a {colour} {shape}", encoding="utf-8")
     return tmp_path / "own"
+
+
+@pytest.fixture
+def own_shards(own_folder: Path, tmp_path: Path) -> Path:
+    """The same pictures as WebDataset shards of nine."""
+    from sfumato.data.folder import scan
+    from sfumato.data.shards import write_shards
+
+    write_shards(scan(own_folder), tmp_path / "shards", per_shard=9)
+    return tmp_path / "shards"

@@ -77,7 +77,8 @@ def run(asked: All) -> Path | dict[str, Any]:
     if asked.size % 16:
         raise ValueError(f"size (={asked.size}) must be a multiple of 16, or 0")
     if are_shards(asked.data):
-        raise ValueError(f"data (={str(asked.data)!r}) is of shards, which a codec can be trained on, and nothing else as yet: name a folder or zip")
+        data = str(asked.data)
+        raise ValueError(f"data (={data!r}) is of shards, on which parts are trained one by one: `sfumato train autoencoder`, `text`, `diffusion`")
     found = scan(asked.data, strict=asked.strict)
     if len(found.entries) < FEWEST:
         raise ValueError(f"{asked.data} holds {len(found.entries)} pictures: {FEWEST} at least are needed to learn anything and to measure it")

@@ -214,7 +214,7 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
     if what == "diffusion" and recipe.data != EMOJI:
         pixels, latents = trainer.task.shown.pixels, trainer.task.latents
         latents = len(pixels) * recipe.each * latents[0].numel() * 2
-        return {"memory": latents, "disk": latents + pixels.numel()}
+        return {"memory": 0, "disk": latents + (0 if are_shards(recipe.data) else pixels.numel())}
     if recipe.limit or what == "text":
         return {"memory": 0, "disk": 0}
     if what == "upscaler":

@@ -1,7 +1,12 @@
-"""A cache of encoded pictures: the codec runs once, the generator trains many times. It carries the codec's hash and refuses another."""
+"""A cache of encoded pictures: the codec runs once, the generator trains many times. It carries the codec's hash and refuses another.
+
+It is an .npy file that is written and read through a map of it, so that memory does not grow with the set; a .json beside it says what it is of.
+"""
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,37 +17,53 @@ from jaxtyping import Float, Float16
 from torch import Tensor
 from tqdm import tqdm
 
-from sfumato.core.checkpoint import FileError, load_tensors, read_metadata, save_tensors
+from sfumato.core.checkpoint import FileError, replacing, write_json
 from sfumato.core.language import translated
 
 
 def cached_latents(
     path: Path, encode: Callable[[np.ndarray], Float[Tensor, "b c h w"]], count: int, made_from: dict[str, Any], *, batch: int = 128
 ) -> Float16[Tensor, "{count} c h w"]:
-    """Latents of pictures 0..count-1; read from `path` or encoded and stored there.
+    """Latents of pictures 0..count-1; read from `path` (.npy) or encoded and stored there.
 
     encode: picture indices -> latents. `made_from` says what they depend on ("codec" hash, seed, variety...); a file that was made from
     something else raises ValueError.
     """
-    if path.exists():
-        stored = read_metadata(path).get("made_from", {})
+    told = path.with_suffix(".json")
+    if path.exists() and told.exists():
+        stored = json.loads(told.read_text(encoding="utf-8"))
         if stored != made_from:
-            different = [k for k in {**made_from, **dict(stored)} if dict(stored).get(k) != made_from.get(k)]  # type: ignore[call-overload]
+            different = [k for k in {**made_from, **stored} if stored.get(k) != made_from.get(k)]
             raise ValueError(f"{path} was made from another {', '.join(different)}: remove it, or name another run folder")
-        latents = load_tensors(path)[0]["latents"]
+        latents = _mapped(path)
         if len(latents) != count:
             raise FileError(f"{path} holds {len(latents)} latents instead of {count}: remove it")
         return latents
-    latents = None
-    with torch.no_grad(), tqdm(total=count, desc=translated("encoding"), unit=" images", leave=False, mininterval=2) as bar:
+    first = _encoded(encode, np.arange(min(batch, count)))
+    with replacing(path) as temporary, tqdm(total=count, desc=translated("encoding"), unit=" images", leave=False, mininterval=2) as bar:
+        held = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(count, *first.shape[1:]))
         for start in range(0, count, batch):
-            indices = np.arange(start, min(start + batch, count))
-            part = encode(indices).half().cpu()
-            latents = torch.empty(count, *part.shape[1:], dtype=torch.half) if latents is None else latents
-            latents[start : start + batch] = part
-            bar.update(len(indices))
-    assert latents is not None
+            part = _encoded(encode, np.arange(start, min(start + batch, count))) if start else first
+            held[start : start + len(part)] = part
+            bar.update(len(part))
+        held.flush()
+    write_json(told, made_from)
+    return _mapped(path)
+
+
+@torch.no_grad()
+def _encoded(encode: Callable[[np.ndarray], Tensor], indices: np.ndarray) -> np.ndarray:
+    latents = encode(indices).half().cpu()
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("the codec gave latents that are not finite: its weights are broken")
-    save_tensors(path, {"latents": latents}, {"made_from": made_from})
-    return latents
+    return latents.numpy()
+
+
+def _mapped(path: Path) -> Tensor:
+    try:
+        held = np.load(path, mmap_mode="r")
+    except (ValueError, OSError) as e:
+        raise FileError(f"{path} is not readable ({e}): remove it, and it is made again") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch minds that the file is not to be written to; nobody does
+        return torch.from_numpy(held)

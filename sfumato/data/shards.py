@@ -27,7 +27,7 @@ from sfumato.core.checkpoint import FileError, cache_folder, replacing
 from sfumato.core.images import Unreadable, decode
 from sfumato.core.language import translated
 from sfumato.core.rng import numpy_rng
-from sfumato.data.folder import SUFFIXES, Bad, Entry, Scan, read, same_data, square
+from sfumato.data.folder import SUFFIXES, Bad, Entry, Scan, read, same_data, same_pictures, scan, square
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,15 +142,21 @@ class Shards:
         row = [int(v) for v in self._index[i]]
         path = self.paths[row[0]]
         with open(path, "rb") as f:
-            data, caption, labels = (_at(f, row[k], row[k + 1]) for k in (1, 3, 5))
+            data = _at(f, row[1], row[2])
         if len(data) != row[2]:
             raise FileError(f"{path} is shorter than its index says: it was cut or is being written")
+        own, caption, labels = self.words(i)
+        return Sample(f"{path.name}/{own or i - self._starts[row[0]]}", data, caption, labels)
+
+    def words(self, i: int) -> tuple[str | None, str | None, dict[str, str]]:
+        """What the i-th sample is called where it comes from, its caption and its labels; the picture is not read."""
+        row = [int(v) for v in self._index[i]]
+        with open(self.paths[row[0]], "rb") as f:
+            caption, labels = _at(f, row[3], row[4]), _at(f, row[5], row[6])
         told = json.loads(labels) if labels else {}
         named = told.get("labels", {k: v for k, v in told.items() if isinstance(v, (str, int, float))}) if isinstance(told, dict) else {}
         own = told.get("name") if isinstance(told, dict) else None
-        return Sample(
-            f"{path.name}/{own or i - self._starts[row[0]]}", data, caption.decode("utf-8", "replace") or None, {k: str(v) for k, v in named.items()}
-        )
+        return own, " ".join(caption.decode("utf-8", "replace").split()) or None, {k: str(v) for k, v in named.items()}
 
     def order(self, seed: int, positions: np.ndarray) -> np.ndarray:
         """Which samples stand at `positions` of the endless order of training: each once an epoch, shuffled anew in every one."""
@@ -261,6 +267,14 @@ def split_shards(where: Path | str, size: int, fraction: float = 0.05, most: int
     while cut > 1 and shards[cut - 1].data == shards[cut].data:
         cut -= 1
     return ShardPictures(shards.part(0, cut), size), ShardPictures(shards.part(cut, len(shards)), size)
+
+
+def same_source(run: Path, where: Path | str, *, words: bool = True) -> None:
+    """Notes in a run folder what it is trained on, or raises ValueError where a folder (with `words`, its captions too) or shards have changed."""
+    if are_shards(where):
+        same_shards(run, where)
+    else:
+        same_pictures(run, scan(where, progress=False), words=words)
 
 
 def same_shards(run: Path, where: Path | str) -> None:

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from sfumato.data.augment import Scene, Variety, draw_scene
+from sfumato.core.language import translated
+from sfumato.data.augment import Rows, Scene, Variety, draw_scene
 from sfumato.data.captions import FILLER, any_caption
 from sfumato.data.emoji import LANGUAGES, STYLES, Drawings, art_digest, concepts, credits, drawable, drawings
 from sfumato.data.folder import Entry, Scan, evenly, pixels_of, scan, split
-from sfumato.data.shards import are_shards
+from sfumato.data.shards import Shards, are_shards, split_shards
 
 EMOJI = "emoji"
 PREVIEW = (("a cat", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸鱼", 3), ("a rocket", 4), ("a frog", 5), ("sunflower", 0), ("汉堡", 1),
@@ -42,9 +45,9 @@ class Shown:
 
 
 class Subjects(Protocol):
-    """Row i of `pixels` (uint8 "n 4 s s", premultiplied) has style[i] of `styles` and label[i] of `labels`; -1 is none."""
+    """Row i of `pixels` (`pixels[rows]` is uint8 "b 4 s s", premultiplied) has style[i] of `styles` and label[i] of `labels`; -1 is none."""
 
-    pixels: Tensor
+    pixels: Tensor | Rows
     style: np.ndarray
     label: np.ndarray
     styles: list[str]
@@ -78,11 +81,13 @@ class Subjects(Protocol):
 
 
 def subjects(data: str, size: int, *, limit: int = 0, labels: Labels = "auto") -> Subjects:
-    """The embedded drawings for "emoji", else the pictures of a folder or zip; `pixels` have twice `size`, so that moving them loses nothing."""
+    """The embedded drawings for "emoji", else the pictures of a folder, a zip or shards; `pixels` have twice `size`: moving them loses nothing."""
     if data == EMOJI:
         return Emoji(size, limit, labels)
+    if labels in ("group", "concept"):
+        raise ValueError(f"labels (={labels!r}) is of the embedded drawings: auto or none are for one's own pictures")
     if are_shards(data):
-        raise ValueError(f"data (={data!r}) is of shards, which a codec can be trained on, and nothing else as yet: name a folder or zip")
+        return OwnShards(data, size, labels)
     return Own(scan(data), size, labels)
 
 
@@ -144,8 +149,6 @@ class Own:
     """The pictures of a folder: captions as they are written; the label `style` gives styles, sub-folders (or one other label) give labels."""
 
     def __init__(self, found: Scan, size: int, labels: Labels = "auto") -> None:
-        if labels in ("group", "concept"):
-            raise ValueError(f"labels (={labels!r}) is of the embedded drawings: auto or none are for one's own pictures")
         self.found = found
         train, unseen = split(found.entries)
         kept = pixels_of(found, train, 2 * size)
@@ -157,7 +160,7 @@ class Own:
         self.digest = hashlib.sha256("".join(e.digest for e in self.entries).encode()).hexdigest()[:12]
 
     def scene(self, row: int, variety: Variety, rng: np.random.Generator) -> Scene:
-        return draw_scene(rng, replace(variety, recolour=0.0, count=0.0, pair=0.0, scene=0.0), row, True)  # of which the caption would say nothing
+        return draw_scene(rng, _still_said(variety), row, True)
 
     def caption(self, scene: Scene, rng: np.random.Generator) -> str | None:
         return self.entries[scene.items[0].drawing].caption
@@ -177,13 +180,98 @@ class Own:
         return [(self.entries[i].caption, int(self.style[i]), int(self.label[i])) for i in rows]
 
     def about(self) -> dict[str, Any]:
-        counted = Counter(e.caption for e in self.entries if e.caption)
-        spoken: Counter[str] = Counter()
-        for caption, n in counted.items():
-            spoken.update(dict.fromkeys(set(re.findall(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W_]+", caption)), n))
-        words = {f"caption {i}": {"en": [c], "zh": [""], "zh-hant": [""], "emoji": [""]} for i, (c, _) in enumerate(counted.most_common(LISTED))}
-        whose = {"attribution": f"{len(self.entries)} pictures of {Path(self.found.root).name}", "licence": "not said", "home": ""}
-        return {"words": words, "filler": [*FILLER, *(w for w, _ in spoken.most_common(MOST_WORDS))], "credits": [whose]}
+        return _about(Counter(e.caption for e in self.entries if e.caption), len(self.entries), Path(self.found.root).name)
+
+
+class OwnShards:
+    """Samples of shards, with what `Own` says of a folder. Captions are read when they are asked for; only classes are held, a number a sample."""
+
+    def __init__(self, where: str, size: int, labels: Labels = "auto") -> None:
+        self.where, self.size = Path(where), size
+        self.part, self.held = split_shards(where, 2 * size)
+        self.pixels = self.part
+        self.counted, columns = _columns_of(self.part.shards)
+        self.captioned = bool(self.counted)
+        self.styles, self.style = _told_apart(columns, ["style"], len(self.part), checked=True)
+        others = sorted((c for c in columns if c != "style"), key=lambda c: c != "folder")
+        self.labels, self.label = _told_apart(columns, [] if labels == "none" else others, len(self.part))
+        facts = [(p.name, p.stat().st_size) for p in self.part.shards.paths]
+        self.digest = hashlib.sha256(f"{len(self.part)} {facts}".encode()).hexdigest()[:12]
+
+    def scene(self, row: int, variety: Variety, rng: np.random.Generator) -> Scene:
+        return draw_scene(rng, _still_said(variety), row, True)
+
+    def caption(self, scene: Scene, rng: np.random.Generator) -> str | None:
+        return self.part.shards.words(scene.items[0].drawing)[1]
+
+    def names(self) -> list[list[str]]:
+        return [[c] for c in self.counted]
+
+    def validation(self) -> Shown:
+        rows = evenly(len(self.held), MOST_EXACT)
+        said = [self.held.shards.words(i) for i in rows]
+        pixels = F.avg_pool2d(self.held[torch.tensor(rows)].float() / 255, 2)
+        style = [self.styles.index(v) if (v := told.get("style")) in self.styles else -1 for _, _, told in said]
+        label = [next((self.labels.index(v) for v in told.values() if v in self.labels), -1) for _, _, told in said]
+        return Shown(pixels, [c for _, c, _ in said], np.array(style), np.array(label))
+
+    def preview(self) -> list[tuple[str | None, int, int]]:
+        return [(self.part.shards.words(i)[1], int(self.style[i]), int(self.label[i])) for i in evenly(len(self.part), 12)]
+
+    def about(self) -> dict[str, Any]:
+        return _about(self.counted, len(self.part), self.where.name)
+
+
+def _still_said(variety: Variety) -> Variety:
+    """A variety without what a caption that is given once would have to say."""
+    return replace(variety, recolour=0.0, count=0.0, pair=0.0, scene=0.0)
+
+
+def _about(counted: Counter[str], pictures: int, name: str) -> dict[str, Any]:
+    """What a pack says of captions, which came so often."""
+    spoken: Counter[str] = Counter()
+    for caption, n in counted.items():
+        spoken.update(dict.fromkeys(set(re.findall(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W_]+", caption)), n))
+    words = {f"caption {i}": {"en": [c], "zh": [""], "zh-hant": [""], "emoji": [""]} for i, (c, _) in enumerate(counted.most_common(LISTED))}
+    whose = {"attribution": f"{pictures} pictures of {name}", "licence": "not said", "home": ""}
+    return {"words": words, "filler": [*FILLER, *(w for w, _ in spoken.most_common(MOST_WORDS))], "credits": [whose]}
+
+
+def _columns_of(shards: Shards) -> tuple[Counter[str], dict[str, tuple[list[str], np.ndarray]]]:
+    """How often each caption is said, up to MOST_WORDS different ones, and each label's values with their index of every sample (-1: none)."""
+    counted: Counter[str] = Counter()
+    found: dict[str, tuple[dict[str, int], np.ndarray]] = {}
+    for i in tqdm(range(len(shards)), desc=translated("reading captions"), unit=" samples", leave=False):
+        _, caption, labels = shards.words(i)
+        if caption and (caption in counted or len(counted) < MOST_WORDS):
+            counted[caption] += 1
+        for column, value in labels.items():
+            values, rows = found.setdefault(column, ({}, np.full(len(shards), -1, dtype=np.int32)))
+            if len(values) <= MOST_CLASSES:  # more are no classes: it is enough to know that there are more
+                rows[i] = values.setdefault(value, len(values))
+    return counted, {c: (list(values), rows) for c, (values, rows) in found.items()}
+
+
+def _told_apart(
+    columns: dict[str, tuple[list[str], np.ndarray]], wanted: list[str], count: int, checked: bool = False
+) -> tuple[list[str], np.ndarray]:
+    """The first of the wanted columns that tells samples into classes: names in their order, and the index of each sample; none: [] and -1."""
+    for column in wanted:
+        values, rows = columns.get(column, ([], np.zeros(0, dtype=np.int32)))
+        if 2 <= len(values) <= min(MOST_CLASSES, max(count // 2, 2)):
+            names = sorted(values)
+            if checked:
+                _check_styles(names)
+            places = np.array([*(names.index(v) for v in values), -1], dtype=np.int32)  # the last is for -1
+            return names, places[rows]
+    return [], np.full(count, -1)
+
+
+def _check_styles(names: list[str]) -> None:
+    if odd := next((n for n in names if n != unicodedata.normalize("NFKC", n).strip() or set(n) & set(",:、")), None):
+        raise ValueError(
+            f"style (={odd!r}) must be plain letters without comma and colon, which mean mixtures of styles: write it otherwise in the metadata"
+        )
 
 
 def _label_column(entries: Sequence[Entry]) -> str | None:
@@ -201,10 +289,8 @@ def _classes(entries: Sequence[Entry], column: str | None) -> tuple[list[str], n
     names = sorted({v for e in entries if (v := e.labels.get(column or ""))})
     if column is None or len(names) < 2:
         return [], np.full(len(entries), -1)
-    if column == "style" and (odd := next((n for n in names if n != unicodedata.normalize("NFKC", n) or set(n) & set(",:、")), None)):
-        raise ValueError(
-            f"style (={odd!r}) must be plain letters without comma and colon, which mean mixtures of styles: write it otherwise in the metadata"
-        )
+    if column == "style":
+        _check_styles(names)
     if len(names) > MOST_CLASSES:
         raise ValueError(f"the label {column} has {len(names):,} values: more than {MOST_CLASSES:,} are captions, not classes")
     return names, _indices(entries, column, names)

@@ -25,8 +25,8 @@ from sfumato.core.pack import load_pack
 from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
 from sfumato.data.augment import Variety, draw_scene, render
 from sfumato.data.emoji import Drawings, concepts, drawings
-from sfumato.data.folder import Pictures, evenly, pixels_of, same_pictures, scan, split
-from sfumato.data.shards import ShardPictures, are_shards, same_shards, split_shards
+from sfumato.data.folder import Pictures, evenly, pixels_of, scan, split
+from sfumato.data.shards import ShardPictures, are_shards, same_source, split_shards
 from sfumato.losses.perceptual import perceptual
 from sfumato.nn.backbones import EfficientNetLite0, efficientnet_lite0, over
 from sfumato.pipelines.find import find
@@ -244,10 +244,8 @@ class AutoencoderTask:
 def train(recipe: AutoencoderRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the codec in the run folder `out`."""
     loop = settled(loop, out)
-    if recipe.data != "emoji" and are_shards(recipe.data):
-        same_shards(Path(out), recipe.data)  # looks at every picture when the run begins
-    elif recipe.data != "emoji":
-        same_pictures(Path(out), scan(recipe.data, progress=False))
+    if recipe.data != "emoji":
+        same_source(Path(out), recipe.data, words=False)
     trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed, loop.dtype == "bf16")), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

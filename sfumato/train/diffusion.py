@@ -28,8 +28,8 @@ from sfumato.core.pack import load_pack, save_pack
 from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
 from sfumato.core.seams import Cond
 from sfumato.data.augment import Scene, Variety, render
-from sfumato.data.folder import same_pictures, scan
 from sfumato.data.latents import cached_latents
+from sfumato.data.shards import same_source
 from sfumato.data.subjects import EMOJI, Labels, subjects
 from sfumato.diffusion.dit import DiT, DiTConfig, silent, without_style, without_text
 from sfumato.diffusion.guidance import cfg, guided
@@ -299,7 +299,7 @@ class DiffusionTask:
             "drawings": self.shown.digest,
         }
         encode = lambda i: self.codec.encode(self.pictures(i)).mean  # noqa: E731
-        return cached_latents(run / "latents.safetensors", encode, len(self.shown.pixels) * r.each, made_from)
+        return cached_latents(run / "latents.npy", encode, len(self.shown.pixels) * r.each, made_from)
 
     def _validation(self) -> dict[str, Any]:
         """Pictures that no training sees, as they are, with fixed times and noise: a deterministic validation loss."""
@@ -426,7 +426,7 @@ def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, 
     """Trains, or goes on with, the denoiser in the run folder `out`; `codec` and `text` are runs or packs, copied in on the first start."""
     loop = settled(loop, out)
     if recipe.data != EMOJI:
-        same_pictures(Path(out), scan(recipe.data, progress=False), words=True)
+        same_source(Path(out), recipe.data)
     task = main_first(loop, lambda device: DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device, loop.dtype == "bf16"))
     trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)

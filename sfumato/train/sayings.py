@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,12 +16,14 @@ from sfumato.core.rng import numpy_rng
 from sfumato.data.augment import COLOURS, GROUNDS, Scene, Variety, draw_scene
 from sfumato.data.captions import any_caption, caption, folded, held_out_keywords, meanings, means, training_keywords
 from sfumato.data.emoji import LANGUAGES, RASTER_VERSION, art_digest, concepts, drawings
-from sfumato.data.folder import Entry, pixels_of, scan, split
+from sfumato.data.folder import pixels_of, scan, split
+from sfumato.data.shards import are_shards, split_shards
 from sfumato.metrics.features import SIDE, picture_features
 
 KINDS = ("one", "count", "pair", "scene")
 ATTRIBUTES = {"colour": (None, *COLOURS), "number": (1, 2, 3), "kind": KINDS, "ground": (None, *GROUNDS)}
 MOST_CAPTIONS = 20_000  # different captions of one's own that are compared with each other
+MOST_ALIKE = 64  # pictures of one caption that are looked at
 ASKED = 1000  # of them that are asked for while training
 SHORTENED = 0.5  # how often a word or two of one's own captions are left out
 
@@ -122,28 +123,33 @@ class EmojiSayings:
 
 
 class OwnSayings:
-    """The captions of a folder of pictures: a thing is what has one caption. Of very many captions a sample is taken, by their hash."""
+    """The captions of a folder or of shards: a thing is what has one caption. Of very many captions a sample is taken, by their hash."""
 
-    def __init__(self, folder: str) -> None:
-        self.found = scan(folder, progress=False)
-        by_caption: dict[str, list[Entry]] = defaultdict(list)
-        for entry in split(self.found.entries)[0]:
-            if entry.caption:
-                by_caption[entry.caption].append(entry)
-        if len(by_caption) < 2:
-            raise ValueError(f"{folder} has {len(by_caption)} different captions: a text encoder needs two at least, in NAME.txt or metadata.jsonl")
-        chosen = sorted(by_caption, key=lambda c: hashlib.sha256(c.encode()).digest())[:MOST_CAPTIONS]
-        self.captions, self.of_caption, self.count = chosen, by_caption, len(chosen)
-        self.digest = hashlib.sha256("\n".join(chosen).encode()).hexdigest()[:12]
+    def __init__(self, where: str) -> None:
+        said: Iterable[tuple[str | None, int]]
+        if are_shards(where):
+            part = split_shards(where, SIDE)[0]
+            said = ((part.shards.words(i)[1], i) for i in range(len(part)))
+            self.pixels: Callable[[list[int]], Tensor] = lambda rows: part[torch.tensor(rows)]
+        else:
+            found = scan(where, progress=False)
+            entries = split(found.entries)[0]
+            said = ((e.caption, i) for i, e in enumerate(entries))
+            self.pixels = lambda rows: pixels_of(found, [entries[i] for i in rows], SIDE).pixels
+        self.rows = _sampled(said)
+        if len(self.rows) < 2:
+            raise ValueError(f"{where} has {len(self.rows)} different captions: a text encoder needs two at least, in NAME.txt or metadata.jsonl")
+        self.captions, self.count = list(self.rows), len(self.rows)
+        self.digest = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:12]
 
     def say(self, thing: int, rng: np.random.Generator) -> Said:
         text = self.captions[thing]
         return Said(shortened(text, rng) if rng.random() < SHORTENED else text, frozenset({thing}), (thing,))
 
     def features(self) -> Tensor:
-        entries = [(e, i) for i, c in enumerate(self.captions) for e in self.of_caption[c]]
-        pixels = pixels_of(self.found, [e for e, _ in entries], SIDE).pixels
-        return mean_of(picture_features(pixels), np.array([i for _, i in entries]), self.count)
+        pairs = [(row, i) for i, c in enumerate(self.captions) for row in self.rows[c]]
+        looks = [picture_features(self.pixels([row for row, _ in pairs[s : s + 1024]])) for s in range(0, len(pairs), 1024)]
+        return mean_of(torch.cat(looks), np.array([i for _, i in pairs]), self.count)
 
     def corpus(self) -> list[str]:
         return self.captions
@@ -153,6 +159,27 @@ class OwnSayings:
         rows = np.linspace(0, self.count - 1, min(self.count, ASKED)).round().astype(int)
         asked = [(self.captions[i], frozenset({int(i)})) for i in rows]
         return {"captions": asked, "shortened": [(shortened(t, numpy_rng(0, "evaluate", i)), right) for i, (t, right) in enumerate(asked)]}
+
+
+def _sampled(said: Iterable[tuple[str | None, int]]) -> dict[str, list[int]]:
+    """At most MOST_CAPTIONS different captions, those with the smallest hashes in their order, each with some rows that have it."""
+    hashed = lambda c: hashlib.sha256(c.encode()).digest()  # noqa: E731
+    kept: dict[str, list[int]] = {}
+    largest = b"\xff" * 33
+
+    def smallest() -> list[str]:
+        return sorted(kept, key=hashed)[:MOST_CAPTIONS]
+
+    for text, row in said:
+        if not text or (text not in kept and hashed(text) > largest):
+            continue
+        rows = kept.setdefault(text, [])
+        if len(rows) < MOST_ALIKE:
+            rows.append(row)
+        if len(kept) > 2 * MOST_CAPTIONS:
+            kept = {c: kept[c] for c in smallest()}
+            largest = hashed(list(kept)[-1])
+    return {c: kept[c] for c in smallest()}
 
 
 def shortened(text: str, rng: np.random.Generator) -> str:

@@ -21,7 +21,7 @@ from sfumato.core.checkpoint import load_tensors, save_tensors
 from sfumato.core.config import to_json
 from sfumato.core.rng import numpy_rng, shuffled
 from sfumato.data.augment import Variety
-from sfumato.data.folder import same_pictures, scan
+from sfumato.data.shards import same_source
 from sfumato.data.subjects import EMOJI
 from sfumato.text.encoder import TextConfig, TextEncoder, train_tokenizer
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first
@@ -224,7 +224,7 @@ def train(recipe: TextRecipe, loop: LoopConfig, out: Path, *, stop_at: int | Non
         raise ValueError(f"accumulate (={loop.accumulate}) must be 1 here: the captions of a batch are compared with each other")
     out = Path(out)
     if recipe.data != EMOJI:
-        same_pictures(out, scan(recipe.data, progress=False), words=True)
+        same_source(out, recipe.data)
     trainer = Trainer(main_first(loop, lambda _: TextTask(recipe, loop.seed, out)), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

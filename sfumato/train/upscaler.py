@@ -116,7 +116,7 @@ class UpscalerTask:
     def _small(self, run: Path) -> Tensor:
         r = self.recipe
         made_from = {"decoder": drawn_by(self.codec), "seed": self.seed, "each": r.each, "disturb": r.disturb, "limit": r.limit}
-        return cached_latents(run / "decoded.safetensors", self.decoded, len(self.train) * r.each, made_from | {"drawings": art_digest()}, batch=64)
+        return cached_latents(run / "decoded.npy", self.decoded, len(self.train) * r.each, made_from | {"drawings": art_digest()}, batch=64)
 
     def _exact(self, held: Drawings) -> tuple[Tensor, Tensor]:
         """(what the codec makes of held-out drawings, those drawings at full size), in [-1, 1]."""

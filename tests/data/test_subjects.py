@@ -11,7 +11,7 @@ import pytest
 from sfumato.data.augment import Variety
 from sfumato.data.folder import scan, split
 from sfumato.data.shards import write_shards
-from sfumato.data.subjects import Own, subjects
+from sfumato.data.subjects import Own, OwnShards, subjects
 
 STILL = Variety(place=0.0, flip=0.0, recolour=0.0)
 
@@ -88,7 +88,27 @@ def test_labels_of_the_embedded_drawings_are_refused(own_folder: Path) -> None:
         subjects(str(own_folder), 16, labels="concept")
 
 
-def test_shards_are_refused_as_yet(own_folder: Path, tmp_path: Path) -> None:
+def test_shards_say_what_their_folder_says(own_folder: Path, own_shards: Path) -> None:
+    own, shards = subjects(str(own_folder), 16), subjects(str(own_shards), 16)
+    assert isinstance(shards, OwnShards)
+    assert (shards.labels, shards.styles, shards.captioned) == (own.labels, own.styles, own.captioned)
+    assert len(shards.part) + len(shards.held) == 40
+    rng = np.random.default_rng(0)
+    for row in range(len(shards.part)):
+        caption = shards.caption(shards.scene(row, STILL, rng), rng)
+        assert shards.labels[shards.label[row]] in str(caption)
+    shown = shards.validation()
+    assert shown.pixels.shape == (len(shards.held), 4, 16, 16)
+    assert [shards.labels[i] in str(c) for i, c in zip(shown.label, shown.captions, strict=True)] == [True] * len(shards.held)
+    assert shards.about()["credits"] == [{"attribution": f"{len(shards.part)} pictures of shards", "licence": "not said", "home": ""}]
+
+
+def test_shards_know_their_styles(own_folder: Path, tmp_path: Path) -> None:
+    names = sorted(p.relative_to(own_folder).as_posix() for p in own_folder.rglob("*.png"))
+    rows = [{"file_name": n, "style": ("ink", "oil")[i % 2], "serial": i} for i, n in enumerate(names)]
+    (own_folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     write_shards(scan(own_folder), tmp_path / "shards")
-    with pytest.raises(ValueError, match="is of shards, which a codec can be trained on"):
-        subjects(str(tmp_path / "shards"), 16)
+    shards = subjects(str(tmp_path / "shards"), 16)
+    assert (shards.styles, shards.labels) == (["ink", "oil"], ["circle", "square"])
+    assert isinstance(shards, OwnShards)
+    assert [shards.styles[s] for s in shards.style] == [shards.part.shards.words(i)[2]["style"] for i in range(len(shards.part))]

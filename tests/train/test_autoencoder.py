@@ -20,7 +20,7 @@ from sfumato.core.images import flatten, to_pil
 from sfumato.core.runlog import read_log
 from sfumato.data.emoji import STYLES, concepts, is_held_out, pairs
 from sfumato.data.folder import scan, split
-from sfumato.data.shards import ShardPictures, split_shards, write_shards
+from sfumato.data.shards import ShardPictures, split_shards
 from sfumato.train.autoencoder import (
     OWN,
     PRESETS,
@@ -221,9 +221,8 @@ def folder(own_folder: Path) -> Path:
 
 
 @pytest.fixture
-def shards(own_folder: Path, tmp_path: Path) -> Path:
-    write_shards(scan(own_folder), tmp_path / "shards", per_shard=9)
-    return tmp_path / "shards"
+def shards(own_shards: Path) -> Path:
+    return own_shards
 
 
 def own(folder: Path, **more: object) -> tuple[AutoencoderRecipe, LoopConfig]:

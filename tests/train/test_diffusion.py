@@ -216,6 +216,19 @@ def test_a_denoiser_of_ones_own_pictures_learns_and_goes_on_bit_for_bit(own_fold
     assert len(model.generate("a red square", label="square", steps=2, count=2)) == 2
 
 
+def test_shards_are_learned_from_as_a_folder_is(own_shards: Path, smoke: Path, tmp_path: Path) -> None:
+    recipe, loop = own(own_shards, memory=True)
+    parts = {"codec": smoke / "codec", "text": smoke / "text"}
+    train(recipe, loop, tmp_path / "whole", **parts)
+    train(recipe, loop, tmp_path / "halves", stop_at=320, **parts)
+    train(recipe, loop, tmp_path / "halves", **parts)
+    a, b = (load_tensors(checkpoints(tmp_path / name, "state")[-1])[0] for name in ("whole", "halves"))
+    assert all(torch.equal(a[k], v) for k, v in b.items())
+    scores = [line["validation_loss"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "validation_loss" in line]
+    assert scores[-1] < scores[0]
+    assert load(tmp_path / "whole").meta["labels"] == ["circle", "square"]
+
+
 def test_without_captions_it_draws_with_no_prompt(own_folder: Path, smoke: Path, tmp_path: Path) -> None:
     for text in own_folder.rglob("*.txt"):
         text.unlink()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from sfumato.core.checkpoint import load_tensors
 from sfumato.core.config import from_json, to_json
 from sfumato.core.runlog import read_log
+from sfumato.train import sayings
 from sfumato.train.loop import checkpoints
 from sfumato.train.sayings import EmojiSayings, shortened
 from sfumato.train.text import PRESETS, TextRecipe, TextTask, contrastive, preset_smoke, train, whitened
@@ -106,9 +108,10 @@ def test_accumulation_is_refused(tmp_path: Path) -> None:
         train(recipe, replace(loop, accumulate=2), tmp_path)
 
 
-def test_own_captions_are_learned_and_gone_on_with_bit_for_bit(own_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["own_folder", "own_shards"])
+def test_own_captions_are_learned_and_gone_on_with_bit_for_bit(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     recipe, loop = preset_smoke()
-    recipe = replace(recipe, data=str(own_folder), limit=0)
+    recipe = replace(recipe, data=str(request.getfixturevalue(kind)), limit=0)
     loop = replace(loop, images=2560, save_every=1280, sample_every=1280)
     train(recipe, loop, tmp_path / "whole")
     train(recipe, loop, tmp_path / "halves", stop_at=1280)
@@ -136,3 +139,13 @@ def test_a_shortened_caption_is_part_of_it() -> None:
             assert short
             assert all(w in left for w in short), "in their order"
     assert shortened("two words", np.random.default_rng(0)) == "two words"
+
+
+def test_of_very_many_captions_the_same_sample_is_taken_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sayings, "MOST_CAPTIONS", 10)
+    said = [(f"caption {i % 300}", i) for i in range(900)] + [(None, 900)]
+    kept = sayings._sampled(iter(said))
+    assert len(kept) == 10
+    assert list(kept) == sorted({c for c, _ in said if c}, key=lambda c: hashlib.sha256(c.encode()).digest())[:10]
+    assert all(c == f"caption {r % 300}" for c, rows in kept.items() for r in rows)
+    assert list(sayings._sampled(reversed(said))) == list(kept)
