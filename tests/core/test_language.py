@@ -96,7 +96,7 @@ def test_no_sentence_is_left_over() -> None:
             "sfumato：错误：style（='notto'）必须是 noto 之一，是否想写 'noto'？",
         ),
         ("warning: my cat.png is empty", "警告：my cat.png 是空的"),
-        ("note: 'zebra' is not a word this model knows; near: cat, dog", "提示：模型不认识 'zebra'；相近的有：cat, dog"),
+        ("note: 'zebra' is not a word this model knows; near: cat, dog", "注意：模型不认识 'zebra'；相近的有：cat, dog"),
         ("a sentence that nobody knows", "a sentence that nobody knows"),
         ("", ""),
     ],
