@@ -61,7 +61,7 @@ def run(options: Options) -> dict[str, Any]:
     effort = 0.001 if options.quick else options.effort
     command = [sys.executable, "-m", "sfumato.apps.cli", "train", "all", "--data", str(folder), "--out", str(options.out), "--effort", str(effort)]
     began = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=sys.stderr)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     minutes = (time.perf_counter() - began) / 60
     found = json.loads((options.out / "report.json").read_text())
     bundled = found["distance of emoji"]

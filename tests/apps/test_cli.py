@@ -296,7 +296,7 @@ def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["train", "autoencodr"], "did you mean 'autoencoder'"),
         (["train", "text", "--preset", "smok"], "did you mean 'smoke'"),
         (["train", "autoencoder", "--preset", "smoke", "--data", "photos"], "there is no folder or zip photos"),
-        (["train", "text", "--preset", "smoke", "--data", "photos"], "data (='photos')"),
+        (["train", "text", "--preset", "smoke", "--data", "photos", "--recipe.limit", "0"], "there is no folder or zip photos"),
         (["train", "autoencoder", "--preset", "smoke", "--loop.lr", "-1"], "lr"),
     ):
         status, _, err = run(capsys, *bad)
