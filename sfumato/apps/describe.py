@@ -59,7 +59,8 @@ def _several(text: str) -> list[dict[str, Any]]:
 def _record(record: dict[str, Any]) -> dict[str, Any]:
     model = record["model"]
     facts = {"drawn by": f"sfumato {record['version']}, model {model['name']} {model['hash'][:10]}, {record['engine']}, {record['dtype']}"}
-    asked = {k: v for k, v in to_json(record["request"]).items() if v is not None}
+    without = () if record["request"].init else ("strength",)
+    asked = {k: v for k, v in to_json(record["request"]).items() if v is not None and k not in without}
     return facts | asked | {"seed": record["seed"], "style": record.get("style")}
 
 

@@ -72,6 +72,8 @@ class Stage:
 
 def run(asked: All) -> Path | dict[str, Any]:
     """The packed model; with `plan`, what it would take."""
+    from sfumato.nn.backbones import efficientnet_lite0
+
     if asked.effort <= 0:
         raise ValueError(f"effort (={asked.effort}) must be above 0: 1 is the usual length, 0.5 half of it")
     if asked.size % 16:
@@ -82,6 +84,7 @@ def run(asked: All) -> Path | dict[str, Any]:
     found = scan(asked.data, strict=asked.strict)
     if len(found.entries) < FEWEST:
         raise ValueError(f"{asked.data} holds {len(found.entries)} pictures: {FEWEST} at least are needed to learn anything and to measure it")
+    efficientnet_lite0()  # codec and report need it: better missed now than in the middle
     asked = replace(asked, size=asked.size or _usual_size(asked.device))
     stages = stages_for(asked, found)
     _tell_of(found, asked.size)
@@ -101,6 +104,7 @@ def run(asked: All) -> Path | dict[str, Any]:
         _run(stage.what, stage.recipe, stage.loop, stage.out, _parts(asked, stages))
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one ends it
         pack_run(Pack(run=stages[-1].out, out=model, force=True))
+        say(f"measuring: {SAMPLES} samples beside the pictures")
         report(asked, found, stages, model)
     return model
 
@@ -244,6 +248,7 @@ def whole_plan(asked: All, stages: list[Stage], found: Scan) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         parts = _stand_ins(asked, Path(folder))
         for s in stages:
+            say(f"timing a few steps of {s.what}")
             facts[s.what] = plan(s.what, SimpleNamespace(recipe=s.recipe, loop=s.loop, out=s.out, **vars(parts)))["plan"]
             if s.what == "diffusion":
                 first = hours + s.loop.sample_every / facts[s.what]["images_per_s"] / 3600

@@ -126,7 +126,9 @@ def rasterise(svg: str, size: int) -> np.ndarray:
     try:
         import resvg_py
     except ImportError:
-        raise ValueError("drawing the vector art needs the package resvg-py: pip install 'sfumato[data]'") from None
+        raise ValueError(
+            "drawing the vector art needs the extra `data`: in the folder of sfumato, pip install -c constraints.txt -e '.[data]'"
+        ) from None
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     if image.size != (size, size):

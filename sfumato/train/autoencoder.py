@@ -153,6 +153,8 @@ class AutoencoderTask:
     def __init__(self, recipe: AutoencoderRecipe, seed: int, bf16: bool = False) -> None:
         self.recipe, self.seed, self.bf16 = recipe, seed, bf16
         self.lite0: EfficientNetLite0 | None = None
+        if recipe.perceptual:
+            efficientnet_lite0()  # better missed now than when the feature term joins
         self.train, held_out = split_pictures(recipe.data, 2 * recipe.size, recipe.limit)
         shown = held_out if len(held_out) else self.train
         exact = shown.pixels[torch.tensor(evenly(len(shown), MOST_EXACT if recipe.data != "emoji" else len(shown)))]

@@ -85,6 +85,8 @@ class UpscalerTask:
     def __init__(self, recipe: UpscalerRecipe, seed: int, codec: Path, run: Path, device: torch.device | str = "cpu") -> None:
         self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
         self.lite0: EfficientNetLite0 | None = None
+        if recipe.perceptual:
+            efficientnet_lite0()  # better missed now than when the feature term joins
         tensors, meta = load_pack(frozen_part(codec, run, "codec"))
         if "codec" not in meta:
             raise FileError(f"{codec} holds no codec: name a run of `sfumato train autoencoder`")
