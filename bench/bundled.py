@@ -54,11 +54,13 @@ from sfumato.core.rng import derive, numpy_rng
 from sfumato.data.augment import COLOURS, Variety, draw_scene, recolour, render
 from sfumato.data.captions import COLOURS_ZH, HELD_OUT_TEMPLATES, article, held_out_keywords, meanings
 from sfumato.data.emoji import STYLES, Drawings, concepts, drawings
+from sfumato.losses.perceptual import perceptual
 from sfumato.nn.backbones import efficientnet_lite0, over, resize
 from sfumato.pipelines.find import find
 from sfumato.pipelines.generate import LatentDiffusion
+from sfumato.train.upscaler import lanczos
 
-SECTIONS = ("codec", "accuracy", "diversity", "colours", "mixtures", "cost")
+SECTIONS = ("codec", "enlargement", "accuracy", "diversity", "colours", "mixtures", "cost")
 MANY = 3  # a word that names more concepts than this counts any of them
 TWINS = np.array([STYLES.index("fluent") if s == "fluent-flat" else i for i, s in enumerate(STYLES)])
 STILL = Variety(place=0.6, scale=(0.75, 1.0), angle=10.0, recolour=0.0)  # placement, rotation and mirroring only
@@ -76,7 +78,7 @@ class Options:
     quick: bool = False
     """A smoke run of seconds on 12 concepts with an untrained second judge: its figures mean nothing."""
     only: str = ""
-    """Sections to measure, separated by commas; all when empty: codec, accuracy, diversity, colours, mixtures, cost."""
+    """Sections to measure, separated by commas; all when empty: codec, enlargement, accuracy, diversity, colours, mixtures, cost."""
     out: Path = ROOT / "runs" / "bench"
     """Where the unselected pictures go."""
     judges: Path = second.FOLDER
@@ -402,6 +404,46 @@ def codec_section(bench: Bench) -> None:
     }
 
 
+# --- enlargement ------------------------------------------------------------------------------------------------------------------------------
+
+
+def apart(a: Tensor, b: Tensor) -> np.ndarray:
+    """Per picture: distance of Lite0's feature maps (which the enlargement's training used too), premultiplied RGBA over white."""
+    flat = [over(x) * 2 - 1 for x in (a, b)]
+    return np.array([float(perceptual(efficientnet_lite0(), x, y)[0]) for x, y in zip(*(f.split(1) for f in flat), strict=True)])
+
+
+@torch.no_grad()
+def enlargement_section(bench: Bench) -> None:
+    """The enlargement on held-out pairs of what the model draws: the codec's pictures against the same drawings rasterised larger."""
+    model, upscaler = bench.model, bench.model.upscaler
+    if upscaler is None:
+        bench.details["enlargement"] = "there is none for this model"
+        return
+    factor = upscaler.config.factor
+    art = drawings(factor * model.size, [concepts()[c] for c in bench.known])
+    art = art.rows(art.held_out) if art.held_out.any() else art
+    real = art.pixels.float() / 255
+    small = bench.through_codec(F.avg_pool2d(real, factor)) * 2 - 1
+    began = time.perf_counter()
+    ours = torch.cat([upscaler(x.to(model.device)).cpu() for x in small.split(8)])
+    seconds = time.perf_counter() - began
+    ways = {"learned": ours, "Lanczos": lanczos(small, factor)}
+    drawn = {name: ((x.clamp(-1, 1) + 1) * 127.5).round() / 255 for name, x in ways.items()}
+    found = {name: fidelity(real, x) | {"feature distance": apart(x, real)} for name, x in drawn.items()}
+    bench.details["enlargement"] = {"pictures": len(art), "parameters": sum(p.numel() for p in upscaler.parameters())}
+    for key, unit, sign in (("psnr", "dB", 1), ("psnr_cropped", "dB", 1), ("ssim", "", 1), ("feature distance", "", -1)):
+        better = sign * (found["learned"][key] - found["Lanczos"][key])
+        for name in ways:
+            bench.claim(f"enlargement: {key} on held-out pairs, {name}", mean(found[name][key]), unit, None, interval(mean, found[name][key]))
+        bench.claim(f"enlargement: {key}, better than Lanczos by", mean(better), unit, ">= 0", interval(mean, better))
+    bench.claim("enlargement: a picture, in batches of 8", 1000 * seconds / len(art), "ms")
+    shown = np.linspace(0, len(art) - 1, min(16, len(art))).astype(int)
+    images = [i for r in shown for x in (drawn["Lanczos"], drawn["learned"], real) for i in to_pil(x[r : r + 1] * 2 - 1)]
+    names = [f"{concepts()[art.concept[r]].name} [{STYLES[art.style[r]]}], Lanczos, learned, real" for r in shown]
+    bench.sheet("enlargement", images, names, columns=6)
+
+
 # --- accuracy ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -719,6 +761,7 @@ def cost_section(bench: Bench) -> None:
 
 WORK = {
     "codec": codec_section,
+    "enlargement": enlargement_section,
     "accuracy": accuracy_section,
     "diversity": diversity_section,
     "colours": colours_section,

@@ -26,6 +26,16 @@ from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, Generate
 if TYPE_CHECKING:
     from sfumato.pipelines.generate import LatentDiffusion, Picture
 
+CHINESE_FONTS = (  # where systems have one, in the order of preference
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "msyh.ttc",
+    "simhei.ttf",
+)
+
 
 @dataclass(frozen=True)
 class Generate:
@@ -379,8 +389,8 @@ def _sheet(model: LatentDiffusion, path: Path, requests: list[GenerateRequest], 
 
 
 def labelled(sheet: Image.Image, heads: list[str], rows: list[str]) -> Image.Image:
-    """A margin with style names above and prompts at the left; prompts that Pillow's own font cannot write are numbered."""
-    font = ImageFont.load_default(14)
+    """A margin with style names above and prompts at the left; prompts that no font at hand can write are numbered."""
+    font, chinese = ImageFont.load_default(14), _chinese_font()
     left, top = 112, 24
     page = Image.new("RGB", (sheet.width + left, sheet.height + top), "white")
     page.paste(sheet, (left, top), sheet)
@@ -389,7 +399,17 @@ def labelled(sheet: Image.Image, heads: list[str], rows: list[str]) -> Image.Ima
     for i, head in enumerate(heads):
         draw.text((left + (i + 0.5) * sheet.width / len(heads), top / 2), head, fill="black", font=font, anchor="mm")
     for i, text in enumerate(rows):
-        shown = text if text.isascii() else f"row {i + 1}"
-        lines = textwrap.wrap(shown, 14)[:5]
-        draw.text((6, top + (i + 0.5) * tall), "\n".join(lines), fill="black", font=font, anchor="lm")
+        plain = text.isascii()
+        lines = textwrap.wrap(text if plain or chinese else f"row {i + 1}", 14 if plain or not chinese else 7)[:5]
+        draw.text((6, top + (i + 0.5) * tall), "\n".join(lines), fill="black", font=font if plain else chinese or font, anchor="lm")
     return page
+
+
+def _chinese_font() -> ImageFont.FreeTypeFont | None:
+    """A font of this system that has Chinese letters; None where there is none."""
+    for name in CHINESE_FONTS:
+        try:
+            return ImageFont.truetype(name, 14)
+        except OSError:
+            continue
+    return None

@@ -12,18 +12,19 @@ from typing import Any, Literal
 
 from sfumato.apps.cli import say
 from sfumato.apps.training import Pack, _run, pack_run, plan
-from sfumato.core.checkpoint import FileError, cache_folder, checkpoints, free_bytes, sweep, write_bytes, write_json
+from sfumato.core.checkpoint import FileError, cache_folder, checkpoints, free_bytes, read_metadata, sweep, write_bytes, write_json
 from sfumato.core.images import png_bytes
 from sfumato.core.request import LONGEST_PROMPT, GenerateRequest
 from sfumato.data.folder import Entry, Scan, evenly, near_duplicates, pixels_of, same_pictures, scan, split
 from sfumato.data.shards import are_shards
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
 BUNDLED = "bundled"
 SAMPLES = 64
 COMPARED = 20_000  # pictures that samples are compared with
 FEWEST = 8
 COUNTS = (  # pictures below this number: images for codec and denoiser, begun from the bundled model; encoded pictures of each
-    (200, 12_000, 60_000, 16),
+    (200, 12_000, 100_000, 16),
     (2_000, 30_000, 300_000, 8),
     (20_000, 100_000, 1_000_000, 4),
     (10**12, 400_000, 4_000_000, 2),
@@ -53,7 +54,7 @@ class All:
     """Refuse where any file is bad."""
     plan: bool = False
     """Only say what it would take."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
@@ -158,10 +159,10 @@ def _stage(asked: All, what: str, recipe: Any, loop: Any, images: float, name: s
     return Stage(what, recipe, replace(loop, **changed), asked.out / name)
 
 
-def _usual_size(device: str) -> int:
-    import torch
+def _usual_size(device: Device) -> int:
+    from sfumato.pipelines.load import choose_device
 
-    return 128 if device in ("auto", "cuda") and torch.cuda.is_available() else 64
+    return 128 if choose_device(device).type == "cuda" else 64
 
 
 def _parts(asked: All, stages: list[Stage]) -> SimpleNamespace:
@@ -172,8 +173,6 @@ def _parts(asked: All, stages: list[Stage]) -> SimpleNamespace:
 
 
 def _finished(stage: Stage) -> bool:
-    from sfumato.core.checkpoint import read_metadata
-
     states = checkpoints(stage.out, "state")
     try:
         return bool(states) and read_metadata(states[-1])["counters"]["images"] >= stage.loop.images  # type: ignore[index, call-overload]

@@ -17,6 +17,7 @@ import stat
 import threading
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ FORMATS = {"PNG": (".png", ".apng"), "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
 METADATA = ("metadata.jsonl", "metadata.csv")
 WORDS = ("caption", "metadata")  # kinds of Bad that are of words, not of pictures
 TOO_MANY_BAD = 0.1
+MOST_EXACT = 512  # pictures kept apart that are looked at while training
 LARGEST_FILE = 512 * 2**20
 INDEX_VERSION = 1
 ALIKE_BITS, ALIKE_COLOUR = 10, 8  # of 256, of 255: as far as two versions of one picture lie apart at most
@@ -190,7 +192,9 @@ def read(found: Found) -> bytes:
             kept[found.path] = zipfile.ZipFile(found.path)
         with kept[found.path].open(found.member) as f:
             return f.read(LARGEST_FILE + 1)
-    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError) as e:  # type: ignore[attr-defined]
+    except NotImplementedError as e:
+        raise Unreadable("format", f"is packed inside the zip in a way that cannot be read here ({e}): pack it again as a plain zip") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
         raise Unreadable("damaged", f"is damaged inside the zip ({e})") from None
     except OSError as e:
         raise Unreadable("unreadable", f"cannot be read ({e.strerror or e})") from None

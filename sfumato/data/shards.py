@@ -27,7 +27,7 @@ from sfumato.core.checkpoint import FileError, cache_folder, replacing
 from sfumato.core.images import Unreadable, decode
 from sfumato.core.language import translated
 from sfumato.core.rng import numpy_rng
-from sfumato.data.folder import SUFFIXES, Bad, Entry, Scan, read, same_data, same_pictures, scan, square
+from sfumato.data.folder import MOST_EXACT, SUFFIXES, Bad, Entry, Scan, read, same_data, same_pictures, scan, square
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -255,7 +255,7 @@ class ShardPictures:
             raise FileError(f"{sample.name} {e}: `sfumato data check` names all that are bad; `sfumato data shard` leaves them out") from None
 
 
-def split_shards(where: Path | str, size: int, fraction: float = 0.05, most: int = 512) -> tuple[ShardPictures, ShardPictures]:
+def split_shards(where: Path | str, size: int, fraction: float = 0.05) -> tuple[ShardPictures, ShardPictures]:
     """(training, validation): the last samples are kept apart.
 
     Shards of `sfumato data shard` lie in an order by content, so copies stay together; of others that are sorted, the last kinds are kept apart.
@@ -263,7 +263,7 @@ def split_shards(where: Path | str, size: int, fraction: float = 0.05, most: int
     shards = Shards(Path(where))
     if len(shards) < 2:
         raise FileError(f"{where} holds a single picture: training needs two at least")
-    cut = len(shards) - min(max(int(len(shards) * fraction), 1), most)
+    cut = len(shards) - min(max(int(len(shards) * fraction), 1), MOST_EXACT)
     while cut > 1 and shards[cut - 1].data == shards[cut].data:
         cut -= 1
     return ShardPictures(shards.part(0, cut), size), ShardPictures(shards.part(cut, len(shards)), size)

@@ -6,7 +6,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,8 +21,8 @@ from sfumato.core.language import translated
 from sfumato.data.augment import Rows, Scene, Variety, draw_scene
 from sfumato.data.captions import FILLER, any_caption
 from sfumato.data.emoji import LANGUAGES, STYLES, Drawings, art_digest, concepts, credits, drawable, drawings
-from sfumato.data.folder import Entry, Scan, evenly, pixels_of, scan, split
-from sfumato.data.shards import Shards, are_shards, split_shards
+from sfumato.data.folder import MOST_EXACT, Scan, evenly, pixels_of, scan, split
+from sfumato.data.shards import are_shards, split_shards
 
 EMOJI = "emoji"
 PREVIEW = (("a cat", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸鱼", 3), ("a rocket", 4), ("a frog", 5), ("sunflower", 0), ("汉堡", 1),
@@ -30,7 +30,8 @@ PREVIEW = (("a cat", 1), ("a red apple", 0), ("一只狐狸", 2), ("蓝色的鲸
 LISTED = 1000  # captions that a model of one's own pictures remembers, to say what it can draw
 MOST_WORDS = 20_000
 MOST_CLASSES = 1000
-MOST_EXACT = 512  # pictures kept apart that are looked at while training
+Words = tuple[str | None, dict[str, str]]  # a caption, and labels by their column
+Column = tuple[list[str], np.ndarray]  # the values of a label, and the index among them of each row
 Labels = Literal["none", "group", "concept", "auto"]
 
 
@@ -86,9 +87,7 @@ def subjects(data: str, size: int, *, limit: int = 0, labels: Labels = "auto") -
         return Emoji(size, limit, labels)
     if labels in ("group", "concept"):
         raise ValueError(f"labels (={labels!r}) is of the embedded drawings: auto or none are for one's own pictures")
-    if are_shards(data):
-        return OwnShards(data, size, labels)
-    return Own(scan(data), size, labels)
+    return Own(of_shards(data, 2 * size) if are_shards(data) else of_a_folder(scan(data), 2 * size), labels)
 
 
 class Emoji:
@@ -145,126 +144,125 @@ class Emoji:
         return {"words": words, "filler": FILLER, "credits": credits()}
 
 
+@dataclass(frozen=True)
+class Source:
+    """One's own pictures, wherever they lie: `pixels[rows]` is uint8 "b 4 s s", premultiplied; `words(i)` is what is said of row i.
+
+    `unseen` gives pictures that no training sees with what is said of them: of many some; where there are none, the first that are trained on.
+    """
+
+    name: str
+    count: int
+    digest: str
+    pixels: Tensor | Rows
+    words: Callable[[int], Words]
+    unseen: Callable[[], tuple[Tensor, list[Words]]]
+
+
+def of_a_folder(found: Scan, side: int) -> Source:
+    train, unseen = split(found.entries)
+    said = lambda e: (e.caption, e.labels)  # noqa: E731
+    chosen = [unseen[i] for i in evenly(len(unseen), MOST_EXACT)] or train[:8]
+    return Source(
+        name=Path(found.root).name,
+        count=len(train),
+        digest=hashlib.sha256("".join(e.digest for e in train).encode()).hexdigest()[:12],
+        pixels=pixels_of(found, train, side).pixels,
+        words=lambda i: said(train[i]),
+        unseen=lambda: (pixels_of(found, chosen, side).pixels, [said(e) for e in chosen]),
+    )
+
+
+def of_shards(where: str, side: int) -> Source:
+    """Captions are read when they are asked for."""
+    train, held = split_shards(where, side)
+    rows = evenly(len(held), MOST_EXACT)
+    facts = [(p.name, p.stat().st_size) for p in train.shards.paths]
+    return Source(
+        name=Path(where).name,
+        count=len(train),
+        digest=hashlib.sha256(f"{len(train)} {facts}".encode()).hexdigest()[:12],
+        pixels=train,
+        words=lambda i: train.shards.words(i)[1:],
+        unseen=lambda: (held[torch.tensor(rows)], [held.shards.words(i)[1:] for i in rows]),
+    )
+
+
 class Own:
-    """The pictures of a folder: captions as they are written; the label `style` gives styles, sub-folders (or one other label) give labels."""
+    """Pictures with captions as they are written; the label `style` gives styles, sub-folders (or one other label) give labels.
 
-    def __init__(self, found: Scan, size: int, labels: Labels = "auto") -> None:
-        self.found = found
-        train, unseen = split(found.entries)
-        kept = pixels_of(found, train, 2 * size)
-        self.entries, self.unseen, self.size = kept.entries, unseen, size
-        self.pixels = kept.pixels
-        self.captioned = any(e.caption for e in self.entries)
-        self.styles, self.style = _classes(self.entries, "style")
-        self.labels, self.label = ([], np.full(len(train), -1)) if labels == "none" else _classes(self.entries, _label_column(self.entries))
-        self.digest = hashlib.sha256("".join(e.digest for e in self.entries).encode()).hexdigest()[:12]
+    Of as many as there are, only classes are held, a number a picture, and MOST_WORDS different captions.
+    """
 
-    def scene(self, row: int, variety: Variety, rng: np.random.Generator) -> Scene:
-        return draw_scene(rng, _still_said(variety), row, True)
-
-    def caption(self, scene: Scene, rng: np.random.Generator) -> str | None:
-        return self.entries[scene.items[0].drawing].caption
-
-    def names(self) -> list[list[str]]:
-        return [[c] for c in dict.fromkeys(e.caption for e in self.entries) if c]
-
-    def validation(self) -> Shown:
-        """Of many, some; without any, the first that are trained on."""
-        chosen = [self.unseen[i] for i in evenly(len(self.unseen), MOST_EXACT)] or self.entries[:8]
-        pixels = F.avg_pool2d(pixels_of(self.found, chosen, 2 * self.size).pixels.float() / 255, 2)
-        style, label = (_indices(chosen, column, names) for column, names in (("style", self.styles), (_label_column(self.entries), self.labels)))
-        return Shown(pixels, [e.caption for e in chosen], style, label)
-
-    def preview(self) -> list[tuple[str | None, int, int]]:
-        rows = np.linspace(0, len(self.entries) - 1, 12).round().astype(int)
-        return [(self.entries[i].caption, int(self.style[i]), int(self.label[i])) for i in rows]
-
-    def about(self) -> dict[str, Any]:
-        return _about(Counter(e.caption for e in self.entries if e.caption), len(self.entries), Path(self.found.root).name)
-
-
-class OwnShards:
-    """Samples of shards, with what `Own` says of a folder. Captions are read when they are asked for; only classes are held, a number a sample."""
-
-    def __init__(self, where: str, size: int, labels: Labels = "auto") -> None:
-        self.where, self.size = Path(where), size
-        self.part, self.held = split_shards(where, 2 * size)
-        self.pixels = self.part
-        self.counted, columns = _columns_of(self.part.shards)
+    def __init__(self, source: Source, labels: Labels = "auto") -> None:
+        self.source, self.pixels, self.digest = source, source.pixels, source.digest
+        self.counted, columns = _columns_of(source)
         self.captioned = bool(self.counted)
-        self.styles, self.style = _told_apart(columns, ["style"], len(self.part), checked=True)
-        others = sorted((c for c in columns if c != "style"), key=lambda c: c != "folder")
-        self.labels, self.label = _told_apart(columns, [] if labels == "none" else others, len(self.part))
-        facts = [(p.name, p.stat().st_size) for p in self.part.shards.paths]
-        self.digest = hashlib.sha256(f"{len(self.part)} {facts}".encode()).hexdigest()[:12]
+        self.styles, self.style = _classes(columns, "style", source.count)
+        self.column = None if labels == "none" else _label_column(columns, source.count)
+        self.labels, self.label = _classes(columns, self.column, source.count)
 
     def scene(self, row: int, variety: Variety, rng: np.random.Generator) -> Scene:
-        return draw_scene(rng, _still_said(variety), row, True)
+        """Without what a caption that is given once would have to say."""
+        return draw_scene(rng, replace(variety, recolour=0.0, count=0.0, pair=0.0, scene=0.0), row, True)
 
     def caption(self, scene: Scene, rng: np.random.Generator) -> str | None:
-        return self.part.shards.words(scene.items[0].drawing)[1]
+        return self.source.words(scene.items[0].drawing)[0]
 
     def names(self) -> list[list[str]]:
         return [[c] for c in self.counted]
 
     def validation(self) -> Shown:
-        rows = evenly(len(self.held), MOST_EXACT)
-        said = [self.held.shards.words(i) for i in rows]
-        pixels = F.avg_pool2d(self.held[torch.tensor(rows)].float() / 255, 2)
-        style = [self.styles.index(v) if (v := told.get("style")) in self.styles else -1 for _, _, told in said]
-        label = [next((self.labels.index(v) for v in told.values() if v in self.labels), -1) for _, _, told in said]
-        return Shown(pixels, [c for _, c, _ in said], np.array(style), np.array(label))
+        pixels, said = self.source.unseen()
+        indices = lambda column, names: np.array([names.index(v) if (v := told.get(column)) in names else -1 for _, told in said])  # noqa: E731
+        return Shown(F.avg_pool2d(pixels.float() / 255, 2), [c for c, _ in said], indices("style", self.styles), indices(self.column, self.labels))
 
     def preview(self) -> list[tuple[str | None, int, int]]:
-        return [(self.part.shards.words(i)[1], int(self.style[i]), int(self.label[i])) for i in evenly(len(self.part), 12)]
+        return [(self.source.words(i)[0], int(self.style[i]), int(self.label[i])) for i in evenly(self.source.count, 12)]
 
     def about(self) -> dict[str, Any]:
-        return _about(self.counted, len(self.part), self.where.name)
+        spoken: Counter[str] = Counter()
+        for caption, n in self.counted.items():
+            spoken.update(dict.fromkeys(set(re.findall(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W_]+", caption)), n))
+        listed = enumerate(self.counted.most_common(LISTED))
+        words = {f"caption {i}": {"en": [c], "zh": [""], "zh-hant": [""], "emoji": [""]} for i, (c, _) in listed}
+        whose = {"attribution": f"{self.source.count} pictures of {self.source.name}", "licence": "not said", "home": ""}
+        return {"words": words, "filler": [*FILLER, *(w for w, _ in spoken.most_common(MOST_WORDS))], "credits": [whose]}
 
 
-def _still_said(variety: Variety) -> Variety:
-    """A variety without what a caption that is given once would have to say."""
-    return replace(variety, recolour=0.0, count=0.0, pair=0.0, scene=0.0)
-
-
-def _about(counted: Counter[str], pictures: int, name: str) -> dict[str, Any]:
-    """What a pack says of captions, which came so often."""
-    spoken: Counter[str] = Counter()
-    for caption, n in counted.items():
-        spoken.update(dict.fromkeys(set(re.findall(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W_]+", caption)), n))
-    words = {f"caption {i}": {"en": [c], "zh": [""], "zh-hant": [""], "emoji": [""]} for i, (c, _) in enumerate(counted.most_common(LISTED))}
-    whose = {"attribution": f"{pictures} pictures of {name}", "licence": "not said", "home": ""}
-    return {"words": words, "filler": [*FILLER, *(w for w, _ in spoken.most_common(MOST_WORDS))], "credits": [whose]}
-
-
-def _columns_of(shards: Shards) -> tuple[Counter[str], dict[str, tuple[list[str], np.ndarray]]]:
-    """How often each caption is said, up to MOST_WORDS different ones, and each label's values with their index of every sample (-1: none)."""
+def _columns_of(source: Source) -> tuple[Counter[str], dict[str, Column]]:
+    """How often each caption is said, up to MOST_WORDS different ones, and each label's values with their index of every row (-1: none)."""
     counted: Counter[str] = Counter()
     found: dict[str, tuple[dict[str, int], np.ndarray]] = {}
-    for i in tqdm(range(len(shards)), desc=translated("reading captions"), unit=" samples", leave=False):
-        _, caption, labels = shards.words(i)
+    for i in tqdm(range(source.count), desc=translated("reading captions"), unit=" samples", leave=False, delay=1):
+        caption, labels = source.words(i)
         if caption and (caption in counted or len(counted) < MOST_WORDS):
             counted[caption] += 1
         for column, value in labels.items():
-            values, rows = found.setdefault(column, ({}, np.full(len(shards), -1, dtype=np.int32)))
+            values, rows = found.setdefault(column, ({}, np.full(source.count, -1, dtype=np.int32)))
             if len(values) <= MOST_CLASSES:  # more are no classes: it is enough to know that there are more
                 rows[i] = values.setdefault(value, len(values))
     return counted, {c: (list(values), rows) for c, (values, rows) in found.items()}
 
 
-def _told_apart(
-    columns: dict[str, tuple[list[str], np.ndarray]], wanted: list[str], count: int, checked: bool = False
-) -> tuple[list[str], np.ndarray]:
-    """The first of the wanted columns that tells samples into classes: names in their order, and the index of each sample; none: [] and -1."""
-    for column in wanted:
-        values, rows = columns.get(column, ([], np.zeros(0, dtype=np.int32)))
-        if 2 <= len(values) <= min(MOST_CLASSES, max(count // 2, 2)):
-            names = sorted(values)
-            if checked:
-                _check_styles(names)
-            places = np.array([*(names.index(v) for v in values), -1], dtype=np.int32)  # the last is for -1
-            return names, places[rows]
-    return [], np.full(count, -1)
+def _label_column(columns: dict[str, Column], count: int) -> str | None:
+    """The label that tells pictures into classes: sub-folders, else the first other column, with two values or more that recur; None: none does."""
+    others = sorted((c for c in columns if c != "style"), key=lambda c: c != "folder")
+    return next((c for c in others if 2 <= len(columns[c][0]) <= min(MOST_CLASSES, max(count // 2, 2))), None)
+
+
+def _classes(columns: dict[str, Column], column: str | None, count: int) -> tuple[list[str], np.ndarray]:
+    """The values of a label in their order, none where there is only one, and the index of each row among them, -1 for none."""
+    values, rows = columns.get(column or "", ([], np.zeros(0, dtype=np.int32)))
+    names = sorted(values)
+    if len(names) < 2:
+        return [], np.full(count, -1)
+    if len(names) > MOST_CLASSES:
+        raise ValueError(f"the label {column} has more than {MOST_CLASSES:,} values: these are captions, not classes")
+    if column == "style":
+        _check_styles(names)
+    places = np.array([*(names.index(v) for v in values), -1])  # the last is for -1
+    return names, places[rows]
 
 
 def _check_styles(names: list[str]) -> None:
@@ -272,30 +270,3 @@ def _check_styles(names: list[str]) -> None:
         raise ValueError(
             f"style (={odd!r}) must be plain letters without comma and colon, which mean mixtures of styles: write it otherwise in the metadata"
         )
-
-
-def _label_column(entries: Sequence[Entry]) -> str | None:
-    """The label that tells pictures into classes: sub-folders, else the first other column, with two values or more that recur; None: none does."""
-    columns = list(dict.fromkeys(k for e in entries for k in e.labels if k != "style"))
-    for column in sorted(columns, key=lambda c: c != "folder"):
-        values = {e.labels[column] for e in entries if column in e.labels}
-        if 2 <= len(values) <= min(MOST_CLASSES, max(len(entries) // 2, 2)):
-            return column
-    return None
-
-
-def _classes(entries: Sequence[Entry], column: str | None) -> tuple[list[str], np.ndarray]:
-    """The values of a label in their order, none where there is only one, and each entry's index among them."""
-    names = sorted({v for e in entries if (v := e.labels.get(column or ""))})
-    if column is None or len(names) < 2:
-        return [], np.full(len(entries), -1)
-    if column == "style":
-        _check_styles(names)
-    if len(names) > MOST_CLASSES:
-        raise ValueError(f"the label {column} has {len(names):,} values: more than {MOST_CLASSES:,} are captions, not classes")
-    return names, _indices(entries, column, names)
-
-
-def _indices(entries: Sequence[Entry], column: str | None, names: list[str]) -> np.ndarray:
-    at = {name: i for i, name in enumerate(names)}
-    return np.array([at.get(e.labels.get(column or "", ""), -1) for e in entries], dtype=int)

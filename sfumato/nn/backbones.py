@@ -4,6 +4,7 @@ comes as a small package from the ordinary registry, so it works offline.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from functools import cache
@@ -100,6 +101,12 @@ def efficientnet_lite0() -> EfficientNetLite0:
     network = EfficientNetLite0()
     network.load_state_dict({_own_name(k): v for k, v in weights.items()})
     return network.eval().requires_grad_(False)
+
+
+@cache
+def lite0_on(device: torch.device) -> EfficientNetLite0:
+    """A copy of the network in the memory format that convolutions like, on a device: for losses, which need it at every step."""
+    return copy.deepcopy(efficientnet_lite0()).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def over(rgba: Float[Tensor, "b 4 h w"], ground: float | Tensor = 1.0) -> Float[Tensor, "b 3 h w"]:

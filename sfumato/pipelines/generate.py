@@ -226,9 +226,10 @@ class LatentDiffusion:
         init, mask = self._pictures_of(request)
         whole = init.mode == "RGBA"
         side, channels = self.side(request), self.codec.spec.image_channels
-        mean = self.codec.encode(to_tensor(framed(init, self.size), channels).to(self.device)).mean
+        small = to_tensor(framed(init, self.size), channels).to(self.device)
+        mean = self.codec.encode(small).mean
         assert mean is not None
-        x = to_tensor(framed(init, side), channels).to(self.device)
+        x = small if side == self.size else to_tensor(framed(init, side), channels).to(self.device)
         at = None if mask is None else to_tensor(framed(mask.convert("L"), side, whole), 1).to(self.device) / 2 + 0.5
         return Begun(x, mean, at, begun_digest(request))
 

@@ -25,14 +25,14 @@ from sfumato.core.pack import load_pack
 from sfumato.core.rng import derive, numpy_rng, shuffled, torch_rng
 from sfumato.data.augment import Variety, draw_scene, render
 from sfumato.data.emoji import Drawings, concepts, drawings
-from sfumato.data.folder import Pictures, evenly, pixels_of, scan, split
+from sfumato.data.folder import MOST_EXACT, Pictures, evenly, pixels_of, scan, split
 from sfumato.data.shards import ShardPictures, are_shards, same_source, split_shards
+from sfumato.data.subjects import EMOJI
 from sfumato.losses.perceptual import perceptual
-from sfumato.nn.backbones import EfficientNetLite0, efficientnet_lite0, over
+from sfumato.nn.backbones import efficientnet_lite0, lite0_on, over
 from sfumato.pipelines.find import find
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
-MOST_EXACT = 512  # held-out pictures that are looked at while training
 OWN = Variety(place=0.9, scale=(1.0, 1.35), angle=0.0, recolour=0.0)
 WIDE = Variety(place=0.6, scale=(0.6, 1.25), angle=20.0, recolour=0.15, count=0.05, pair=0.05, scene=0.1)
 
@@ -46,7 +46,7 @@ class AutoencoderRecipe:
     """
 
     kind: str = "train-autoencoder"
-    data: str = "emoji"
+    data: str = EMOJI
     init: str = ""
     codec: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     size: int = 64
@@ -65,7 +65,7 @@ class AutoencoderRecipe:
             raise ValueError(f"image_channels (={self.codec.convnet.image_channels}) must be 3 (RGB) or 4 (RGBA)")
         if self.size < 1 or self.size % self.codec.convnet.factor:
             raise ValueError(f"size (={self.size}) must be a multiple of the codec's factor (={self.codec.convnet.factor})")
-        if self.data != "emoji" and self.limit:
+        if self.data != EMOJI and self.limit:
             raise ValueError(f"limit (={self.limit}) is of the embedded drawings: leave it out for {self.data}")
         if self.limit < 0:
             raise ValueError(f"limit (={self.limit}) must be at least 0: how many concepts, 0 is all")
@@ -106,9 +106,9 @@ PRESETS = {"bundled": preset_bundled, "own": preset_own, "smoke": preset_smoke}
 
 def split_pictures(data: str, size: int, limit: int = 0) -> tuple[Drawings | Pictures | ShardPictures, Drawings | Pictures | ShardPictures]:
     """(training, held out): the embedded art, of which `limit` takes the first concepts only, or the pictures of a folder or of shards."""
-    if data != "emoji" and are_shards(data):
+    if data != EMOJI and are_shards(data):
         return split_shards(data, size)
-    if data != "emoji":
+    if data != EMOJI:
         found = scan(data)
         return tuple(pixels_of(found, part, size) for part in split(found.entries))  # type: ignore[return-value]
     art = drawings(size, concepts()[:limit] if limit else None)
@@ -152,12 +152,11 @@ class AutoencoderTask:
 
     def __init__(self, recipe: AutoencoderRecipe, seed: int, bf16: bool = False) -> None:
         self.recipe, self.seed, self.bf16 = recipe, seed, bf16
-        self.lite0: EfficientNetLite0 | None = None
         if recipe.perceptual:
             efficientnet_lite0()  # better missed now than when the feature term joins
         self.train, held_out = split_pictures(recipe.data, 2 * recipe.size, recipe.limit)
         shown = held_out if len(held_out) else self.train
-        exact = shown.pixels[torch.tensor(evenly(len(shown), MOST_EXACT if recipe.data != "emoji" else len(shown)))]
+        exact = shown.pixels[torch.tensor(evenly(len(shown), MOST_EXACT if recipe.data != EMOJI else len(shown)))]
         self.exact = self._of_the_codec(F.avg_pool2d(exact.float() / 255, 2)) * 2 - 1
         self.flips = self.train.may_flip
         self.of_style = [np.flatnonzero(self.train.style == s) for s in range(6)]
@@ -207,7 +206,7 @@ class AutoencoderTask:
         return loss, found | {"kl": kl.detach(), **stats}
 
     def _perceptual(self, y: Tensor, x: Tensor, ground: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        network = self._features(x.device)
+        network = lite0_on(x.device)
         size = self.recipe.perceptual_size
         flat = [
             F.interpolate((over((v + 1) / 2, ground) * 2 - 1) if v.shape[1] == 4 else v, size=(size, size), mode="bilinear", align_corners=False)
@@ -215,12 +214,6 @@ class AutoencoderTask:
         ]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return perceptual(network, *flat)
-
-    def _features(self, device: torch.device) -> EfficientNetLite0:
-        """This run's own copy of the feature network, where the pictures are."""
-        if self.lite0 is None:
-            self.lite0 = copy.deepcopy(efficientnet_lite0()).to(device, memory_format=torch.channels_last)
-        return self.lite0
 
     def reconstruct(self, codec: nn.Module, x: Tensor) -> Tensor:
         device = next(codec.parameters()).device
@@ -246,7 +239,7 @@ class AutoencoderTask:
 def train(recipe: AutoencoderRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the codec in the run folder `out`."""
     loop = settled(loop, out)
-    if recipe.data != "emoji":
+    if recipe.data != EMOJI:
         same_source(Path(out), recipe.data, words=False)
     trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed, loop.dtype == "bf16")), loop, out, recipe)
     trainer.train(stop_at=stop_at)

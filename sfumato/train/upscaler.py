@@ -5,7 +5,6 @@ What a sampler draws is not as clean as what a codec repairs, so latents are dis
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from sfumato.core.rng import numpy_rng, shuffled, torch_rng
 from sfumato.data.emoji import Drawings, art_digest, concepts, credits, drawable, drawings
 from sfumato.data.latents import cached_latents
 from sfumato.losses.perceptual import perceptual
-from sfumato.nn.backbones import EfficientNetLite0, efficientnet_lite0, over
+from sfumato.nn.backbones import efficientnet_lite0, lite0_on, over
 from sfumato.train.autoencoder import pixel_loss, psnr_over_white
 from sfumato.train.diffusion import frozen_part
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
@@ -84,7 +83,6 @@ class UpscalerTask:
 
     def __init__(self, recipe: UpscalerRecipe, seed: int, codec: Path, run: Path, device: torch.device | str = "cpu") -> None:
         self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
-        self.lite0: EfficientNetLite0 | None = None
         if recipe.perceptual:
             efficientnet_lite0()  # better missed now than when the feature term joins
         tensors, meta = load_pack(frozen_part(codec, run, "codec"))
@@ -149,15 +147,10 @@ class UpscalerTask:
         loss, found = pixel_loss(drawn, batch["y"], mse=r.mse, edges=r.edges)
         if r.perceptual and progress >= r.perceptual_from:
             flat = [over((v + 1) / 2, batch["ground"]) * 2 - 1 for v in (drawn, batch["y"])]
-            features, _ = perceptual(self._features(drawn.device), *flat)
+            features, _ = perceptual(lite0_on(drawn.device), *flat)
             loss = loss + r.perceptual * features
             found["perceptual"] = features.detach()
         return loss, found
-
-    def _features(self, device: torch.device) -> EfficientNetLite0:
-        if self.lite0 is None:
-            self.lite0 = copy.deepcopy(efficientnet_lite0()).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return self.lite0
 
     def enlarged(self, network: nn.Module, x: Tensor) -> Tensor:
         device = next(network.parameters()).device

@@ -27,7 +27,7 @@ def entries(n: int, caption: str | None = None) -> Scan:
     return Scan(Path("own"), tuple(known), (), {})
 
 
-@pytest.mark.parametrize(("n", "images"), [(50, 60_000), (500, 300_000), (5_000, 1_000_000)])
+@pytest.mark.parametrize(("n", "images"), [(50, 100_000), (500, 300_000), (5_000, 1_000_000)])
 def test_settings_follow_the_number_of_pictures(n: int, images: int) -> None:
     asked = All(data=Path("own"), size=64)
     codec, denoiser = stages_for(asked, entries(n))

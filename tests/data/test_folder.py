@@ -232,6 +232,18 @@ def test_bad_zips(many: Path) -> None:
     assert kinds == {"broken.zip": "damaged-zip", "half.zip/inner.png": "damaged"}
 
 
+def test_a_member_packed_in_another_way_is_named(many: Path) -> None:
+    with zipfile.ZipFile(many / "odd.zip", "w") as z:
+        z.writestr("a.png", GOOD)
+    raw = bytearray((many / "odd.zip").read_bytes())
+    for sign, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        raw[raw.find(sign) + offset] = 97  # WavPack
+    (many / "odd.zip").write_bytes(raw)
+    bad = bad_of(many)["odd.zip/a.png"]
+    assert bad.kind == "format"
+    assert bad.reason.endswith("pack it again as a plain zip")
+
+
 def test_an_encrypted_member_is_named(many: Path) -> None:
     with zipfile.ZipFile(many / "secret.zip", "w") as z:
         z.writestr("a.png", GOOD)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sfumato.data.augment import Variety
-from sfumato.data.folder import scan, split
-from sfumato.data.shards import write_shards
-from sfumato.data.subjects import Own, OwnShards, subjects
+from sfumato.data.folder import open_picture, scan, split, square
+from sfumato.data.shards import split_shards, write_shards
+from sfumato.data.subjects import Own, subjects
 
 STILL = Variety(place=0.0, flip=0.0, recolour=0.0)
 
@@ -22,9 +23,10 @@ def test_captions_and_sub_folders(own_folder: Path) -> None:
     assert own.captioned
     assert own.labels == ["circle", "square"]
     assert own.styles == []
-    assert own.pixels.shape == (len(own.entries), 4, 32, 32)
+    entries = split(scan(own_folder).entries)[0]
+    assert own.pixels[torch.arange(own.source.count)].shape == (len(entries), 4, 32, 32)
     rng = np.random.default_rng(0)
-    for row, entry in enumerate(own.entries):
+    for row, entry in enumerate(entries):
         assert own.caption(own.scene(row, STILL, rng), rng) == entry.caption
         assert own.labels[own.label[row]] in str(entry.caption)
         assert own.style[row] == -1
@@ -33,9 +35,12 @@ def test_captions_and_sub_folders(own_folder: Path) -> None:
 def test_nothing_kept_apart_is_taught(own_folder: Path) -> None:
     own = subjects(str(own_folder), 16)
     assert isinstance(own, Own)
-    unseen = split(scan(own_folder).entries)[1]
+    found = scan(own_folder)
+    unseen = split(found.entries)[1]
     assert len(unseen) == 4
-    assert not {e.digest for e in own.entries} & {e.digest for e in unseen}
+    rows = own.pixels[torch.arange(own.source.count)].numpy()
+    assert len(rows) == 36
+    assert not {r.tobytes() for r in rows} & {square(open_picture(found, e), 32).tobytes() for e in unseen}
     shown = own.validation()
     assert shown.captions == [e.caption for e in unseen]
     assert shown.pixels.shape == (4, 4, 16, 16)
@@ -50,7 +55,7 @@ def test_a_column_named_style_gives_styles(own_folder: Path) -> None:
     own = subjects(str(own_folder), 16)
     assert isinstance(own, Own)
     assert own.styles == ["ink", "oil"]
-    assert [own.styles[s] for s in own.style] == [e.labels["style"] for e in own.entries]
+    assert [own.styles[s] for s in own.style] == [own.source.words(i)[1]["style"] for i in range(own.source.count)]
     table.write_text("".join(json.dumps(r | {"style": f"a:{r['style']}"}) + "\n" for r in rows))
     with pytest.raises(ValueError, match=r"style \(='a:ink'\) must be plain letters without comma and colon"):
         subjects(str(own_folder), 16)
@@ -90,17 +95,18 @@ def test_labels_of_the_embedded_drawings_are_refused(own_folder: Path) -> None:
 
 def test_shards_say_what_their_folder_says(own_folder: Path, own_shards: Path) -> None:
     own, shards = subjects(str(own_folder), 16), subjects(str(own_shards), 16)
-    assert isinstance(shards, OwnShards)
+    assert isinstance(shards, Own)
+    held = split_shards(own_shards, 32)[1]
     assert (shards.labels, shards.styles, shards.captioned) == (own.labels, own.styles, own.captioned)
-    assert len(shards.part) + len(shards.held) == 40
+    assert shards.source.count + len(held) == 40
     rng = np.random.default_rng(0)
-    for row in range(len(shards.part)):
+    for row in range(shards.source.count):
         caption = shards.caption(shards.scene(row, STILL, rng), rng)
         assert shards.labels[shards.label[row]] in str(caption)
     shown = shards.validation()
-    assert shown.pixels.shape == (len(shards.held), 4, 16, 16)
-    assert [shards.labels[i] in str(c) for i, c in zip(shown.label, shown.captions, strict=True)] == [True] * len(shards.held)
-    assert shards.about()["credits"] == [{"attribution": f"{len(shards.part)} pictures of shards", "licence": "not said", "home": ""}]
+    assert shown.pixels.shape == (len(held), 4, 16, 16)
+    assert [shards.labels[i] in str(c) for i, c in zip(shown.label, shown.captions, strict=True)] == [True] * len(held)
+    assert shards.about()["credits"] == [{"attribution": f"{shards.source.count} pictures of shards", "licence": "not said", "home": ""}]
 
 
 def test_shards_know_their_styles(own_folder: Path, tmp_path: Path) -> None:
@@ -110,5 +116,5 @@ def test_shards_know_their_styles(own_folder: Path, tmp_path: Path) -> None:
     write_shards(scan(own_folder), tmp_path / "shards")
     shards = subjects(str(tmp_path / "shards"), 16)
     assert (shards.styles, shards.labels) == (["ink", "oil"], ["circle", "square"])
-    assert isinstance(shards, OwnShards)
-    assert [shards.styles[s] for s in shards.style] == [shards.part.shards.words(i)[2]["style"] for i in range(len(shards.part))]
+    assert isinstance(shards, Own)
+    assert [shards.styles[s] for s in shards.style] == [shards.source.words(i)[1]["style"] for i in range(shards.source.count)]

@@ -45,6 +45,7 @@ def test_the_files_are_small_enough_to_be_cloned() -> None:
 def test_the_model_card_is_of_this_file(model: LatentDiffusion) -> None:
     card = (ROOT / "sfumato" / "bundled" / "MODEL_CARD.md").read_text()
     assert model.meta["hash"] in card
+    assert str(model.upscaler_hash) in card
     assert all(c["licence"] in card for c in model.meta["credits"])
 
 
@@ -72,10 +73,17 @@ def test_it_draws_stickers_in_the_colours_of_things(model: LatentDiffusion) -> N
     prompts = {"a red apple": 0, "a frog": 1, "一只青蛙": 1, "a blue whale": 2}
     for prompt, channel in prompts.items():
         images = model.generate(prompt, seed=1, count=4, style="noto")
-        assert all(i.size == (model.size, model.size) and i.mode == "RGBA" for i in images)
-        corners = [i.getpixel(at)[3] for i in images for at in ((0, 0), (model.size - 1, 0))]  # type: ignore[index]
+        assert all(i.size == (256, 256) and i.mode == "RGBA" for i in images)
+        corners = [i.getpixel(at)[3] for i in images for at in ((0, 0), (255, 0))]  # type: ignore[index]
         assert np.mean(corners) < 64, "a sticker has transparency around it"
         assert np.mean([mean_colour(i) for i in images], axis=0).argmax() == channel, prompt
+
+
+def test_the_enlargement_is_of_the_same_picture_and_may_be_left_out(model: LatentDiffusion) -> None:
+    large, small = (model.generate("a red apple", seed=1, style="noto", size=size)[0] for size in (None, 64))
+    assert (large.size, small.size) == ((256, 256), (64, 64))
+    again = np.asarray(large.convert("RGBa").resize((64, 64), Image.Resampling.BOX), dtype=float)
+    assert np.sqrt(np.square(again - np.asarray(small.convert("RGBa"), dtype=float)).mean()) < 8
 
 
 def test_scenes_are_opaque(model: LatentDiffusion) -> None:

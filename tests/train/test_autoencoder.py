@@ -230,8 +230,9 @@ def own(folder: Path, **more: object) -> tuple[AutoencoderRecipe, LoopConfig]:
     return replace(recipe, data=str(folder), limit=0, variety=OWN, mixed_channels=0.0, **more), replace(loop, device="cpu")  # type: ignore[arg-type]
 
 
-def test_a_codec_of_ones_own_pictures_learns_and_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
-    recipe, loop = own(folder)
+@pytest.mark.parametrize("where", ["folder", "shards"])
+def test_a_codec_of_ones_own_pictures_learns_and_goes_on_bit_for_bit(where: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    recipe, loop = own(request.getfixturevalue(where))
     train(recipe, loop, tmp_path / "whole")
     train(recipe, loop, tmp_path / "halves", stop_at=320)
     train(recipe, loop, tmp_path / "halves")
@@ -250,11 +251,13 @@ def test_own_pictures_fill_the_canvas_and_none_is_of_both_sides(folder: Path) ->
     assert not {e.digest for e in task.train.entries} & {e.digest for e in split(scan(folder).entries)[1]}  # type: ignore[union-attr]
 
 
-def test_a_folder_that_changed_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("where", "taken", "left"), [("folder", "square/00.png", 39), ("shards", "000000.tar", 31)])
+def test_pictures_that_changed_are_refused(where: str, taken: str, left: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = request.getfixturevalue(where)
     recipe, loop = own(folder)
     train(recipe, loop, tmp_path / "run", stop_at=32)
-    (folder / "square" / "00.png").unlink()
-    with pytest.raises(ValueError, match=r"has changed since .* was begun \(40 pictures then, 39 now\)"):
+    (folder / taken).unlink()
+    with pytest.raises(ValueError, match=rf"has changed since .* was begun \(40 pictures then, {left} now\)"):
         train(recipe, loop, tmp_path / "run")
 
 
@@ -276,17 +279,6 @@ def test_a_codec_may_begin_from_another(folder: Path, run: Path, tmp_path: Path)
 # --- shards -----------------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_codec_learns_from_shards_and_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
-    recipe, loop = own(shards)
-    train(recipe, loop, tmp_path / "whole")
-    train(recipe, loop, tmp_path / "halves", stop_at=320)
-    train(recipe, loop, tmp_path / "halves")
-    a, b = (load_tensors(checkpoints(tmp_path / name, "state")[-1])[0] for name in ("whole", "halves"))
-    assert all(torch.equal(a[k], v) for k, v in b.items())
-    scores = [line["psnr"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "psnr" in line]
-    assert scores[-1] > scores[0]
-
-
 def test_shards_give_each_picture_once_an_epoch_and_keep_some_apart(shards: Path) -> None:
     part, held = split_shards(shards, 32, fraction=0.1)
     assert (len(part), len(held)) == (36, 4)
@@ -304,11 +296,3 @@ def test_the_number_of_workers_changes_nothing(shards: Path) -> None:
     assert torch.equal(alone, ShardPictures(part.shards, 32, workers=7)[rows])
     assert alone.shape == (4, 4, 32, 32)
     assert torch.equal(alone[0], alone[3])
-
-
-def test_shards_that_changed_are_refused(shards: Path, tmp_path: Path) -> None:
-    recipe, loop = own(shards)
-    train(recipe, loop, tmp_path / "run", stop_at=32)
-    sorted(shards.glob("*.tar"))[0].unlink()
-    with pytest.raises(ValueError, match=r"has changed since .* was begun \(40 pictures then, 31 now\)"):
-        train(recipe, loop, tmp_path / "run")

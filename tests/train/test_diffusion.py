@@ -197,8 +197,11 @@ def own(folder: Path, **more: object) -> tuple[DiffusionRecipe, LoopConfig]:
     return replace(recipe, data=str(folder), limit=0, labels="auto", variety=CLOSE, **more), replace(loop, device="cpu")  # type: ignore[arg-type]
 
 
-def test_a_denoiser_of_ones_own_pictures_learns_and_goes_on_bit_for_bit(own_folder: Path, smoke: Path, tmp_path: Path) -> None:
-    recipe, loop = own(own_folder, memory=True)
+@pytest.mark.parametrize("where", ["own_folder", "own_shards"])
+def test_a_denoiser_of_ones_own_pictures_learns_and_goes_on_bit_for_bit(
+    where: str, request: pytest.FixtureRequest, smoke: Path, tmp_path: Path
+) -> None:
+    recipe, loop = own(request.getfixturevalue(where), memory=True)
     parts = {"codec": smoke / "codec", "text": smoke / "text"}
     trainer = train(recipe, loop, tmp_path / "whole", **parts)
     train(recipe, loop, tmp_path / "halves", stop_at=320, **parts)
@@ -208,25 +211,13 @@ def test_a_denoiser_of_ones_own_pictures_learns_and_goes_on_bit_for_bit(own_fold
     scores = [line["validation_loss"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "validation_loss" in line]
     assert scores[-1] < scores[0]
     assert (trainer.task.denoiser.styles, trainer.task.denoiser.labels) == (0, 2)
-    assert trainer.task.denoiser.memory == len({e.caption for e in trainer.task.shown.entries})
+    said = trainer.task.shown.source.words
+    assert trainer.task.denoiser.memory == len({said(i)[0] for i in range(trainer.task.shown.source.count)})
     model = load(tmp_path / "whole")
     assert model.meta["labels"] == ["circle", "square"]
     assert model.unknown("a red square") == []
     assert [w for w, _ in model.unknown("a red zebra")] == ["zebra"]
     assert len(model.generate("a red square", label="square", steps=2, count=2)) == 2
-
-
-def test_shards_are_learned_from_as_a_folder_is(own_shards: Path, smoke: Path, tmp_path: Path) -> None:
-    recipe, loop = own(own_shards, memory=True)
-    parts = {"codec": smoke / "codec", "text": smoke / "text"}
-    train(recipe, loop, tmp_path / "whole", **parts)
-    train(recipe, loop, tmp_path / "halves", stop_at=320, **parts)
-    train(recipe, loop, tmp_path / "halves", **parts)
-    a, b = (load_tensors(checkpoints(tmp_path / name, "state")[-1])[0] for name in ("whole", "halves"))
-    assert all(torch.equal(a[k], v) for k, v in b.items())
-    scores = [line["validation_loss"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "validation_loss" in line]
-    assert scores[-1] < scores[0]
-    assert load(tmp_path / "whole").meta["labels"] == ["circle", "square"]
 
 
 def test_without_captions_it_draws_with_no_prompt(own_folder: Path, smoke: Path, tmp_path: Path) -> None:
