@@ -120,7 +120,7 @@ def parse(tyro: Any, kind: type, argv: list[str], command: str) -> Any:
     words, helped = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(words), contextlib.nullcontext() if language() == "en" else contextlib.redirect_stdout(helped):
-            return tyro.cli(in_language(tyro, kind), args=argv, prog=f"sfumato {command}")
+            return tyro.cli(as_shown(tyro, kind), args=argv, prog=f"sfumato {command}")
     except SystemExit as e:
         if not e.code:
             print(_chinese_help(helped.getvalue()), end="")
@@ -128,21 +128,23 @@ def parse(tyro: Any, kind: type, argv: list[str], command: str) -> Any:
         raise ValueError(f"{_one_line(words.getvalue())} (see sfumato {command} --help)") from None
 
 
-def in_language(tyro: Any, kind: type) -> type:
-    """`kind` itself, or, for a reader of Chinese, a dataclass with the same fields and translated helps."""
-    if language() == "en":
-        return kind
-    hints, helps = typing.get_type_hints(kind, include_extras=True), _field_helps(kind)
+def as_shown(tyro: Any, kind: type) -> type:
+    """A dataclass with the fields of `kind` whose help is in the reader's language, and speaks of STR where a str may be left out."""
+    hints, bare, helps = typing.get_type_hints(kind, include_extras=True), typing.get_type_hints(kind), _field_helps(kind)
+
+    def annotated(f: dataclasses.Field) -> Any:
+        told: dict[str, Any] = {"help": translated(helps[f.name])} if f.name in helps else {}
+        wanted = [t for t in typing.get_args(bare[f.name]) if t is not type(None)]
+        if f.default is None and len(wanted) == 1 and wanted[0] in (str, int, float, Path):
+            told |= {"metavar": wanted[0].__name__.upper(), "help_behavior_hint": ""}
+        return typing.Annotated[hints[f.name], tyro.conf.arg(**told)] if told else hints[f.name]
 
     def like(f: dataclasses.Field) -> dataclasses.Field:
         return dataclasses.field(default=f.default, default_factory=f.default_factory)  # type: ignore[arg-type, return-value]
 
-    fields = [
-        (f.name, typing.Annotated[hints[f.name], tyro.conf.arg(help=translated(helps[f.name]))] if f.name in helps else hints[f.name], like(f))
-        for f in dataclasses.fields(kind)
-    ]
-    made = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
-    made.__doc__ = translated((kind.__doc__ or "").split("\n\n")[0])
+    made = dataclasses.make_dataclass(kind.__name__, [(f.name, annotated(f), like(f)) for f in dataclasses.fields(kind)], frozen=True)
+    doc = kind.__doc__ or ""
+    made.__doc__ = doc if language() == "en" else translated(doc.split("\n\n")[0])
     return made
 
 
