@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from sfumato.apps.describe import describe
 from sfumato.core.checkpoint import FileError, cache_folder, read_metadata
 from sfumato.pipelines.find import bundled, find
 from sfumato.text.words import nearest_words, normalise
+
+OURS = re.compile(r"\.?(bench-lite0|emoji|features|folder|pixels|shards)-.*\.(safetensors|npy|jsonl|part)")  # what we keep in the cache folder
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def credits(asked: Credits) -> Iterator[str]:
 
 
 def paths(asked: Paths) -> Iterator[str]:
-    kept = [p for p in sorted(cache_folder().glob("*")) if p.is_file()]
+    kept = [p for p in sorted(cache_folder().glob("*")) if p.is_file() and OURS.fullmatch(p.name)]
     size = sum(p.stat().st_size for p in kept) / 1e6
     if asked.clean:
         for p in kept:

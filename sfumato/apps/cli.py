@@ -36,6 +36,8 @@ Pictures from words, and the models behind them.
   data check DIR        what a folder of one's own pictures is good for; also data show DIR, data shard DIR --out SHARDS
   train WHAT ...        train an autoencoder, a text encoder or a diffusion model; train all --data DIR: everything on your own pictures
   pack RUN              make one small file that draws from a finished run
+  evaluate WHAT ...     measure a model or a folder of samples:  sfumato evaluate emoji --reference emoji --out report
+  compare A B ...       put reports side by side and say which differences are real
 
 sfumato COMMAND --help says more. --version prints the version."""
 
@@ -106,12 +108,27 @@ def pack(argv: list[str]) -> None:
     print(pack_run(parse(tyro, Pack, argv, "pack")))
 
 
+def _measure(name: str) -> Callable[[list[str]], None]:
+    def run(argv: list[str]) -> None:
+        import tyro
+
+        from sfumato.apps import evaluation
+
+        kinds = {"evaluate": (evaluation.Evaluate, evaluation.run_evaluate), "compare": (evaluation.Compare, evaluation.run_compare)}
+        kind, answer = kinds[name]
+        for line in answer(parse(tyro, kind, argv, name)):
+            print(line)
+
+    return run
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
     **{name: _ask(name) for name in ("styles", "concepts", "models", "info", "credits", "paths")},
     "data": data,
     "train": train,
     "pack": pack,
+    **{name: _measure(name) for name in ("evaluate", "compare")},
 }
 
 

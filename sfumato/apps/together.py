@@ -310,5 +310,5 @@ def honestly(count: int, copies: float) -> str:
     elif count < 2_000:
         kind = "hundreds of pictures give their style and mixtures of them; much of what is drawn is still near to one of them"
     else:
-        kind = "thousands of pictures give new ones of their kind"
+        kind = "thousands of pictures should give new ones of their kind: look whether they do"
     return f"{kind}. {copies:.0%} of the samples are copies of a training picture, or nearly: see nearest.png (sample, nearest training picture)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,7 +98,8 @@ def _what_else(data: bytes) -> Unreadable:
 
 def _upright_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(struct.error, TypeError, KeyError, ValueError, SyntaxError, OSError, EOFError, IndexError):
+        image = ImageOps.exif_transpose(image)  # EXIF data that cannot be read turns nothing; the picture itself is whole
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         image = _eight_bits(image)
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info

@@ -43,7 +43,7 @@ WORDS = ("caption", "metadata")  # kinds of Bad that are of words, not of pictur
 TOO_MANY_BAD = 0.1
 MOST_EXACT = 512  # pictures kept apart that are looked at while training
 LARGEST_FILE = 512 * 2**20
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 ALIKE_BITS, ALIKE_COLOUR = 10, 8  # of 256, of 255: as far as two versions of one picture lie apart at most
 SOFT = 0.2  # photographs and drawings have mostly 0.26 and more of their contrast in the finest detail, enlarged twofold 0.12 to 0.19
 
@@ -158,13 +158,27 @@ def _in_zip(path: Path, prefix: str) -> Iterator[Found | Bad]:
         yield Bad(prefix.rstrip("/") or path.name, "damaged-zip", f"is not a readable zip archive ({e})")
         return
     for m in members:
-        parts = m.filename.split("/")
+        name = _member_name(m)
+        parts = name.split("/")
         if m.is_dir() or not _wanted(parts[-1]) or any(p.startswith(".") or p == "__MACOSX" for p in parts):
             continue
         if m.flag_bits & 1:
-            yield Bad(prefix + m.filename, "encrypted", "is encrypted inside the zip: unpack it with its password")
+            yield Bad(prefix + name, "encrypted", "is encrypted inside the zip: unpack it with its password")
         else:
-            yield Found(prefix + m.filename, path, m.filename, (m.file_size, modified))
+            yield Found(prefix + name, path, m.filename, (m.file_size, modified))
+
+
+def _member_name(member: zipfile.ZipInfo) -> str:
+    """A member's name as it was meant: without the flag for UTF-8, Python takes it for an old American code page; it may be UTF-8 or Chinese GBK."""
+    if member.flag_bits & 0x800 or member.filename.isascii():
+        return member.filename
+    raw = member.filename.encode("cp437", "replace")
+    for code in ("utf-8", "gbk"):
+        try:
+            return raw.decode(code)
+        except UnicodeDecodeError:
+            continue
+    return member.filename
 
 
 def _wanted(name: str) -> bool:
@@ -299,7 +313,9 @@ def _said(files: Iterable[Found], names: set[str]) -> tuple[dict[str, str], dict
     captions: dict[str, str] = {}
     labels: dict[str, dict[str, str]] = {}
     bad: list[Bad] = []
-    stems = {os.path.splitext(n)[0]: n for n in sorted(names, reverse=True)}
+    stems: dict[str, list[str]] = {}
+    for n in sorted(names):
+        stems.setdefault(os.path.splitext(n)[0], []).append(n)
     for file in sorted(files, key=lambda f: (os.path.basename(f.name).lower() in METADATA, f.name)):
         base = os.path.basename(file.name)
         if base.lower() not in METADATA and os.path.splitext(file.name)[0] not in stems:
@@ -311,7 +327,7 @@ def _said(files: Iterable[Found], names: set[str]) -> tuple[dict[str, str], dict
             continue
         if base.lower() not in METADATA:
             if text.strip():
-                captions[stems[os.path.splitext(file.name)[0]]] = " ".join(text.split())
+                captions |= dict.fromkeys(stems[os.path.splitext(file.name)[0]], " ".join(text.split()))
             continue
         folder = file.name[: -len(base)]
         for number, row in _rows(file.name, text):
@@ -331,11 +347,15 @@ def _said(files: Iterable[Found], names: set[str]) -> tuple[dict[str, str], dict
 def _rows(name: str, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line number, row with a file_name, or what is wrong with the line)."""
     if name.lower().endswith(".csv"):
-        for n, record in enumerate(csv.DictReader(io.StringIO(text)), 2):
-            row = {k: v for k, v in record.items() if k}
-            yield n, row if row.get("file_name") else "has no file_name"
+        n = 1
+        try:
+            for n, record in enumerate(csv.DictReader(io.StringIO(text)), 2):
+                row = {k: v for k, v in record.items() if k}
+                yield n, row if row.get("file_name") else "has no file_name"
+        except csv.Error as e:
+            yield n + 1, f"and all after it cannot be read ({e}): look for a stray quotation mark"
         return
-    for n, line in enumerate(text.splitlines(), 1):
+    for n, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -422,25 +442,26 @@ def _index_path(root: Path) -> Path:
     return cache_folder() / f"folder-v{INDEX_VERSION}-{hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:16]}.jsonl"
 
 
-def _remembered(root: Path) -> dict[str, Entry | Bad]:
+def _remembered(root: Path) -> dict[str, Entry]:
     """What an earlier scan found, by name; nothing where its index cannot be read."""
     path = _index_path(root)
     if not path.exists():
         return {}
-    found: dict[str, Entry | Bad] = {}
+    found: dict[str, Entry] = {}
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             row["stamp"] = tuple(row["stamp"])
-            found[row["name"]] = Bad(**row) if "kind" in row else Entry(**row | {"notes": tuple(row["notes"])})
+            found[row["name"]] = Entry(**row | {"notes": tuple(row["notes"])})
     except (ValueError, TypeError, KeyError, OSError):
         return {}
     return found
 
 
 def _remember(root: Path, looked: list[Entry | Bad]) -> None:
-    rows = ({k: v for k, v in asdict(e).items() if k not in ("caption", "labels")} for e in looked)
-    write_bytes(_index_path(root), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+    good = (e for e in looked if isinstance(e, Entry))  # what is bad is looked at again: it may be repaired, or allowed, or readable by then
+    rows = ({k: v for k, v in asdict(e).items() if k not in ("caption", "labels")} for e in good)
+    write_bytes(_index_path(root), "".join(json.dumps(r) + "\n" for r in rows).encode())  # in ASCII: names may be no UTF-8
 
 
 # --- pixels -------------------------------------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def _members(found: Scan, entry: Entry) -> Iterator[tuple[str, bytes]]:
     yield os.path.splitext(entry.name)[1].lower(), data
     if entry.caption is not None:
         yield ".txt", entry.caption.encode()
-    yield ".json", json.dumps({"name": entry.name, "labels": entry.labels}, ensure_ascii=False).encode()
+    yield ".json", json.dumps({"name": entry.name, "labels": entry.labels}).encode()
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------------------------------
@@ -153,8 +153,13 @@ class Shards:
         row = [int(v) for v in self._index[i]]
         with open(self.paths[row[0]], "rb") as f:
             caption, labels = _at(f, row[3], row[4]), _at(f, row[5], row[6])
-        told = json.loads(labels) if labels else {}
-        named = told.get("labels", {k: v for k, v in told.items() if isinstance(v, (str, int, float))}) if isinstance(told, dict) else {}
+        try:
+            told = json.loads(labels) if labels else {}
+        except ValueError as e:
+            raise FileError(f"{self.paths[row[0]]}: the JSON of sample {i} cannot be read ({e}): write these shards again") from None
+        ours = isinstance(told, dict) and isinstance(told.get("labels"), dict)
+        source = told["labels"] if ours else told if isinstance(told, dict) else {}
+        named = {k: v for k, v in source.items() if isinstance(v, (str, int, float)) and (ours or k != "name")}
         own = told.get("name") if isinstance(told, dict) else None
         return own, " ".join(caption.decode("utf-8", "replace").split()) or None, {k: str(v) for k, v in named.items()}
 

@@ -1,30 +1,284 @@
-"""How far two sets of pictures are apart, from their features."""
+"""How far two sets of pictures are apart, from their features: functions of (real, fake), "n d" and "m d".
+
+Moments stream in constant memory. What needs all pairs (kernel distance, precision, recall, density, coverage) shares one pass over tiles of the
+Gram matrices, so memory stays bounded and features are multiplied once.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ROWS = 1024  # compared at once, so that memory grows with one set only
+from sfumato.metrics.intervals import jackknife
+
+Features = Float[Tensor, "_ d"]
+TILE = 1000  # rows of a Gram tile; also the size of KID's usual subsets
+NEIGHBOURS = 5  # of precision, recall, density and coverage, as their paper has it
+FEW = 2048  # below this a Frechet distance says more of n than of the pictures
 
 
-def kernel_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
+def check_features(real: Tensor, fake: Tensor, least: int = 2) -> None:
+    """Raises ValueError for sets that are too small, of different widths, or hold what is not finite."""
+    for name, x in (("real", real), ("fake", fake)):
+        if x.ndim != 2 or len(x) < least:
+            raise ValueError(f"{name} features (={tuple(x.shape)}) must be of {least} pictures at least: nothing can be said of a spread otherwise")
+        bad = ~torch.isfinite(x).all(1)
+        if bad.any():
+            rows = torch.nonzero(bad).flatten().tolist()
+            raise ValueError(f"{name} features of {len(rows)} pictures are not finite, such as number {rows[0]}: look at these pictures first")
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"real and fake features have {real.shape[1]} and {fake.shape[1]} dimensions: take both from one network")
+
+
+def remarks(real: int, fake: int, dimensions: int) -> list[str]:
+    """What a reader of a Frechet distance should know of how many pictures it is made from."""
+    n = min(real, fake)
+    said = []
+    if n < FEW:
+        said.append(f"{n} pictures are few for a Frechet distance (below {FEW:,}): it is biased upwards; read the kernel distance (KID)")
+    if n < dimensions:
+        said.append(f"{n} pictures are fewer than the {dimensions} feature dimensions: covariances are singular; read the kernel distance (KID)")
+    return said
+
+
+# --- Frechet distance ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Moments:
+    """Mean and covariance of features that come in parts, in fp64 and constant memory (Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self.scatter = torch.zeros(0, 0, dtype=torch.float64)
+
+    def update(self, features: Features) -> Moments:
+        x = features.double()
+        if not torch.isfinite(x).all():
+            raise ValueError("features are not finite: look at these pictures first")
+        n, mean = len(x), x.mean(0)
+        centred = x - mean
+        if self.n == 0:
+            self.n, self.mean, self.scatter = n, mean, centred.T @ centred
+            return self
+        if n:
+            shift, total = mean - self.mean, self.n + n
+            self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.n * n / total)
+            self.mean = self.mean + shift * (n / total)
+            self.n = total
+        return self
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased, "d d"."""
+        if self.n < 2:
+            raise ValueError(f"a covariance needs two pictures at least, not {self.n}")
+        return self.scatter / (self.n - 1)
+
+
+def root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """R with R^T R = covariance, of which negative eigenvalues (rounding) are 0."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T
+
+
+def frechet_distance(real: Moments, fake: Moments, *, real_root: Tensor | None = None) -> float:
+    """Squared Frechet (Wasserstein-2) distance of two Gaussians (arXiv 1706.08500, equation 6).
+
+    |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)); the last trace is the sum of the singular values of R1 R2^T with C = R^T R, which stays
+    exact where covariances are singular.
+    """
+    a, b = real.covariance, fake.covariance
+    if a.shape != b.shape:
+        raise ValueError(f"real and fake features have {len(a)} and {len(b)} dimensions: take both from one network")
+    cross = torch.linalg.svdvals((root(a) if real_root is None else real_root) @ root(b).T).sum()
+    return float((real.mean - fake.mean).square().sum() + a.trace() + b.trace() - 2 * cross)
+
+
+def frechet_infinity(real: Features, fake: Features, *, points: int = 15, seed: int = 0) -> tuple[float, list[tuple[int, float]]]:
+    """The Frechet distance extrapolated to infinitely many samples, and the (n, distance) that a line in 1/n was laid through (arXiv 1911.07023).
+
+    Subsets of the fake features of `points` sizes, evenly from a tenth to all of them; the real ones stay as they are.
+    """
+    check_features(real, fake, 20)
+    moments = Moments().update(real)
+    r, order = root(moments.covariance), torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).permutation(len(fake)))
+    sizes = np.unique(np.linspace(max(len(fake) // 10, 2), len(fake), points).astype(int))
+    found = [(int(n), frechet_distance(moments, Moments().update(fake[order[:n]]), real_root=r)) for n in sizes]
+    slope_and_limit = np.polyfit([1 / n for n, _ in found], [d for _, d in found], 1)
+    return float(slope_and_limit[1]), found
+
+
+# --- all pairs: kernel distance, precision, recall, density, coverage -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What one pass over all pairs of features gives.
+
+    `kid` is the unbiased kernel distance of the whole sets, `kid_interval` its 95 % interval by leaving out blocks. Per fake picture: `inside`,
+    whether it lies in the real set's neighbourhoods (precision is their mean), and `covers`, of how many (density); per real picture: `reached`,
+    whether it lies in the fake set's neighbourhoods (recall), and `covered`, whether a fake picture lies in its own (coverage).
+    """
+
+    kid: float
+    kid_interval: list[float]
+    inside: np.ndarray
+    covers: np.ndarray
+    reached: np.ndarray
+    covered: np.ndarray
+    k: int
+
+    @property
+    def precision(self) -> float:
+        return float(self.inside.mean())
+
+    @property
+    def recall(self) -> float:
+        return float(self.reached.mean())
+
+    @property
+    def density(self) -> float:
+        return float(self.covers.mean() / self.k)
+
+    @property
+    def coverage(self) -> float:
+        return float(self.covered.mean())
+
+
+def compare_pairs(real: Features, fake: Features, *, k: int = NEIGHBOURS, tile: int = 0) -> Pairs:
+    """Kernel distance (KID, arXiv 1801.01401), precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797).
+
+    In the dtype of the features; sums are fp64. Neighbourhoods reach to the k-th nearest of the own set, borders excluded. `tile` rows are
+    compared at once; 0 takes TILE, of small sets a tenth, so that there are blocks to leave out. Raises ValueError where a set has not more than
+    k pictures.
+    """
+    check_features(real, fake, max(k + 1, 2))
+    tile = tile or max(min(TILE, len(real) // 10, len(fake) // 10), 1)
+    radius_real, within_real = _within(real, k, tile)
+    radius_fake, within_fake = _within(fake, k, tile)
+    n, m, d = len(real), len(fake), real.shape[1]
+    squares_real, squares_fake = real.square().sum(1), fake.square().sum(1)
+    inside = torch.zeros(m, dtype=torch.bool)
+    covers = torch.zeros(m, dtype=torch.int64)
+    reached, covered = [], []
+    across = torch.zeros(-(-n // tile), -(-m // tile), dtype=torch.float64)
+    for i in range(0, n, tile):
+        mine = slice(i, i + tile)
+        hit_any, hit_own = (torch.zeros(len(real[mine]), dtype=torch.bool) for _ in range(2))
+        for j in range(0, m, tile):
+            theirs = slice(j, j + tile)
+            gram = real[mine] @ fake[theirs].T
+            across[i // tile, j // tile] = _kernel(gram, d).sum(dtype=torch.float64)
+            apart = (squares_real[mine, None] + squares_fake[theirs] - 2 * gram).clamp_min_(0)
+            near = apart < radius_real[mine, None]
+            inside[theirs] |= near.any(0)
+            covers[theirs] += near.sum(0)
+            hit_own |= near.any(1)
+            hit_any |= (apart < radius_fake[theirs]).any(1)
+        reached.append(hit_any)
+        covered.append(hit_own)
+    kid, interval = _kid_of(within_real, within_fake, across, n, m, tile)
+    columns = (inside, covers, torch.cat(reached), torch.cat(covered))
+    return Pairs(kid, interval, *(c.numpy().astype(np.float64) for c in columns), k)
+
+
+def _kernel(gram: Tensor, d: int) -> Tensor:
+    """(x.y / d + 1)^3."""
+    base = gram / d + 1
+    return base * base * base
+
+
+def _within(x: Tensor, k: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Of one set: the squared distance of each row to its k-th nearest other row, and the kernel's sums over blocks, a row with itself left out."""
+    squares, n, blocks = x.square().sum(1), len(x), -(-len(x) // tile)
+    sums, radii = torch.zeros(blocks, blocks, dtype=torch.float64), []
+    for i in range(0, n, tile):
+        mine, best = slice(i, i + tile), torch.empty(min(tile, n - i), 0, dtype=x.dtype)
+        for j in range(0, n, tile):
+            gram = x[mine] @ x[j : j + tile].T
+            kernel = _kernel(gram, x.shape[1])
+            sums[i // tile, j // tile] = kernel.sum(dtype=torch.float64) - (kernel.diagonal().sum(dtype=torch.float64) if i == j else 0)
+            apart = (squares[mine, None] + squares[j : j + tile] - 2 * gram).clamp_min_(0)
+            if i == j:
+                apart.fill_diagonal_(float("inf"))
+            best = torch.cat([best, apart], 1)
+            best = best.topk(min(k, best.shape[1]), dim=1, largest=False).values
+        radii.append(best[:, k - 1])
+    return torch.cat(radii), sums
+
+
+def _kid_of(xx: Tensor, yy: Tensor, xy: Tensor, n: int, m: int, tile: int) -> tuple[float, list[float]]:
+    """The unbiased estimate from sums over blocks, and its interval by leaving out the i-th block of both sets."""
+    sizes = [np.array([min(tile, total - s) for s in range(0, total, tile)], dtype=np.float64) for total in (n, m)]
+    a, b, c = (t.numpy() for t in (xx, yy, xy))
+
+    def estimate(keep_x: np.ndarray, keep_y: np.ndarray) -> float:
+        nx, ny = sizes[0][keep_x].sum(), sizes[1][keep_y].sum()
+        inner = a[np.ix_(keep_x, keep_x)].sum() / (nx * (nx - 1)) + b[np.ix_(keep_y, keep_y)].sum() / (ny * (ny - 1))
+        return float(inner - 2 * c[np.ix_(keep_x, keep_y)].sum() / (nx * ny))
+
+    every = [np.arange(len(s)) for s in sizes]
+    whole = estimate(*every)
+    groups = min(len(every[0]), len(every[1]))
+    without = [estimate(*(np.delete(e, np.flatnonzero(e % groups == g)) for e in every)) for g in range(groups)] if groups > 1 else []
+    return whole, jackknife(whole, np.array(without))
+
+
+def kernel_distance(real: Features, fake: Features) -> float:
     """Squared maximum mean discrepancy under the kernel (x.y / d + 1)^3 (KID, arXiv 1801.01401), unbiased: around 0 for equal distributions.
 
-    Features as they come from a network, in fp64. Raises ValueError for fewer than two rows.
+    Features as they come from a network; in fp64. Raises ValueError for fewer than two rows.
     """
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"a kernel distance needs two pictures on each side at least, not {len(x)} and {len(y)}")
-    x, y = x.double(), y.double()
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+    if min(len(real), len(fake)) < 2:
+        raise ValueError(f"a kernel distance needs two pictures on each side at least, not {len(real)} and {len(fake)}")
+    real, fake, d = real.double(), fake.double(), real.shape[1]
 
     def total(a: Tensor, b: Tensor) -> float:
-        return sum(float(kernel(part, b).sum()) for part in a.split(ROWS))
+        return sum(float(_kernel(part @ b.T, d).sum()) for part in a.split(TILE))
 
     def within(a: Tensor) -> float:
-        own = float(((a.square().sum(1) / a.shape[1] + 1) ** 3).sum())  # each with itself
+        own = float(((a.square().sum(1) / d + 1) ** 3).sum())  # each with itself
         return (total(a, a) - own) / (len(a) * (len(a) - 1))
 
-    return within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))
+    return within(real) + within(fake) - 2 * total(real, fake) / (len(real) * len(fake))
+
+
+def kid_subsets(real: Features, fake: Features, *, subsets: int = 100, size: int = TILE, seed: int = 0) -> np.ndarray:
+    """The kernel distances of random subsets, "subsets": their mean and spread are what is published as KID."""
+    size = min(size, len(real), len(fake))
+    rng = np.random.Generator(np.random.PCG64(seed))
+    draws = [(rng.choice(len(real), size, replace=False), rng.choice(len(fake), size, replace=False)) for _ in range(subsets)]
+    return np.array([kernel_distance(real[torch.from_numpy(i)], fake[torch.from_numpy(j)]) for i, j in draws])
+
+
+# --- other distances ----------------------------------------------------------------------------------------------------------------------------
+
+
+def gaussian_distance(real: Features, fake: Features, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
+    """`scale` times the squared maximum mean discrepancy of unit-length features under exp(-|x - y|^2 / (2 sigma^2)), with each row's own pair
+    counted (arXiv 2401.09603); with CLIP features it is called CMMD.
+    """
+    check_features(real, fake)
+    x, y = (f.double() / f.double().norm(dim=1, keepdim=True) for f in (real, fake))
+
+    def mean(a: Tensor, b: Tensor) -> float:
+        return sum(float(torch.exp((part @ b.T - 1) / sigma**2).sum()) for part in a.split(TILE)) / (len(a) * len(b))
+
+    return scale * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+
+
+def inception_score(logits: Float[Tensor, "n classes"], *, splits: int = 10) -> tuple[float, float]:
+    """exp(E KL(p(y|x) | p(y))), mean and spread over splits (arXiv 1606.03498). Of Inception's own logits only; elsewhere it means nothing."""
+    if len(logits) < splits:
+        raise ValueError(f"an Inception score of {splits} splits needs {splits} pictures at least, not {len(logits)}")
+    scores = []
+    for part in logits.double().log_softmax(1).tensor_split(splits):
+        p = part.exp()
+        scores.append(float((p * (part - part.logsumexp(0) + math.log(len(part)))).sum(1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))

@@ -376,11 +376,12 @@ def test_credits_of_a_model_and_of_a_picture(packed: str, tmp_path: Path, capsys
 def test_paths_are_told_and_what_is_kept_can_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "kept"))
     (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "emoji.safetensors").write_bytes(b"\0" * 2_000_000)
+    (tmp_path / "kept" / "emoji-v1-abc-64.safetensors").write_bytes(b"\0" * 2_000_000)
+    (tmp_path / "kept" / "thesis.pdf").write_bytes(b"mine")
     lines = run(capsys, "paths")[1].splitlines()
     assert lines[0] == f"cache\t2.0 MB\t{tmp_path / 'kept'}"
     assert run(capsys, "paths", "--clean")[1].startswith("removed\t2.0 MB\t1 files")
-    assert list((tmp_path / "kept").iterdir()) == []
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["thesis.pdf"], "what is not ours stays"
 
 
 def test_a_changed_init_picture_is_not_passed_off_as_the_same(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

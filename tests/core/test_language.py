@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.apps import ask, cli, dataset, draw, together, training
+from sfumato.apps import ask, cli, dataset, draw, evaluation, together, training
 from sfumato.core.language import catalogue, language, translated
 
 PACKAGE = Path(cli.__file__).parents[1]
@@ -63,7 +63,17 @@ def test_every_sentence_that_is_raised_or_said_is_in_the_catalogue() -> None:
 
 @pytest.mark.usefixtures("chinese")
 def test_every_flag_and_command_is_explained() -> None:
-    kinds = [draw.Generate, dataset.Check, dataset.Show, dataset.Shard, training.Pack, together.All, *(kind for kind, _ in ask.QUESTIONS.values())]
+    kinds = [
+        draw.Generate,
+        dataset.Check,
+        dataset.Show,
+        dataset.Shard,
+        training.Pack,
+        together.All,
+        evaluation.Evaluate,
+        evaluation.Compare,
+        *(kind for kind, _ in ask.QUESTIONS.values()),
+    ]
     texts = [cli.HELP, *(h for k in kinds for h in cli._field_helps(k).values()), *((k.__doc__ or "").split("\n\n")[0] for k in kinds)]
     assert [t for t in texts if translated(t) == t] == []
 

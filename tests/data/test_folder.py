@@ -232,6 +232,57 @@ def test_bad_zips(many: Path) -> None:
     assert kinds == {"broken.zip": "damaged-zip", "half.zip/inner.png": "damaged"}
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_data_turns_nothing(kind: str) -> None:
+    """A rotation whose value is not a number, and data that is none."""
+    wrong = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0ABC\0\0\0\0\0"
+    for exif in (wrong, b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", b"Exif\0\0MM"):
+        image = decode(encoded(picture(), kind, exif=exif))
+        assert image.size == picture().size
+
+
+def test_names_that_are_no_utf8(many: Path) -> None:
+    name = os.fsdecode("狐狸.png".encode("gbk"))
+    (many / name).write_bytes(encoded(picture(99)))
+    for _ in range(2):  # the second time from its index
+        assert name in {e.name for e in scan(many, progress=False).entries}
+
+
+@pytest.mark.parametrize("code", ["utf-8", "gbk"])
+def test_chinese_names_in_zips_without_the_flag_for_utf8(tmp_path: Path, code: str) -> None:
+    member = "动物/狐狸.png".encode(code)
+    plain = "x" * len(member)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        z.writestr(plain, encoded(picture()))
+    (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes().replace(plain.encode(), member))
+    found = survey(tmp_path / "a.zip", progress=False)
+    assert [e.name for e in found.entries] == ["动物/狐狸.png"]
+    assert open_picture(found, found.entries[0]).size == picture().size
+
+
+def test_a_file_that_is_repaired_is_good_again(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.read_bytes
+    with monkeypatch.context() as m:
+        m.setattr(Path, "read_bytes", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error")) if self.name == "07.png" else real(self))
+        assert "07.png" in bad_of(many)
+    assert bad_of(many) == {}
+
+
+def test_tables_with_a_stray_quote_or_a_line_separator(many: Path) -> None:
+    (many / "metadata.csv").write_text('file_name,text\n00.png,fine\n01.png,"' + "x" * 140_000)
+    assert "stray quotation mark" in bad_of(many)["metadata.csv:3"].reason
+    (many / "metadata.csv").unlink()
+    (many / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "one\u2028two"}\n', encoding="utf-8")
+    assert bad_of(many) == {}
+    assert scan(many, progress=False).entries[0].caption == "one two"
+
+
+def test_one_text_is_of_all_pictures_of_its_name(many: Path) -> None:
+    (many / "00.jpg").write_bytes(encoded(picture(50), "JPEG"))
+    (many / "00.txt").write_text("a thing")
+    assert {e.name for e in scan(many, progress=False).entries if e.caption} == {"00.jpg", "00.png"}
+
+
 def test_a_member_packed_in_another_way_is_named(many: Path) -> None:
     with zipfile.ZipFile(many / "odd.zip", "w") as z:
         z.writestr("a.png", GOOD)

@@ -1,0 +1,591 @@
+"""Evaluates a model, or a folder of samples, against reference pictures: every figure with its interval and with what it was made from.
+
+Samples are looked at as they come and not kept: their features, a few numbers of each, and the few that the page shows. A stop (Ctrl-C) ends
+the drawing, not the evaluation: what was drawn until then is what the figures say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import sfumato
+from sfumato.core.checkpoint import FileError, cache_folder, cached, write_bytes
+from sfumato.core.config import nearest as spelt
+from sfumato.core.images import grid, png_bytes, to_pil, to_tensor
+from sfumato.core.language import translated
+from sfumato.core.report import Curve, Figure, Report, Shot
+from sfumato.core.request import LONGEST_PROMPT, GenerateRequest
+from sfumato.data.emoji import STYLES, concepts, drawings
+from sfumato.data.folder import evenly, pixels_of, scan
+from sfumato.data.shards import ShardPictures, Shards, are_shards
+from sfumato.metrics import cost
+from sfumato.metrics.distribution import Moments, compare_pairs, frechet_distance, frechet_infinity, gaussian_distance, inception_score, remarks
+from sfumato.metrics.diversity import (
+    copied,
+    intra_class_distance,
+    mode_coverage,
+    modes_of,
+    ms_ssim_diversity,
+    nearest,
+    pairwise_distance,
+    vendi_score,
+)
+from sfumato.metrics.features import FeatureNet, Resize, look
+from sfumato.metrics.intervals import bootstrap, mean_interval
+from sfumato.metrics.pairwise import PAIRWISE, over_both
+from sfumato.metrics.stability import Usual, blur, failures, sharpness, spreads
+from sfumato.nn.backbones import over
+from sfumato.pipelines.generate import LatentDiffusion
+
+GROUPS = ("pairwise", "distribution", "diversity", "memorisation", "stability", "text", "cost")
+EMOJI = "emoji"
+MOST = 2048  # samples, unless asked for more
+BATCH = 64
+SHOWN = 32
+MODES = 48
+KEPT_SIDE = 64  # pixels of pictures that are kept for the page
+
+
+# --- sets of pictures ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures as squares, `pixels[rows]` uint8 "b 4 s s", premultiplied, with what is said of each; `digest` is of their contents."""
+
+    path: str
+    digest: str
+    side: int
+    pixels: Any
+    names: list[str]
+    captions: list[str | None]
+    labels: list[str | None]
+    styles: list[str | None]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(self, rows: Sequence[int]) -> Iterator[Tensor]:
+        """Premultiplied RGBA "b 4 s s" in [0, 1]."""
+        for i in range(0, len(rows), BATCH):
+            yield self.pixels[torch.tensor(rows[i : i + BATCH])].float() / 255
+
+    def about(self, count: int) -> dict[str, Any]:
+        return {"path": self.path, "count": count, "of": len(self), "sha256": self.digest}
+
+
+def picture_set(where: str | Path, side: int, known: set[str] | None = None) -> PictureSet:
+    """The pictures of a folder, a zip or shards, or with "emoji" the embedded drawings, of `known` concepts (hexcodes), as squares of `side`."""
+    if str(where) == EMOJI:
+        which = [c for c in concepts() if known is None or c.hexcode in known]
+        art = drawings(2 * side, which)
+        pixels = F.avg_pool2d(art.pixels.float(), 2).round().to(torch.uint8)
+        said = [concepts()[c].name for c in art.concept]
+        styles = [STYLES[s] for s in art.style]
+        names = [f"{c} [{s}]" for c, s in zip(said, styles, strict=True)]
+        return PictureSet(EMOJI, _sha(art.pixels.numpy().tobytes()), side, pixels, names, list(said), list(said), list(styles))
+    if are_shards(where):
+        shards = Shards(Path(where))
+        words = [shards.words(i) for i in range(len(shards))]
+        names = [own or str(i) for i, (own, _, _) in enumerate(words)]
+        facts = json.dumps([(p.name, p.stat().st_size) for p in shards.paths]).encode()
+        captions, told = [c for _, c, _ in words], [t for _, _, t in words]
+        return PictureSet(str(where), _sha(facts), side, ShardPictures(shards, side), names, captions, *_columns(told))
+    found = scan(where)
+    entries = found.entries
+    digest = _sha("".join(sorted(e.digest for e in entries)).encode())
+    pixels = pixels_of(found, entries, side).pixels
+    return PictureSet(
+        str(where), digest, side, pixels, [e.name for e in entries], [e.caption for e in entries], *_columns([e.labels for e in entries])
+    )
+
+
+def _columns(told: Sequence[dict[str, str]]) -> tuple[list[str | None], list[str | None]]:
+    """(labels, styles) of pictures: the sub-folder, else the first label that is no style."""
+    label = [t.get("folder") or next((v for k, v in t.items() if k != "style"), None) for t in told]
+    return label, [t.get("style") for t in told]
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# --- what every part works with -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate: which groups, how many samples, what looks at them, and how a generator is asked."""
+
+    groups: tuple[str, ...] = GROUPS
+    count: int = 0
+    resize: Resize = "antialias"
+    steps: int = 20
+    guidance: float = 3.0
+    seed: int = 0
+    repeats: int = 5
+    command: str = ""
+    keep: Path | None = None
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            if group not in GROUPS:
+                raise ValueError(f"metrics (={group!r}) must be all or among {', '.join(GROUPS)}{spelt(group, GROUPS)}")
+
+
+@dataclass
+class Evaluation:
+    """Figures as they are found. `values` are numbers per picture, by what they are called, for paired comparisons."""
+
+    options: Options
+    net: FeatureNet
+    reference: PictureSet
+    rows: list[int]
+    samples: dict[str, Any] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    shots: list[Shot] = field(default_factory=list)
+    began: float = 0.0
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def add(self, group: str, name: str, value: float, *, n: int, looked: bool = True, **more: Any) -> None:
+        """A figure with its provenance; `seconds` are those since the last `start`."""
+        source = {
+            "reference": self.reference.about(len(self.rows)),
+            "samples": self.samples,
+            "crop": f"squares of {self.reference.side} pixels: opaque pictures cut to their middle, others kept whole; Lanczos",
+            "resize": self.options.resize if looked else None,
+            "features": {"network": self.net.name, "sha256": self.net.digest, "verified": self.net.verified} if looked else None,
+            "seed": self.options.seed,
+            "version": sfumato.__version__,
+            "command": self.options.command,
+        }
+        interval = more.pop("interval", None)
+        between = tuple(interval) if interval and all(np.isfinite(interval)) else None
+        seconds = round(time.perf_counter() - self.began, 3)
+        self.figures.append(Figure(group, name, float(value), interval=between, n=n, seconds=seconds, source=source, **more))  # type: ignore[arg-type]
+
+    def mean(self, group: str, name: str, values: np.ndarray, **more: Any) -> None:
+        """A mean over pictures, with its bootstrap interval; the values are kept for comparisons."""
+        mean, low, high = mean_interval(values, self.options.seed)
+        self.values[f"{group}/{name}"] = np.asarray(values, dtype=np.float64)
+        self.add(group, name, mean, n=len(values), interval=(low, high), **more)
+
+
+def white(rgba: Tensor) -> Tensor:
+    """Premultiplied RGBA in [0, 1] over white; RGB as it is."""
+    return over(rgba) if rgba.shape[1] == 4 else rgba
+
+
+def features_of(net: FeatureNet, pictures: PictureSet, rows: Sequence[int], how: Resize) -> tuple[Tensor, Tensor | None]:
+    """Features (and logits) of pictures of a set over white, kept in the cache folder."""
+    key = json.dumps([net.name, net.digest, how, pictures.digest, pictures.side, list(rows)])
+    path = cache_folder() / f"features-{_sha(key.encode())[:24]}.safetensors"
+
+    def make() -> tuple[dict[str, Tensor], dict[str, object]]:
+        bar = tqdm(pictures.batches(rows), total=-(-len(rows) // BATCH), desc=translated("features of the pictures"), leave=False)
+        parts = [look(net, white(b), how) for b in bar]
+        found = {"features": torch.cat([f for f, _ in parts])}
+        if parts[0][1] is not None:
+            found["logits"] = torch.cat([logits for _, logits in parts if logits is not None])
+        return found, {"network": net.name}
+
+    found = cached(path, make)
+    return found["features"], found.get("logits")
+
+
+# --- samples ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Looked:
+    """What is kept of pictures that went by."""
+
+    features: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    sharp: list[np.ndarray] = field(default_factory=list)
+    blurred: list[np.ndarray] = field(default_factory=list)
+    failed: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    small: list[Tensor] = field(default_factory=list)
+    digest: Any = field(default_factory=hashlib.sha256)
+    stopped: bool = False
+
+    def take(self, e: Evaluation, batch: Tensor, usual: Usual) -> None:
+        rgb = white(batch)
+        finite = torch.isfinite(rgb).flatten(1).all(1)
+        for kind, mask in failures(rgb, usual).items():
+            self.failed.setdefault(kind, []).append(mask.numpy())
+        rgb = torch.where(finite[:, None, None, None], rgb, torch.ones_like(rgb))
+        features, logits = look(e.net, rgb, e.options.resize)
+        self.features.append(features)
+        if logits is not None:
+            self.logits.append(logits)
+        self.sharp.append(sharpness(rgb).numpy())
+        self.blurred.append(blur(rgb).numpy())
+        self.small.append((F.interpolate(rgb, size=(KEPT_SIDE, KEPT_SIDE), mode="bilinear", antialias=True) * 255).round().to(torch.uint8))
+        self.digest.update((batch * 255).round().to(torch.uint8).numpy().tobytes())
+
+    @property
+    def count(self) -> int:
+        return sum(len(f) for f in self.features)
+
+
+def looked_at(e: Evaluation, batches: Iterator[Tensor], total: int, usual: Usual) -> Looked:
+    """Looks at pictures as they come; Ctrl-C ends that and keeps what was seen."""
+    kept = Looked()
+    try:
+        with tqdm(total=total, desc=translated("looking at samples"), unit=" pictures", leave=False) as bar:
+            for batch in batches:
+                kept.take(e, batch, usual)
+                bar.update(len(batch))
+    except KeyboardInterrupt:
+        kept.stopped = True
+    if kept.count < 2:
+        raise ValueError("fewer than two samples were seen: nothing can be said of them")
+    if kept.stopped:
+        e.remarks.append(f"stopped by hand after {kept.count:,} of {total:,} samples: the figures are of these")
+    return kept
+
+
+def asked_for(model: LatentDiffusion, pictures: PictureSet, rows: Sequence[int], options: Options) -> list[GenerateRequest]:
+    """A request for each row: its caption, label and style, where the model knows them."""
+    requests = []
+    for i, row in enumerate(rows):
+        caption = pictures.captions[row]
+        prompt = caption[:LONGEST_PROMPT] if caption and model.text is not None else None
+        label = pictures.labels[row] if pictures.labels[row] in model.meta["labels"] else None
+        style = pictures.styles[row] if pictures.styles[row] in model.styles else None
+        shape = {"steps": options.steps, "guidance": options.guidance, "size": model.size}
+        requests.append(GenerateRequest(prompt=prompt, label=label, style=style, seed=options.seed + i, **shape))  # type: ignore[arg-type]
+    return requests
+
+
+def drawn(model: LatentDiffusion, requests: Sequence[GenerateRequest], keep: Path | None = None) -> Iterator[Tensor]:
+    """Pictures in [0, 1], premultiplied, BATCH requests at a time; written into the folder `keep` only where one is named."""
+    for i in range(0, len(requests), BATCH):
+        pictures = list(model.draw(requests[i : i + BATCH]))
+        for j, p in enumerate(pictures if keep else ()):
+            write_bytes(keep / f"{i + j:06d}.png", p.png())  # type: ignore[operator]
+        yield torch.cat([(to_tensor(p.image, 4) + 1) / 2 for p in pictures])
+
+
+# --- groups of figures --------------------------------------------------------------------------------------------------------------------------
+
+
+def pairwise_figures(e: Evaluation, pairs: Iterator[tuple[Tensor, Tensor]], total: int, ids: Sequence[str], what: str) -> Tensor:
+    """Figures of pairs (real, copy) of the same pictures or crops; returns the copies' features."""
+    e.start()
+    found: dict[str, list[np.ndarray]] = {}
+    features, small = [], []
+    for real, copy in tqdm(pairs, total=-(-total // BATCH), desc=translated("comparing pairs"), leave=False):
+        for name, (metric, _, _) in PAIRWISE.items():
+            if name == "ms_ssim" and min(real.shape[-2:]) < 11:
+                continue
+            found.setdefault(name, []).append(over_both(metric, copy, real).numpy())
+        features.append(look(e.net, white(copy), e.options.resize)[0])
+        small += [(white(a), white(b)) for a, b in zip(real.split(1), copy.split(1), strict=True)]
+    for name, parts in found.items():
+        _, unit, better = PAIRWISE[name]
+        note = "fewer than five scales: the pictures are small" if name == "ms_ssim" and e.reference.side < 176 else ""
+        e.mean(f"pairwise ({what})", name, np.concatenate(parts), unit=unit, better=better, looked=False, note=note, how="over white and black")
+    e.ids = list(ids)
+    order = np.argsort(np.concatenate(found["psnr"]))
+    for title, rows in (("Worst", order[:12]), ("Best", order[::-1][:12])):
+        images = [to_pil(x * 2 - 1)[0] for r in rows for x in small[r]]
+        e.shots.append(Shot(f"{title} of {what}, by PSNR", grid(images, columns=8), "real, copy: " + "; ".join(ids[r] for r in rows)))
+    return torch.cat(features)
+
+
+def distribution_figures(e: Evaluation, real: Tensor, fake: Tensor, logits: Tensor | None, group: str = "distribution") -> None:
+    """Frechet and kernel distances, precision and recall, density and coverage."""
+    inception = e.net.name.startswith("Inception")
+    e.start()
+    moments = [Moments().update(x) for x in (real, fake)]
+    distance = frechet_distance(*moments)
+    said = remarks(len(real), len(fake), real.shape[1])
+    name = "Frechet Inception distance (FID)" if inception else f"Frechet distance ({e.net.name})"
+    e.add(group, name, distance, n=len(fake), better=-1, note="; ".join(said) or ("" if e.net.verified else "this network is not verified offline"))
+    if len(fake) >= 200:
+        e.start()
+        limit, points = frechet_infinity(real, fake, seed=e.options.seed)
+        e.add(group, f"{name}, of infinitely many samples", limit, n=len(fake), better=-1, how="a line in 1/n through 15 sizes, arXiv 1911.07023")
+        e.curves.append(Curve(f"{name}: how it falls with n ({group})", "1 / n", "distance", {"measured": [(1 / n, d) for n, d in points]}))
+    e.start()
+    pairs = compare_pairs(real, fake)
+    kid = "kernel distance (KID)" if inception else f"kernel distance ({e.net.name})"
+    e.add(
+        group, kid, pairs.kid, n=len(fake), better=-1, interval=pairs.kid_interval, how="unbiased, arXiv 1801.01401; interval by leaving out blocks"
+    )
+    for label, values in (("precision", pairs.inside), ("recall", pairs.reached), ("density", pairs.covers / pairs.k), ("coverage", pairs.covered)):
+        e.mean(group, label, values, better=1, how=f"neighbourhoods of {pairs.k}")
+    e.start()
+    cmmd = "CMMD" if e.net.name.startswith("clip") else f"Gaussian kernel distance ({e.net.name})"
+    e.add(group, cmmd, gaussian_distance(real, fake), n=len(fake), better=-1, how="sigma 10, times 1000, arXiv 2401.09603")
+    if inception and logits is not None:
+        mean, deviation = inception_score(logits)
+        e.add(group, "Inception Score", mean, n=len(fake), better=1, how=f"10 splits, spread {deviation:.3f}")
+
+
+def diversity_figures(e: Evaluation, real: Tensor, fake: Tensor, kept: Looked, labels: Sequence[str | None]) -> None:
+    """How different the samples are from each other, beside the reference."""
+    e.start()
+    e.add(
+        "diversity", "mean pairwise distance", pairwise_distance(fake), n=len(fake), better=1, how=f"cosine; reference {pairwise_distance(real):.4f}"
+    )
+    e.add("diversity", "Vendi score", vendi_score(fake), n=len(fake), better=1, how=f"reference {vendi_score(real):.2f}, of {len(real)}")
+    pictures = torch.cat(kept.small).float() / 255
+    e.mean("diversity", "1 - MS-SSIM of random pairs", ms_ssim_diversity(pictures, seed=e.options.seed), better=1, looked=False)
+    told = np.array([label or "" for label in labels])
+    counts = {k: int((told == k).sum()) for k in set(told.tolist()) - {""}}
+    if counts and max(counts.values()) > 1:
+        inside = told != ""
+        e.add("diversity", "within one class", intra_class_distance(fake[torch.from_numpy(inside)], told[inside]), n=int(inside.sum()), better=1)
+    centres = modes_of(real, min(MODES, max(len(real) // 5, 2)), e.options.seed)
+    coverage = mode_coverage(real, fake, centres)
+    how = f"{len(centres)} kinds of reference pictures by k-means"
+    e.add("diversity", "modes reached", float(coverage["covered"]), n=len(fake), better=1, how=how)  # type: ignore[arg-type]
+    e.add("diversity", "modes: difference of shares", float(coverage["total_variation"]), n=len(fake), better=-1, how="total variation")  # type: ignore[arg-type]
+    _, rows = nearest(centres, real)
+    shares = list(zip(coverage["real"], coverage["fake"], strict=True))  # type: ignore[call-overload]
+    order = np.argsort([-r for r, _ in shares])
+    images = [to_pil(white(e.reference.pixels[rows[i : i + 1]].float() / 255) * 2 - 1)[0] for i in map(int, order)]
+    text = "the middle picture of each kind, with its share of reference / of samples: "
+    text += ", ".join(f"{shares[i][0]:.1%} / {shares[i][1]:.1%}" for i in order)
+    e.shots.append(Shot("Coverage map", grid(images, columns=12), text))
+
+
+def memorisation_figures(e: Evaluation, real: Tensor, fake: Tensor, kept: Looked) -> None:
+    """The nearest reference picture of each sample, beside what reference pictures keep from each other."""
+    e.start()
+    apart, rows = nearest(fake, real)
+    own = nearest(real, real, same=True)[0]
+    e.mean(
+        "memorisation",
+        "distance to the nearest reference picture",
+        apart.numpy(),
+        better=0,
+        how=f"cosine, mean; theirs to each other {own.mean():.4f}",
+    )
+    share = bootstrap(lambda a: (a < float(own.median()) / 2).mean(-1), apart.numpy(), seed=e.options.seed)
+    how = "nearer than half of what reference pictures keep from each other; means copying where the reference is what was trained on"
+    e.add("memorisation", "copies", copied(apart, own), n=len(fake), better=-1, interval=share, how=how)
+    small, order = torch.cat(kept.small), torch.argsort(apart)
+    for title, chosen in (("Nearest to the reference", order[:SHOWN]), ("Farthest from the reference", order.flip(0)[:SHOWN])):
+        theirs = e.reference.pixels[torch.tensor([e.rows[int(rows[i])] for i in chosen])].float() / 255
+        pairs = zip(to_pil(small[chosen].float() / 127.5 - 1), to_pil(white(theirs) * 2 - 1), strict=True)
+        images = [i.resize((KEPT_SIDE, KEPT_SIDE), Image.Resampling.LANCZOS) for pair in pairs for i in pair]
+        e.shots.append(Shot(title, grid(images, columns=16), "sample, nearest reference picture"))
+
+
+def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: LatentDiffusion | None, real: Tensor) -> None:
+    """Failed pictures, sharpness and blur; of a generator also how figures move with seed, steps, guidance and words."""
+    e.start()
+    for kind, parts in kept.failed.items():
+        e.mean("stability", f"failed: {kind.replace('_', ' ')}", np.concatenate(parts).astype(float), better=-1, unit="", looked=False)
+    sharp = np.concatenate(kept.sharp)
+    e.mean("stability", "sharpness", sharp, looked=False, how=f"variance of the Laplacian; median of the reference {usual.sharpness:.4g}")
+    e.mean("stability", "blur", np.concatenate(kept.blurred), better=-1, looked=False, how="0 sharp, 1 wholly blurred (Crete et al. 2007)")
+    if model is None:
+        return
+    rows = [e.rows[i] for i in evenly(len(e.rows), 64)]
+    ask = lambda options: asked_for(model, e.reference, rows, options)  # noqa: E731
+
+    def measure(requests: Sequence[GenerateRequest]) -> dict[str, float]:
+        looked = looked_at(replace_rows(e, rows), drawn(model, requests), len(requests), usual)
+        fake = torch.cat(looked.features)
+        return {
+            "kernel distance": compare_pairs(real, fake, k=min(5, len(fake) - 1)).kid,
+            "mean pairwise distance": pairwise_distance(fake),
+            "sharpness": float(np.concatenate(looked.sharp).mean()),
+            "failed": float(np.any([np.concatenate(v) for v in looked.failed.values()], axis=0).mean()),
+        }
+
+    o = e.options
+    changes = {
+        "seed": [ask(replace(o, seed=o.seed + 10_000 * (i + 1))) for i in range(o.repeats)],
+        "steps": [ask(replace(o, steps=max(1, round(o.steps * f)))) for f in (0.5, 0.8, 1.0, 1.25, 2.0)],
+        "guidance": [ask(replace(o, guidance=o.guidance * f)) for f in (0.67, 0.83, 1.0, 1.2, 1.5)],
+    }
+    if model.text is not None:
+        worded = [lambda p: p, lambda p: f"a picture of {p}", lambda p: f"{p}.", str.upper]
+        changes["words"] = [[replace(r, prompt=w(r.prompt)) if r.prompt else r for r in ask(o)] for w in worded]
+    for change, several in changes.items():
+        e.start()
+        for name, found in spreads([measure(requests) for requests in several]).items():
+            how = f"mean {found['mean']:.4g}, from {found['min']:.4g} to {found['max']:.4g}, of {len(several)} settings of {len(rows)} pictures"
+            e.add("stability", f"{name}: spread over {change}", found["std"], n=len(several), better=-1, how=f"standard deviation; {how}")
+
+
+def replace_rows(e: Evaluation, rows: list[int]) -> Evaluation:
+    """An evaluation of other rows whose remarks and figures are thrown away."""
+    return Evaluation(e.options, e.net, e.reference, rows)
+
+
+def text_figures(e: Evaluation, real: Tensor, fake: Tensor, rows: Sequence[int]) -> None:
+    """Whether what was asked for is what is seen: the nearest reference picture has the asked label, and the asked style."""
+    e.start()
+    _, found = nearest(fake, real)
+    for what, column in (("label", e.reference.labels), ("style", e.reference.styles)):
+        asked, seen = [column[r] for r in rows], [column[e.rows[int(i)]] for i in found]
+        known = [i for i, a in enumerate(asked) if a is not None]
+        if len({asked[i] for i in known}) < 2:
+            continue
+        right = np.array([asked[i] == seen[i] for i in known], dtype=float)
+        kinds = len({asked[i] for i in known})
+        e.mean(
+            "text and style",
+            f"{what} as asked",
+            right,
+            better=1,
+            how=f"of the nearest reference picture, among {kinds}; by chance about {1 / kinds:.3f}",
+        )
+
+
+def cost_figures(e: Evaluation, model: LatentDiffusion) -> None:
+    """Parameters, operations, seconds and pictures a second, memory."""
+    e.start()
+    networks = {"codec": model.codec, "denoiser": model.denoiser} | ({"text": model.text} if model.text is not None else {})
+    for name, count in cost.parameters(networks).items():
+        e.add("cost", f"parameters: {name}", count, n=1, looked=False)
+    request = GenerateRequest(prompt="a cat" if model.text is not None else None, seed=0, size=model.size)
+    e.add("cost", "operations of one picture in 20 steps", cost.flops(lambda: list(model.pictures(request))) / 1e9, n=1, unit="GFLOP", looked=False)
+    for steps in (1, 4, 20):
+        e.start()
+        asked = replace(request, steps=steps)
+        found = cost.latency(lambda asked=asked: list(model.pictures(asked)), repeats=10)  # type: ignore[misc]
+        pace = cost.pace(found["median_s"])
+        how = f"p95 {1000 * found['p95_s']:.0f} ms; {pace['pictures_per_s']:.3g} pictures a second; {pace['said']}"
+        e.add("cost", f"one picture, {steps} step{'s' * (steps > 1)}", 1000 * found["median_s"], n=10, unit="ms", better=-1, looked=False, how=how)
+    e.start()
+    seconds = cost.latency(lambda: list(model.pictures(replace(request, count=16))), repeats=3)["median_s"]
+    e.add("cost", "throughput, 16 pictures together", 16 / seconds, n=3, unit="pictures/s", better=1, looked=False, how="20 steps")
+    if (peak := cost.peak_memory()) is not None:
+        e.add("cost", "peak memory of this evaluation", peak, n=1, unit="MiB", looked=False)
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def paired_rows(samples: PictureSet, reference: PictureSet) -> list[tuple[int, int]]:
+    """(sample, reference) rows of pictures that have the same name apart from its ending."""
+    stem = lambda name: name.rpartition(".")[0] or name  # noqa: E731
+    at = {stem(n): i for i, n in enumerate(reference.names)}
+    return [(i, at[stem(n)]) for i, n in enumerate(samples.names) if stem(n) in at]
+
+
+def evaluate(subject: LatentDiffusion | PictureSet, name: str, reference: PictureSet, net: FeatureNet, options: Options) -> tuple[Report, Evaluation]:
+    """The report of a model or of a set of samples. Raises ValueError where there is too little to say anything of."""
+    model = subject if isinstance(subject, LatentDiffusion) else None
+    count = options.count or min(len(reference) if model else len(subject), MOST)  # type: ignore[arg-type]
+    rows = evenly(len(reference), max(count, min(len(reference), MOST)))
+    if min(len(rows), count) < 2:
+        raise ValueError(f"{reference.path} has {len(rows)} pictures and {count} samples are asked for: two of each are needed at least")
+    e = Evaluation(options, net, reference, rows)
+    e.start()
+    real, _ = features_of(net, reference, rows, options.resize)
+    usual = Usual.of(white(next(reference.batches([rows[i] for i in evenly(len(rows), BATCH)]))))
+    wanted = [rows[i * len(rows) // count % len(rows)] for i in range(count)]  # from all over them, however few are drawn
+    if model:
+        e.samples = {"model": name, "hash": model.meta["hash"], "count": count, "steps": options.steps, "guidance": options.guidance}
+        batches = drawn(model, asked_for(model, reference, wanted, options), options.keep)
+    else:
+        assert isinstance(subject, PictureSet)
+        chosen = evenly(len(subject), count)
+        e.samples = subject.about(len(chosen))
+        batches = subject.batches(chosen)
+    groups = set(options.groups)
+    if "pairwise" in groups:
+        _pairs(e, subject, real)
+    if groups & {"distribution", "diversity", "memorisation", "stability", "text"}:
+        kept = looked_at(e, batches, count, usual)
+        if model:
+            e.samples |= {"count": kept.count, "sha256": kept.digest.hexdigest()}
+        _of_samples(e, groups, real, kept, usual, model, wanted[: kept.count])
+    if "cost" in groups and model:
+        cost_figures(e, model)
+    about = {"subject": name, "reference": reference.path, "reference pictures": len(rows), "samples": e.samples.get("count")}
+    about |= {"features": f"{net.name} ({net.digest})", "resize": options.resize, "seed": options.seed, "version": sfumato.__version__}
+    return Report(f"{name} against {reference.path}", e.figures, about | {"command": options.command}, e.remarks, e.curves, e.shots), e
+
+
+def _pairs(e: Evaluation, subject: LatentDiffusion | PictureSet, real: Tensor) -> None:
+    """Reconstruction by a model's codec of the same crops, or samples that are named like reference pictures."""
+    if isinstance(subject, PictureSet):
+        pairs = paired_rows(subject, e.reference)
+        if len(pairs) < 2:
+            e.remarks.append("no pairwise figures: samples are not named like the reference pictures")
+            return
+        ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+        both = zip(e.reference.batches(theirs), subject.batches(ours), strict=True)
+        pairwise_figures(e, both, len(pairs), [e.reference.names[b] for b in theirs], "named alike")
+        return
+    rows = [e.rows[i] for i in evenly(len(e.rows), MOST)]
+
+    @torch.no_grad()
+    def copies() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in e.reference.batches(rows):
+            x = batch if subject.codec.spec.image_channels == 4 else over(batch)
+            y = subject.codec.decode(subject.codec.encode(x.to(subject.device) * 2 - 1).mean).cpu()  # type: ignore[arg-type]
+            yield x, ((y.clamp(-1, 1) + 1) * 127.5).round() / 255
+
+    fake = pairwise_figures(e, copies(), len(rows), [e.reference.names[r] for r in rows], "reconstruction by the codec")
+    same = real if len(rows) == len(e.rows) else real[torch.tensor(evenly(len(e.rows), MOST))]
+    e.start()
+    distance = frechet_distance(*(Moments().update(x) for x in (same, fake)))
+    note = "; ".join(remarks(len(same), len(fake), fake.shape[1]))
+    how = "the same crops on both sides, so the distance is of the codec alone"
+    name = "rFID" if e.net.name.startswith("Inception") else f"Frechet distance of reconstructions ({e.net.name})"
+    e.add("pairwise (reconstruction by the codec)", name, distance, n=len(fake), better=-1, how=how, note=note)
+
+
+def _of_samples(
+    e: Evaluation, groups: set[str], real: Tensor, kept: Looked, usual: Usual, model: LatentDiffusion | None, rows: Sequence[int]
+) -> None:
+    fake = torch.cat(kept.features)
+    first = torch.cat(kept.small)[: 2 * SHOWN]
+    e.shots.insert(0, Shot("Samples, the first ones as they came", grid(to_pil(first.float() / 127.5 - 1), columns=16)))
+    labels = [e.reference.labels[r] for r in rows] if model else []
+    parts: dict[str, Callable[[], None]] = {
+        "distribution": lambda: distribution_figures(e, real, fake, torch.cat(kept.logits) if kept.logits else None),
+        "diversity": lambda: diversity_figures(e, real, fake, kept, labels),
+        "memorisation": lambda: memorisation_figures(e, real, fake, kept),
+        "stability": lambda: stability_figures(e, kept, usual, model, real),
+        "text": lambda: text_figures(e, real, fake, rows) if model else None,
+    }
+    for name, part in parts.items():
+        if name in groups:
+            part()
+
+
+def save(report: Report, e: Evaluation, out: Path) -> list[Path]:
+    """Writes report.json, index.html and the values of single pictures (for `sfumato compare`) into the folder `out`."""
+    from sfumato.core.report import to_html
+
+    values = {"report": report.to_json(), "values": {k: v.tolist() for k, v in e.values.items()}, "ids": e.ids}
+    try:
+        write_bytes(out / "report.json", (json.dumps(values["report"], indent=1, ensure_ascii=False) + "\n").encode())
+        write_bytes(out / "values.json", json.dumps({"values": values["values"], "ids": values["ids"]}).encode())
+        write_bytes(out / "index.html", to_html(report).encode())
+        for i, shot in enumerate(report.shots):
+            write_bytes(out / f"{i:02d}.png", png_bytes(shot.image, {"Title": shot.title}))
+    except OSError as error:
+        raise FileError(f"cannot write into {out}: {error.strerror}") from None
+    return [out / "report.json", out / "index.html"]
