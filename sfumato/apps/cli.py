@@ -89,7 +89,7 @@ def data(argv: list[str]) -> None:
         raise ValueError(f"data what? (={given!r}) must be one of {', '.join(known)}{nearest(given, known)}")
     kind, answer = known[argv[0]]
     for line in answer(parse(tyro, kind, argv[1:], f"data {argv[0]}")):
-        print(translated(line) if argv[0] == "check" else line)
+        print(line if argv[0] == "show" else translated(line))
 
 
 def train(argv: list[str]) -> None:

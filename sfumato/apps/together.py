@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from sfumato.apps.cli import say
 from sfumato.apps.training import Pack, _run, pack_run, plan
-from sfumato.core.checkpoint import FileError, cache_folder, checkpoints, free_bytes, read_metadata, sweep, write_bytes, write_json
+from sfumato.core.checkpoint import FileError, cache_folder, checkpoints, disk_of, free_bytes, read_metadata, sweep, write_bytes, write_json
 from sfumato.core.images import png_bytes
 from sfumato.core.request import LONGEST_PROMPT, GenerateRequest
-from sfumato.data.folder import Entry, Scan, evenly, near_duplicates, pixels_of, same_pictures, scan, split
+from sfumato.data.folder import Entry, Scan, evenly, near_duplicates, pixels_of, pixels_path, same_pictures, scan, split
 from sfumato.data.shards import are_shards
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -112,6 +112,8 @@ def run(asked: All) -> Path | dict[str, Any]:
 
 def _same_command(asked: All, found: Scan) -> None:
     """Notes in OUT what it is of, or raises ValueError where it was begun with other pictures, words or settings: its parts would not fit."""
+    if int(os.environ.get("RANK", "0")):
+        return  # the first process of several looks and notes
     asked.out.mkdir(parents=True, exist_ok=True)
     sweep(asked.out)
     same_pictures(asked.out, found, words=True)
@@ -227,12 +229,12 @@ def pixels_needed(size: int, found: Scan) -> int:
 def _room(asked: All, stages: list[Stage], found: Scan) -> None:
     """Raises FileError where there is too little room for what these stages have yet to write."""
     written = sum(p.stat().st_size for s in stages for p in s.out.rglob("*") if p.is_file())
-    kept = sum(p.stat().st_size for p in cache_folder().glob("pixels-*"))
-    wanted = (
-        (asked.out, disk_needed(stages, asked.size, found) - written),
-        (cache_folder(), (pixels_needed(asked.size, found) - kept) if stages else 0),
-    )
-    for place, needed in wanted:
+    side = 2 * asked.size
+    missing = [part for part in split(found.entries) if stages and not pixels_path(part, side).exists()]
+    wanted = {asked.out: disk_needed(stages, asked.size, found) - written, cache_folder(): sum(4 * side**2 * len(part) for part in missing)}
+    if disk_of(asked.out) == disk_of(cache_folder()):
+        wanted = {asked.out: sum(max(needed, 0) for needed in wanted.values())}
+    for place, needed in wanted.items():
         if free_bytes(place) < needed:
             free = free_bytes(place) / 1e9
             raise FileError(f"{place} needs {needed / 1e9:.1f} GB, {free:.1f} GB are free there: make room, or name another --out or SFUMATO_CACHE")

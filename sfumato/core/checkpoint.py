@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -44,6 +45,17 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """A .npy file to be filled through a map. Its room is taken at once: a map into a full disk would end the process without a word."""
+    from numpy.lib import format
+
+    held = format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as f:
+            os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+    return held
+
+
 def sweep(folder: Path) -> None:
     """Removes what writes left in a folder that were killed half-way. Nobody else may be writing there."""
     for left in folder.glob(".*.part"):
@@ -53,6 +65,11 @@ def sweep(folder: Path) -> None:
 def free_bytes(path: Path) -> int:
     """What is free on the disk where `path` is, or would be."""
     return shutil.disk_usage(next(p for p in (path, *path.resolve().parents) if p.exists())).free
+
+
+def disk_of(path: Path) -> int:
+    """A number of the disk where `path` is, or would be: the same for the same disk."""
+    return next(p for p in (path, *path.resolve().parents) if p.exists()).stat().st_dev
 
 
 def _umask() -> int:

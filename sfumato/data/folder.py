@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sfumato.core.checkpoint import FileError, cache_folder, replacing, write_bytes, write_json
+from sfumato.core.checkpoint import FileError, cache_folder, new_array, replacing, write_bytes, write_json
 from sfumato.core.images import Unreadable, decode, flatten, premultiply
 from sfumato.core.language import translated
 
@@ -486,17 +486,22 @@ class Pictures:
         return np.ones(len(self), dtype=bool)
 
 
+def pixels_path(entries: Sequence[Entry], size: int) -> Path:
+    """Where the pixels of these pictures are kept, or would be."""
+    name = hashlib.sha256(json.dumps([INDEX_VERSION, size, [e.digest for e in entries]]).encode()).hexdigest()[:24]
+    return cache_folder() / f"pixels-{name}.npy"
+
+
 def pixels_of(found: Scan, entries: Sequence[Entry], size: int) -> Pictures:
     """The pictures as squares of `size` pixels, decoded once; kept in the cache folder."""
     import torch
 
     if not entries:
         return Pictures(torch.zeros(0, 4, size, size, dtype=torch.uint8), ())
-    name = hashlib.sha256(json.dumps([INDEX_VERSION, size, [e.digest for e in entries]]).encode()).hexdigest()[:24]
-    path = cache_folder() / f"pixels-{name}.npy"
+    path = pixels_path(entries, size)
     if not path.exists():
         with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            held = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(entries), 4, size, size))
+            held = new_array(temporary, np.uint8, (len(entries), 4, size, size))
             squares = pool.map(lambda e: square(open_picture(found, e), size), entries)
             for i, pixels in enumerate(tqdm(squares, total=len(entries), desc=translated("decoding"), unit=" pictures", leave=False)):
                 held[i] = pixels

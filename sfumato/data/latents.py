@@ -17,7 +17,7 @@ from jaxtyping import Float, Float16
 from torch import Tensor
 from tqdm import tqdm
 
-from sfumato.core.checkpoint import FileError, replacing, write_json
+from sfumato.core.checkpoint import FileError, new_array, replacing, write_json
 from sfumato.core.language import translated
 
 
@@ -41,7 +41,7 @@ def cached_latents(
         return latents
     first = _encoded(encode, np.arange(min(batch, count)))
     with replacing(path) as temporary, tqdm(total=count, desc=translated("encoding"), unit=" images", leave=False, mininterval=2) as bar:
-        held = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(count, *first.shape[1:]))
+        held = new_array(temporary, np.float16, (count, *first.shape[1:]))
         for start in range(0, count, batch):
             part = _encoded(encode, np.arange(start, min(start + batch, count))) if start else first
             held[start : start + len(part)] = part

@@ -20,7 +20,7 @@ import sfumato
 from sfumato.codecs.autoencoder import Autoencoder
 from sfumato.codecs.upscaler import Upscaler
 from sfumato.core.config import nearest
-from sfumato.core.images import Unreadable, decode, png_bytes, to_pil, to_tensor
+from sfumato.core.images import Unreadable, decode, flatten, png_bytes, to_pil, to_tensor
 from sfumato.core.request import METADATA_KEY, SOURCE_KEY, GenerateRequest, metadata_text, parameters_text, source_text, style_weights
 from sfumato.core.rng import numpy_rng, torch_rng
 from sfumato.core.seams import Cond, Denoise
@@ -230,7 +230,7 @@ class LatentDiffusion:
         mean = self.codec.encode(small).mean
         assert mean is not None
         x = small if side == self.size else to_tensor(framed(init, side), channels).to(self.device)
-        at = None if mask is None else to_tensor(framed(mask.convert("L"), side, whole), 1).to(self.device) / 2 + 0.5
+        at = None if mask is None else to_tensor(framed(flatten(mask, (0, 0, 0)).convert("L"), side, whole), 1).to(self.device) / 2 + 0.5
         return Begun(x, mean, at, begun_digest(request))
 
     def _pictures_of(self, request: GenerateRequest) -> tuple[Image.Image, Image.Image | None]:

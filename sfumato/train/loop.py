@@ -193,14 +193,13 @@ def faster_dtype(device: torch.device) -> Literal["fp32", "bf16"]:
 
     def seconds(dtype: torch.dtype) -> float:
         a, b = torch.ones(1024, 320, dtype=dtype), torch.ones(320, 960, dtype=dtype)
-        times = []
-        for _ in range(6):
-            began = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - began)
-        return min(times)
+        began = time.perf_counter()
+        a @ b
+        return time.perf_counter() - began
 
-    return "bf16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "fp32"
+    rounds = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(30)]  # by turns: other work on the machine meets both alike
+    bf16, fp32 = (min(times) for times in zip(*rounds, strict=True))
+    return "bf16" if bf16 < 0.8 * fp32 else "fp32"
 
 
 class Trainer:

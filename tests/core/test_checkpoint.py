@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -209,3 +212,21 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     assert cache_folder() == Path("/xdg/sfumato")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "sfumato"
+
+
+def test_an_array_takes_its_room_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map into a full disk would kill the process; now it is an error like any other."""
+    with checkpoint.replacing(tmp_path / "a.npy") as temporary:
+        held = checkpoint.new_array(temporary, np.uint8, (3, 1000))
+        held[1] = 7
+        held.flush()
+        assert temporary.stat().st_blocks * 512 >= 3000
+    assert np.load(tmp_path / "a.npy")[:, 5].tolist() == [0, 7, 0]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(FileError, match="No space left on device"), checkpoint.replacing(tmp_path / "b.npy") as temporary:
+        checkpoint.new_array(temporary, np.uint8, (3, 1000))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npy"]

@@ -228,9 +228,14 @@ def test_strength_says_how_far_it_goes_from_the_picture(model: LatentDiffusion, 
     assert np.abs(all_new - pixels(model.generate("a cat", **without))).max() <= 1
 
 
-def test_what_the_mask_leaves_black_stays_to_the_pixel(model: LatentDiffusion, doodle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["grey", "painted"])
+def test_what_the_mask_leaves_black_stays_to_the_pixel(model: LatentDiffusion, doodle: Path, tmp_path: Path, kind: str) -> None:
     mask = Image.new("L", (model.size, model.size))
     mask.paste(255, (0, 0, model.size // 2, model.size))
+    if kind == "painted":  # white where it is redrawn, nothing elsewhere: what a brush on an empty layer gives
+        white = Image.new("RGBA", mask.size, (255, 255, 255, 0))
+        white.putalpha(mask)
+        mask = white
     mask.save(tmp_path / "mask.png")
     drawn = pixels(model.generate("a cat", seed=3, steps=6, style="noto", init=str(doodle), mask=str(tmp_path / "mask.png"), strength=1.0))[0]
     before = np.asarray(Image.open(doodle)).astype(int)
