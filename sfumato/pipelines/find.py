@@ -17,7 +17,7 @@ def bundled() -> dict[str, Path]:
 
 
 def find(model: str | Path | None) -> Path:
-    """A bundled model's name, a pack, or a run folder (its newest pack, or what `train all` packed) -> the file. None is the bundled default."""
+    """A bundled model's name, a pack, or a run folder (its newest pack) -> the file. None is the bundled default."""
     known = bundled()
     if model is None:
         if BUNDLED not in known:
@@ -26,8 +26,6 @@ def find(model: str | Path | None) -> Path:
     path = Path(model)
     if path.is_dir():
         packs = checkpoints(path, "model")
-        if not packs and (path / "model.safetensors").exists():
-            return path / "model.safetensors"  # of `sfumato train all`
         if not packs:
             raise FileError(f"{path} is a folder without a model-*.safetensors: name a run folder or a model file")
         return packs[-1]
