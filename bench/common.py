@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from sfumato.core.images import premultiply
 from sfumato.core.request import GenerateRequest
+from sfumato.metrics.intervals import bootstrap as interval
 from sfumato.pipelines.generate import LatentDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,18 +109,6 @@ def ratio(a: np.ndarray, b: np.ndarray) -> Any:
 def gap(a: np.ndarray, b: np.ndarray) -> Any:
     """|mean(a) - mean(b)|."""
     return abs(mean(a) - mean(b))
-
-
-def interval(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0, draws: int = 1000) -> list[float]:
-    """The 95 % percentile bootstrap interval of statistic(*columns), which works along the last axis; rows (prompts) are drawn together."""
-    n = len(columns[0])
-    assert all(len(c) == n for c in columns)
-    if n == 0:
-        return [math.nan, math.nan]
-    rows = np.random.Generator(np.random.PCG64(seed)).integers(0, n, (draws, n))
-    values = statistic(*(np.asarray(c, dtype=np.float64)[rows] for c in columns))
-    finite = values[np.isfinite(values)]
-    return [float(v) for v in np.percentile(finite, (2.5, 97.5))] if len(finite) else [math.nan, math.nan]
 
 
 def with_interval(a: np.ndarray) -> list[float]:

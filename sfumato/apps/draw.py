@@ -21,7 +21,7 @@ from sfumato.apps.cli import OUT, say
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.images import flatten, grid, png_bytes
 from sfumato.core.language import translated
-from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, GenerateRequest, metadata_text, parse_metadata
+from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, Device, GenerateRequest, metadata_text, parse_metadata
 
 if TYPE_CHECKING:
     from sfumato.pipelines.generate import LatentDiffusion, Picture
@@ -99,7 +99,7 @@ class Generate:
     """Say what happens as JSON lines on stdout, for programs: begin, step, picture, end."""
     model: str | None = None
     """A model file, a run folder or the name of a bundled model."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the denoiser."""
@@ -390,7 +390,8 @@ def _sheet(model: LatentDiffusion, path: Path, requests: list[GenerateRequest], 
 
 def labelled(sheet: Image.Image, heads: list[str], rows: list[str]) -> Image.Image:
     """A margin with style names above and prompts at the left; prompts that no font at hand can write are numbered."""
-    font, chinese = ImageFont.load_default(14), _chinese_font()
+    font = ImageFont.load_default(14)
+    chinese = None if all(r.isascii() for r in rows) else _chinese_font()
     left, top = 112, 24
     page = Image.new("RGB", (sheet.width + left, sheet.height + top), "white")
     page.paste(sheet, (left, top), sheet)
@@ -399,9 +400,11 @@ def labelled(sheet: Image.Image, heads: list[str], rows: list[str]) -> Image.Ima
     for i, head in enumerate(heads):
         draw.text((left + (i + 0.5) * sheet.width / len(heads), top / 2), head, fill="black", font=font, anchor="mm")
     for i, text in enumerate(rows):
-        plain = text.isascii()
-        lines = textwrap.wrap(text if plain or chinese else f"row {i + 1}", 14 if plain or not chinese else 7)[:5]
-        draw.text((6, top + (i + 0.5) * tall), "\n".join(lines), fill="black", font=font if plain else chinese or font, anchor="lm")
+        if text.isascii() or chinese is None:
+            writer, lines = font, textwrap.wrap(text if text.isascii() else f"row {i + 1}", 14)
+        else:
+            writer, lines = chinese, textwrap.wrap(text, 7)
+        draw.text((6, top + (i + 0.5) * tall), "\n".join(lines[:5]), fill="black", font=writer, anchor="lm")
     return page
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import tyro
 
 from sfumato.apps.cli import say
-from sfumato.core.checkpoint import FileError, free_bytes, write_bytes
+from sfumato.apps.draw import check_targets
+from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.report import page, plain, shown
+from sfumato.core.request import Device
 
 SIDE = 64  # pixels at which folders are compared, unless it is said
 
@@ -51,7 +53,7 @@ class Evaluate:
     """Seeds that stability is measured over."""
     keep: Path | None = None
     """A folder to write the samples into; without it they are not kept."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
@@ -81,16 +83,17 @@ def run_evaluate(asked: Evaluate) -> Iterator[str]:
         raise ValueError(f"size (={asked.size}) must be at least 1, or 0 for the model's own")
     if asked.repeats < 2:
         raise ValueError(f"repeats (={asked.repeats}) must be at least 2: a spread needs two")
+    check_targets([asked.out / "report.json"], force=True)  # better refused now than after everything was drawn
     from sfumato.metrics.features import feature_net
     from sfumato.pipelines import evaluate as work
+    from sfumato.pipelines.load import choose_device
 
-    free_bytes(asked.out)  # better refused now than after everything was drawn
     groups = work.GROUPS if asked.metrics == "all" else tuple(g.strip() for g in asked.metrics.split(","))
     options = work.Options(
         groups=groups, count=asked.count, resize=asked.resize, steps=asked.steps, guidance=asked.guidance, seed=asked.seed, repeats=asked.repeats,
         command=shlex.join(["sfumato", *sys.argv[1:]]), keep=asked.keep,
     )  # fmt: skip
-    net = feature_net(asked.features, asked.features_path)
+    net = feature_net(asked.features, asked.features_path, str(choose_device(asked.device)))
     subject, name, side, known = _subject(asked)
     reference = work.picture_set(asked.reference, side, known)
     report, found = work.evaluate(subject, name, reference, net, options)
@@ -137,12 +140,12 @@ def run_compare(asked: Compare) -> Iterator[str]:
     """A table: each figure of each report, and of every other report whether it differs from the first."""
     if len(asked.reports) < 2:
         raise ValueError(f"compare needs two reports at least, not {len(asked.reports)}: name their folders")
-    if asked.out is not None and asked.out.exists() and not asked.force:
-        raise FileError(f"{asked.out} exists: use --force to overwrite it, or another --out")
+    if asked.out is not None:
+        check_targets([asked.out], asked.force)
     loaded = [_load(p) for p in asked.reports]
-    yield from unlike(loaded, [str(p) for p in asked.reports])
-    rows = compared(loaded)
     names = [str(p) for p in asked.reports]
+    yield from unlike(loaded, names)
+    rows = compared(loaded)
     yield from table_text(names, rows)
     if asked.out is not None:
         write_bytes(asked.out, page("Comparison", [_html(names, rows)]).encode())

@@ -14,11 +14,10 @@ from sfumato.apps.cli import say
 from sfumato.apps.training import Pack, _run, pack_run, plan
 from sfumato.core.checkpoint import FileError, cache_folder, checkpoints, disk_of, free_bytes, read_metadata, sweep, write_bytes, write_json
 from sfumato.core.images import png_bytes
-from sfumato.core.request import LONGEST_PROMPT, GenerateRequest
+from sfumato.core.request import LONGEST_PROMPT, Device, GenerateRequest
 from sfumato.data.folder import Entry, Scan, evenly, near_duplicates, pixels_of, pixels_path, same_pictures, scan, split
 from sfumato.data.shards import are_shards
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
 BUNDLED = "bundled"
 SAMPLES = 64
 COMPARED = 20_000  # pictures that samples are compared with
@@ -221,17 +220,16 @@ def disk_needed(stages: list[Stage], size: int, found: Scan) -> int:
     return total + len(found.entries) * latents
 
 
-def pixels_needed(size: int, found: Scan) -> int:
-    """Bytes of the decoded pictures in the cache folder."""
-    return len(found.entries) * 4 * (2 * size) ** 2
+def pixels_needed(size: int, pictures: int) -> int:
+    """Bytes of so many decoded pictures in the cache folder."""
+    return pictures * 4 * (2 * size) ** 2
 
 
 def _room(asked: All, stages: list[Stage], found: Scan) -> None:
     """Raises FileError where there is too little room for what these stages have yet to write."""
     written = sum(p.stat().st_size for s in stages for p in s.out.rglob("*") if p.is_file())
-    side = 2 * asked.size
-    missing = [part for part in split(found.entries) if stages and not pixels_path(part, side).exists()]
-    wanted = {asked.out: disk_needed(stages, asked.size, found) - written, cache_folder(): sum(4 * side**2 * len(part) for part in missing)}
+    missing = sum(len(part) for part in split(found.entries) if stages and not pixels_path(part, 2 * asked.size).exists())
+    wanted = {asked.out: disk_needed(stages, asked.size, found) - written, cache_folder(): pixels_needed(asked.size, missing)}
     if disk_of(asked.out) == disk_of(cache_folder()):
         wanted = {asked.out: sum(max(needed, 0) for needed in wanted.values())}
     for place, needed in wanted.items():
@@ -243,7 +241,7 @@ def _room(asked: All, stages: list[Stage], found: Scan) -> None:
 def whole_plan(asked: All, stages: list[Stage], found: Scan) -> dict[str, Any]:
     """Hours, memory and disk of all stages, and when there is something to look at. A few steps of each are timed."""
     _room(asked, stages, found)
-    needed = disk_needed(stages, asked.size, found) + pixels_needed(asked.size, found)
+    needed = disk_needed(stages, asked.size, found) + pixels_needed(asked.size, len(found.entries))
     facts: dict[str, Any] = {}
     hours, first, memory = 0.0, 0.0, 0.0
     with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ import tyro
 from sfumato.apps.cli import say
 from sfumato.core.checkpoint import FileError, checkpoints, free_bytes
 from sfumato.core.config import nearest, to_json
+from sfumato.core.request import Device
 from sfumato.core.runlog import read_log
 
 WHAT = ("all", "autoencoder", "text", "diffusion", "upscaler")
@@ -110,7 +111,7 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
             ("data", str, field(default=EMOJI)),
             ("out", Path, field(default=Path("runs") / what)),
             ("plan", bool, field(default=False)),
-            ("device", Literal["auto", "cpu", "cuda", "mps"] | None, field(default=None)),
+            ("device", Device | None, field(default=None)),
             ("dtype", Literal["auto", "fp32", "bf16"] | None, field(default=None)),
             ("threads", int | None, field(default=None)),
             *parts,

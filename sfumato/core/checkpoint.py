@@ -64,12 +64,16 @@ def sweep(folder: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """What is free on the disk where `path` is, or would be."""
-    return shutil.disk_usage(next(p for p in (path, *path.resolve().parents) if p.exists())).free
+    return shutil.disk_usage(_existing(path)).free
 
 
 def disk_of(path: Path) -> int:
     """A number of the disk where `path` is, or would be: the same for the same disk."""
-    return next(p for p in (path, *path.resolve().parents) if p.exists()).stat().st_dev
+    return _existing(path).stat().st_dev
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.resolve().parents) if p.exists())
 
 
 def _umask() -> int:

@@ -7,10 +7,11 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sfumato.core.config import from_json, nearest, to_json
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
 LONGEST_PROMPT = 2_000
 MOST_STEPS, MOST_IMAGES = 1_000, 10_000
 SEEDS = 2**63

@@ -154,7 +154,13 @@ def _in_zip(path: Path, prefix: str) -> Iterator[Found | Bad]:
         with zipfile.ZipFile(path) as archive:
             members = sorted(archive.infolist(), key=lambda m: m.filename)
         modified = path.stat().st_mtime_ns
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as e:
+    except PermissionError as e:
+        yield Bad(prefix.rstrip("/") or path.name, "unreadable", f"cannot be read ({e.strerror})")
+        return
+    except NotImplementedError as e:
+        yield Bad(prefix.rstrip("/") or path.name, "format", f"is a zip of a kind that cannot be read here ({e}): pack it again as a plain zip")
+        return
+    except (zipfile.BadZipFile, OSError, ValueError) as e:  # zipfile says OSError of damage too: a seek to where nothing can be
         yield Bad(prefix.rstrip("/") or path.name, "damaged-zip", f"is not a readable zip archive ({e})")
         return
     for m in members:

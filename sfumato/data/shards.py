@@ -157,10 +157,10 @@ class Shards:
             told = json.loads(labels) if labels else {}
         except ValueError as e:
             raise FileError(f"{self.paths[row[0]]}: the JSON of sample {i} cannot be read ({e}): write these shards again") from None
-        ours = isinstance(told, dict) and isinstance(told.get("labels"), dict)
-        source = told["labels"] if ours else told if isinstance(told, dict) else {}
-        named = {k: v for k, v in source.items() if isinstance(v, (str, int, float)) and (ours or k != "name")}
-        own = told.get("name") if isinstance(told, dict) else None
+        told = told if isinstance(told, dict) else {}
+        named = told["labels"] if isinstance(told.get("labels"), dict) else told  # ours, or anybody's
+        named = {k: v for k, v in named.items() if isinstance(v, (str, int, float))}
+        own = told.get("name")
         return own, " ".join(caption.decode("utf-8", "replace").split()) or None, {k: str(v) for k, v in named.items()}
 
     def order(self, seed: int, positions: np.ndarray) -> np.ndarray:

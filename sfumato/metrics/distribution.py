@@ -109,7 +109,10 @@ def frechet_infinity(real: Features, fake: Features, *, points: int = 15, seed: 
     moments = Moments().update(real)
     r, order = root(moments.covariance), torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).permutation(len(fake)))
     sizes = np.unique(np.linspace(max(len(fake) // 10, 2), len(fake), points).astype(int))
-    found = [(int(n), frechet_distance(moments, Moments().update(fake[order[:n]]), real_root=r)) for n in sizes]
+    growing, found = Moments(), []
+    for start, n in zip([0, *sizes[:-1]], sizes, strict=True):  # each subset is the one before and some more
+        growing.update(fake[order[start:n]])
+        found.append((int(n), frechet_distance(moments, growing, real_root=r)))
     slope_and_limit = np.polyfit([1 / n for n, _ in found], [d for _, d in found], 1)
     return float(slope_and_limit[1]), found
 

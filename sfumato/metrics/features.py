@@ -7,22 +7,21 @@ Inception Distance and an Inception Score mean; nothing else is called so. CLIP 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, hash_tensors
 from sfumato.core.language import translated
-from sfumato.nn.backbones import efficientnet_lite0, over
+from sfumato.nn.backbones import efficientnet_lite0, lite0_on, over
 
 SIDE = 128  # pixels at which Lite0 looks, whatever a picture has
 BATCH = 64
@@ -42,6 +41,7 @@ class FeatureNet:
     side: int
     dimensions: int
     features: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    device: str = "cpu"
     verified: bool = True
 
 
@@ -89,8 +89,10 @@ def feature_net(name: str = "lite0", path: str | None = None, device: str = "cpu
     match name:
         case "lite0":
             network = efficientnet_lite0()
-            moved = _moved(network, device)
-            return FeatureNet("EfficientNet-Lite0", hash_tensors(network.state_dict())[:16], SIDE, 1280, lambda x: (moved.pooled(x * 2 - 1), None))
+            moved = network if device == "cpu" else lite0_on(torch.device(device))
+            return FeatureNet(
+                "EfficientNet-Lite0", hash_tensors(network.state_dict())[:16], SIDE, 1280, lambda x: (moved.pooled(x * 2 - 1), None), device
+            )
         case "inception":
             return _inception(path, device)
         case "clip":
@@ -98,12 +100,6 @@ def feature_net(name: str = "lite0", path: str | None = None, device: str = "cpu
         case "dinov2":
             return _of_transformers(name, path or DINO_MODEL, device)
     raise ValueError(f"features (={name!r}) must be one of {', '.join(NETWORKS)}")
-
-
-def _moved(network: nn.Module, device: str) -> nn.Module:
-    import copy
-
-    return network if device == "cpu" else copy.deepcopy(network).to(device)
 
 
 def _inception(path: str | None, device: str) -> FeatureNet:
@@ -119,7 +115,7 @@ def _inception(path: str | None, device: str) -> FeatureNet:
     network = InceptionV3()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     network.eval().requires_grad_(False).to(device)
-    return FeatureNet("Inception v3 (2015-12-05)", digest[:16], 299, DIMENSIONS, lambda x: network(x * 2 - 1), verified=False)
+    return FeatureNet("Inception v3 (2015-12-05)", digest[:16], 299, DIMENSIONS, lambda x: network(x * 2 - 1), device, verified=False)
 
 
 def _of_transformers(kind: str, model: str, device: str) -> FeatureNet:
@@ -143,24 +139,18 @@ def _of_transformers(kind: str, model: str, device: str) -> FeatureNet:
 
     with torch.no_grad():
         dimensions = features(torch.zeros(1, 3, side, side, device=device))[0].shape[1]
-    return FeatureNet(f"{kind}: {model}", hash_tensors(network.state_dict())[:16], side, dimensions, features)
+    return FeatureNet(f"{kind}: {model}", hash_tensors(network.state_dict())[:16], side, dimensions, features, device)
 
 
 # --- looking ------------------------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def look(net: FeatureNet, rgb: Float[Tensor, "b 3 h w"], how: Resize = "antialias", device: str = "cpu") -> tuple[Tensor, Tensor | None]:
+def look(net: FeatureNet, rgb: Float[Tensor, "b 3 h w"], how: Resize = "antialias") -> tuple[Tensor, Tensor | None]:
     """(features "b d", logits or None) of pictures in [0, 1], in fp32 on the CPU, BATCH at a time."""
-    found = [net.features(resized(part.to(device), net.side, how)) for part in rgb.split(BATCH)]
+    found = [net.features(resized(part.to(net.device), net.side, how)) for part in rgb.split(BATCH)]
     logits = [b.cpu() for _, b in found if b is not None]
     return torch.cat([a.float().cpu() for a, _ in found]), torch.cat(logits) if logits else None
-
-
-def streamed(net: FeatureNet, batches: Iterable[Tensor], how: Resize = "antialias", device: str = "cpu") -> Float[np.ndarray, "n d"]:
-    """Features of pictures that come in batches of RGB in [0, 1]."""
-    rows = [look(net, batch, how, device)[0].numpy() for batch in batches]
-    return np.concatenate(rows) if rows else np.zeros((0, net.dimensions), dtype=np.float32)
 
 
 def picture_features(pixels: UInt8[Tensor, "n 4 s s"]) -> Float[Tensor, "n 1280"]:

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import sfumato
-from sfumato.core.checkpoint import FileError, cache_folder, cached, write_bytes
+from sfumato.core.checkpoint import cache_folder, cached, write_bytes, write_json
 from sfumato.core.config import nearest as spelt
 from sfumato.core.images import grid, png_bytes, to_pil, to_tensor
 from sfumato.core.language import translated
-from sfumato.core.report import Curve, Figure, Report, Shot
+from sfumato.core.report import Curve, Figure, Report, Shot, to_html
 from sfumato.core.request import LONGEST_PROMPT, GenerateRequest
 from sfumato.data.emoji import STYLES, concepts, drawings
 from sfumato.data.folder import evenly, pixels_of, scan
@@ -409,7 +409,9 @@ def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: LatentDi
     ask = lambda options: asked_for(model, e.reference, rows, options)  # noqa: E731
 
     def measure(requests: Sequence[GenerateRequest]) -> dict[str, float]:
-        looked = looked_at(replace_rows(e, rows), drawn(model, requests), len(requests), usual)
+        looked = Looked()
+        for batch in drawn(model, requests):
+            looked.take(e, batch, usual)
         fake = torch.cat(looked.features)
         return {
             "kernel distance": compare_pairs(real, fake, k=min(5, len(fake) - 1)).kid,
@@ -432,11 +434,6 @@ def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: LatentDi
         for name, found in spreads([measure(requests) for requests in several]).items():
             how = f"mean {found['mean']:.4g}, from {found['min']:.4g} to {found['max']:.4g}, of {len(several)} settings of {len(rows)} pictures"
             e.add("stability", f"{name}: spread over {change}", found["std"], n=len(several), better=-1, how=f"standard deviation; {how}")
-
-
-def replace_rows(e: Evaluation, rows: list[int]) -> Evaluation:
-    """An evaluation of other rows whose remarks and figures are thrown away."""
-    return Evaluation(e.options, e.net, e.reference, rows)
 
 
 def text_figures(e: Evaluation, real: Tensor, fake: Tensor, rows: Sequence[int]) -> None:
@@ -512,15 +509,18 @@ def evaluate(subject: LatentDiffusion | PictureSet, name: str, reference: Pictur
         e.samples = subject.about(len(chosen))
         batches = subject.batches(chosen)
     groups = set(options.groups)
-    if "pairwise" in groups:
-        _pairs(e, subject, real)
-    if groups & {"distribution", "diversity", "memorisation", "stability", "text"}:
-        kept = looked_at(e, batches, count, usual)
-        if model:
-            e.samples |= {"count": kept.count, "sha256": kept.digest.hexdigest()}
-        _of_samples(e, groups, real, kept, usual, model, wanted[: kept.count])
-    if "cost" in groups and model:
-        cost_figures(e, model)
+    try:
+        if "pairwise" in groups:
+            _pairs(e, subject, real)
+        if groups & {"distribution", "diversity", "memorisation", "stability", "text"}:
+            kept = looked_at(e, batches, count, usual)
+            if model:
+                e.samples |= {"count": kept.count, "sha256": kept.digest.hexdigest()}
+            _of_samples(e, groups, real, kept, usual, model, wanted[: kept.count])
+        if "cost" in groups and model:
+            cost_figures(e, model)
+    except KeyboardInterrupt:
+        e.remarks.append("stopped by hand: what would have come after the last figure is missing")
     about = {"subject": name, "reference": reference.path, "reference pictures": len(rows), "samples": e.samples.get("count")}
     about |= {"features": f"{net.name} ({net.digest})", "resize": options.resize, "seed": options.seed, "version": sfumato.__version__}
     return Report(f"{name} against {reference.path}", e.figures, about | {"command": options.command}, e.remarks, e.curves, e.shots), e
@@ -577,15 +577,9 @@ def _of_samples(
 
 def save(report: Report, e: Evaluation, out: Path) -> list[Path]:
     """Writes report.json, index.html and the values of single pictures (for `sfumato compare`) into the folder `out`."""
-    from sfumato.core.report import to_html
-
-    values = {"report": report.to_json(), "values": {k: v.tolist() for k, v in e.values.items()}, "ids": e.ids}
-    try:
-        write_bytes(out / "report.json", (json.dumps(values["report"], indent=1, ensure_ascii=False) + "\n").encode())
-        write_bytes(out / "values.json", json.dumps({"values": values["values"], "ids": values["ids"]}).encode())
-        write_bytes(out / "index.html", to_html(report).encode())
-        for i, shot in enumerate(report.shots):
-            write_bytes(out / f"{i:02d}.png", png_bytes(shot.image, {"Title": shot.title}))
-    except OSError as error:
-        raise FileError(f"cannot write into {out}: {error.strerror}") from None
+    write_json(out / "report.json", report.to_json())
+    write_json(out / "values.json", {"values": {k: v.tolist() for k, v in e.values.items()}, "ids": e.ids})
+    write_bytes(out / "index.html", to_html(report).encode())
+    for i, shot in enumerate(report.shots):
+        write_bytes(out / f"{i:02d}.png", png_bytes(shot.image, {"Title": shot.title}))
     return [out / "report.json", out / "index.html"]

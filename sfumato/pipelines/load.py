@@ -12,11 +12,11 @@ from sfumato.codecs.upscaler import Upscaler, drawn_by
 from sfumato.core.checkpoint import FileError, read_metadata
 from sfumato.core.config import from_json
 from sfumato.core.pack import load_pack
+from sfumato.core.request import Device
 from sfumato.diffusion.path import PathConfig, make_path
 from sfumato.pipelines.find import bundled, find
 from sfumato.pipelines.generate import LatentDiffusion
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 

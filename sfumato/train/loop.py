@@ -35,6 +35,7 @@ from sfumato.core.config import from_json, to_json
 from sfumato.core.images import save_png
 from sfumato.core.language import translated
 from sfumato.core.pack import save_pack
+from sfumato.core.request import Device
 from sfumato.core.runlog import RunLog, is_out_of_memory
 from sfumato.nn.ema import ema_copy, ema_update
 
@@ -73,7 +74,7 @@ class LoopConfig:
     trackers: tuple[str, ...] = ()
     threads: int = 0
     compile: bool = False
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "accumulate", "save_every", "sample_every", "log_every", "keep"):

@@ -232,6 +232,23 @@ def test_bad_zips(many: Path) -> None:
     assert kinds == {"broken.zip": "damaged-zip", "half.zip/inner.png": "damaged"}
 
 
+def test_a_zip_of_a_newer_kind_or_of_somebody_else_is_not_called_damaged(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = zipfile.ZipFile
+    errors = {"new.zip": NotImplementedError("zip file version 9.9"), "locked.zip": PermissionError(13, "Permission denied")}
+
+    def refuse(path: Path, *more: Any) -> zipfile.ZipFile:
+        if Path(path).name in errors:
+            raise errors[Path(path).name]
+        return real(path, *more)
+
+    for name in errors:
+        (many / name).write_bytes(b"PK")
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    found = bad_of(many)
+    assert {n: b.kind for n, b in found.items()} == {"new.zip": "format", "locked.zip": "unreadable"}
+    assert "pack it again as a plain zip" in found["new.zip"].reason
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_broken_exif_data_turns_nothing(kind: str) -> None:
     """A rotation whose value is not a number, and data that is none."""

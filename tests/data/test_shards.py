@@ -154,3 +154,12 @@ def test_a_window_reads_a_few_shards_only(several: Shards) -> None:
         read = np.searchsorted(several._starts, several.order(0, np.arange(start, end)), side="right") - 1
         assert set(read.tolist()) == set(window.tolist())
         assert len(window) <= subject.WINDOW
+
+
+def test_labels_of_foreign_shards(tmp_path: Path) -> None:
+    """Lists are no classes; what is no JSON is named with its shard and number."""
+    path = tar_of(tmp_path / "a.tar", {"0.png": png(0), "0.json": b'{"labels": ["cat"], "style": "ink"}', "1.png": png(1), "1.json": b"{oops"})
+    shards = Shards(path)
+    assert shards.words(0)[2] == {"style": "ink"}
+    with pytest.raises(FileError, match=r"a\.tar: the JSON of sample 1 cannot be read"):
+        shards.words(1)

@@ -140,6 +140,17 @@ def test_a_stop_keeps_what_was_seen(own_folder: Path) -> None:
     assert e.remarks == ["stopped by hand after 40 of 80 samples: the figures are of these"]
 
 
+def test_a_stop_later_keeps_the_figures_that_are_there(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subject, "diversity_figures", stopped)
+    pictures = picture_set(own_folder, 32)
+    report, _ = subject.evaluate(pictures, "own", pictures, feature_net(), Options())
+    assert {f.group.split(" ")[0] for f in report.figures} == {"pairwise", "distribution"}
+    assert report.remarks[-1].startswith("stopped by hand")
+
+
 def test_what_cannot_be_evaluated(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = (
         (["--metrics", "distribtion"], "must be all or among"),
