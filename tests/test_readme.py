@@ -101,8 +101,16 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], 
     return calls
 
 
-def runnable(argv: list[str], packed: str) -> list[str]:
-    """The same command with a tiny model, and one step where it does not say how many; --from has the steps of its picture."""
+def runnable(argv: list[str], packed: str, folder: Path) -> list[str]:
+    """The same command with a tiny model, and one step where it does not say how many; --from has the steps of its picture.
+
+    What is measured is that model, or a folder for the two that a reader has, and a few pictures instead of thousands.
+    """
+    if argv[0] == "evaluate":
+        own = {"samples": str(folder), "DIR": str(folder)}
+        subject, *more = argv[1:]
+        few = ["--count", "12", "--steps", "1", "--repeats", "2", "--metrics", "pairwise,distribution,diversity,memorisation,text"]
+        return ["evaluate", packed if subject == "emoji" else own[subject], *(own.get(a, a) for a in more), *few]
     steps = argv[0] == "generate" and "--steps" not in argv and "--from" not in argv
     return [*argv, *(["--model", packed] if argv[0] in NEEDS_MODEL else []), *(["--steps", "1"] if steps else [])]
 
@@ -126,6 +134,7 @@ def test_commands_run_in_order(
     name: str,
     packed: str,
     smoke: Path,
+    own_folder: Path,
     tmp_path: Path,
     no_training: list[tuple[tuple[Any, ...], dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
@@ -146,7 +155,7 @@ def test_commands_run_in_order(
             assert argv[1] in made
             shutil.copytree(smoke / "diffusion", tmp_path / argv[1])
         try:
-            main(runnable(argv, packed))
+            main(runnable(argv, packed, own_folder))
         except SystemExit as e:
             raise AssertionError(f"sfumato {shlex.join(argv)}: {capsys.readouterr().err}") from e
         result = capsys.readouterr().out.strip().splitlines()[-1]
@@ -164,7 +173,7 @@ def test_every_command_and_flag_that_is_named_exists(name: str, capsys: pytest.C
     named = {part.split()[0] for line in lists for part in line.split("·")} | {argv[0] for argv in commands(name)}
     assert named == set(COMMANDS)
     known: set[str] = set()
-    for argv in (["generate"], ["pack"], *(["train", what] for what in ("all", "autoencoder", "text", "diffusion"))):
+    for argv in (["generate"], ["pack"], ["evaluate"], *(["train", what] for what in ("all", "autoencoder", "text", "diffusion"))):
         with pytest.raises(SystemExit) as done:
             main([*argv, "--help"])
         assert not done.value.code
