@@ -141,6 +141,7 @@ def test_commands_run_in_order(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Image.new("L", (16, 16), 255).save("mask.png")
     made: set[str] = set()  # the run folders that earlier lines make
     for argv in commands(name):
         before = {p for p in tmp_path.rglob("*") if p.is_file()}

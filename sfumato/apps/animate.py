@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from sfumato.apps.cli import OUT, say
 from sfumato.apps.draw import Generate, check_targets, finish, slug, teller, warn, where
 from sfumato.core.checkpoint import write_bytes
-from sfumato.core.images import flatten
+from sfumato.core.images import exif_of, flatten
 from sfumato.core.language import translated
 from sfumato.core.request import METADATA_KEY, SOURCE_KEY, GenerateRequest, metadata_text
 
@@ -29,10 +28,14 @@ def animate(asked: Generate, model: LatentDiffusion, requests: list[GenerateRequ
     """Draws the frames, there and back again, and writes them as one file."""
     if len(requests) != 1 or asked.sheet is not None or asked.style == "all":
         raise ValueError("morph goes from one prompt to another: give one prompt, one style and no sheet")
-    if not 2 <= asked.frames <= MOST_FRAMES:
-        raise ValueError(f"frames (={asked.frames}) must be between 2 and {MOST_FRAMES}")
-    if not 0.1 <= asked.fps <= 60:
-        raise ValueError(f"fps (={asked.fps:g}) must be between 0.1 and 60")
+    frames, fps = 24 if asked.frames is None else asked.frames, 12.0 if asked.fps is None else asked.fps
+    if not 2 <= frames <= MOST_FRAMES:
+        raise ValueError(f"frames (={frames}) must be between 2 and {MOST_FRAMES}")
+    if not 0.1 <= fps <= 60:
+        raise ValueError(f"fps (={fps:g}) must be between 0.1 and 60")
+    for name in ("morph", "morph_style"):
+        if getattr(asked, name) == "":
+            raise ValueError(f"{name} is empty: say what the animation ends with, or leave it out")
     first = replace(requests[0], count=1)
     seed = first.seed if asked.morph_seed is None else asked.morph_seed
     last = replace(first, prompt=asked.morph or first.prompt, style=asked.morph_style or first.style, seed=seed)
@@ -53,8 +56,8 @@ def animate(asked: Generate, model: LatentDiffusion, requests: list[GenerateRequ
             bar.refresh()
             tell("step", done=done, total=total)
 
-        pictures = list(model.morph(first, last, asked.frames, progress=progress))
-    write_bytes(out, encode(pictures, last, out, asked.fps))
+        pictures = list(model.morph(first, last, frames, progress=progress))
+    write_bytes(out, encode(pictures, last, out, fps))
     finish(out, asked.json, tell)
 
 
@@ -66,19 +69,17 @@ def encode(pictures: list[Picture], last: GenerateRequest, out: Path, fps: float
     if kind == "GIF":
         frames = [flatten(f) for f in frames]
     options: dict[str, object] = {"save_all": True, "append_images": frames[1:], "duration": round(1000 / fps), "loop": 0}
-    record = metadata_text(pictures[0].record | {"until": last, "frames": len(pictures)})
+    record = metadata_text(pictures[0].record | {"until": last, "frames": len(pictures), "fps": fps})
     match kind:
         case "PNG":
             info = PngInfo()
             info.add_itxt(SOURCE_KEY, pictures[0].source)
-            info.add_itxt(f"{METADATA_KEY}-morph", record)
+            info.add_itxt(METADATA_KEY, record)
             options["pnginfo"] = info
         case "GIF":
-            options["comment"] = pictures[0].source.encode()
+            options["comment"] = f"{pictures[0].source}\n{record}".encode()
         case _:
-            exif = Image.Exif()
-            exif[0x010E] = pictures[0].source  # ImageDescription
-            options |= {"lossless": True, "exif": exif}
+            options |= {"lossless": True, "exif": exif_of(pictures[0].source, record)}
     buffer = io.BytesIO()
     frames[0].save(buffer, kind, **options)
     return buffer.getvalue()

@@ -39,7 +39,7 @@ class Concepts:
 
 @dataclass(frozen=True)
 class Models:
-    """Prints the models that come with this installation: name, size, file."""
+    """Prints the models that come with this installation: name, kind, size, file."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Credits:
     """Prints whose works a model learned from, with their licences: of the bundled model, another one, or the one that drew a picture."""
 
     file: Annotated[Path | None, tyro.conf.Positional] = None
-    """A model file, a run folder or one of our PNGs."""
+    """A model file, a run folder or one of our pictures."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,17 @@ def _called(word: str, rows: list[dict[str, list[str]]]) -> list[dict[str, list[
 
 def models(asked: Models) -> Iterator[str]:
     for name, path in bundled().items():
-        yield f"{name}\t{path.stat().st_size / 1e6:.1f} MB\t{path}"
+        yield f"{name}\t{read_metadata(path).get('kind')}\t{path.stat().st_size / 1e6:.1f} MB\t{path}"
 
 
 def info(asked: Info) -> Iterator[str]:
-    for key, value in describe(asked.file).items():
+    file = asked.file if asked.file.exists() else bundled().get(str(asked.file), asked.file)
+    for key, value in describe(file).items():
         yield f"{key}: {value}"
 
 
 def credits(asked: Credits) -> Iterator[str]:
-    if asked.file is not None and asked.file.suffix.lower() == ".png":
+    if asked.file is not None and asked.file.suffix.lower() in (".png", ".apng", ".webp", ".gif"):
         told = describe(asked.file).get("source")
         if told is None:
             raise FileError(f"{asked.file} does not say where it comes from: it was drawn by something else, or its metadata was stripped")

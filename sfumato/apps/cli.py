@@ -83,7 +83,7 @@ def data(argv: list[str]) -> None:
     }
     if not argv or argv[0] not in known:
         if argv and argv[0] in ("-h", "--help"):
-            print("usage: sfumato data {check,show,shard} DIR ...")
+            print(translated("usage: sfumato data {check,show,shard} DIR ..."))
             return
         given = argv[0] if argv else ""
         raise ValueError(f"data what? (={given!r}) must be one of {', '.join(known)}{nearest(given, known)}")
@@ -142,7 +142,7 @@ def parse(tyro: Any, kind: type, argv: list[str], command: str) -> Any:
         if not e.code:
             print(_chinese_help(helped.getvalue()), end="")
             raise
-        raise ValueError(f"{_one_line(words.getvalue())} (see sfumato {command} --help)") from None
+        raise ValueError(f"{_plainly(_one_line(words.getvalue()))} (see sfumato {command} --help)") from None
 
 
 def as_shown(tyro: Any, kind: type) -> type:
@@ -154,6 +154,8 @@ def as_shown(tyro: Any, kind: type) -> type:
         wanted = [t for t in typing.get_args(bare[f.name]) if t is not type(None)]
         if f.default is None and len(wanted) == 1 and wanted[0] in (str, int, float, Path):
             told |= {"metavar": wanted[0].__name__.upper(), "help_behavior_hint": ""}
+        if f.default == ():
+            told |= {"metavar": f"[{f.name.upper().removesuffix('S')} ...]", "help_behavior_hint": ""}
         return typing.Annotated[hints[f.name], tyro.conf.arg(**told)] if told else hints[f.name]
 
     def like(f: dataclasses.Field) -> dataclasses.Field:
@@ -204,6 +206,15 @@ def _one_line(box: str) -> str:
             kept[-1] = re.split(r"[ ,]", line)[0] + "?"
             break
     return " ".join(kept)
+
+
+def _plainly(line: str) -> str:
+    """tyro's words for a value of the wrong kind, in ours."""
+    found = re.match(r"Error parsing (--\S+): .*?(INT|FLOAT)\b.*\['?(.*?)'?\]", line)
+    if found is None:
+        return line
+    flag, kind, given = found.groups()
+    return f"{flag} (={given!r}) must be {'a whole number' if kind == 'INT' else 'a number'}"
 
 
 def main(argv: list[str] | None = None) -> None:

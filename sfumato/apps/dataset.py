@@ -14,7 +14,7 @@ from PIL import Image
 from sfumato.apps.cli import OUT
 from sfumato.core.checkpoint import FileError
 from sfumato.core.images import Unreadable, decode, grid, png_bytes, write_bytes
-from sfumato.data.folder import TOO_MANY_BAD, Entry, Scan, check, framed, near_duplicates, open_picture, scan, split, survey
+from sfumato.data.folder import TOO_MANY_BAD, Entry, Scan, check, framed, near_duplicates, open_picture, passed_over, scan, split, survey
 from sfumato.data.shards import PER_SHARD, Shards, are_shards, write_shards
 
 SHOWN = 20  # lines of one kind, unless all are asked for
@@ -75,6 +75,7 @@ def run_shard(asked: Shard) -> Iterator[str]:
 def _check_shards(asked: Check) -> Iterator[str]:
     shards = Shards(asked.folder)
     yield f"pictures: {len(shards)} in {len(shards.paths)} shards"
+    yield "near-duplicates are not looked for in shards: check the folder that they are made from"
     bad = list(shards.check())
     limit = len(bad) if asked.all else SHOWN
     yield f"bad: {len(bad)}"
@@ -92,6 +93,8 @@ def run_check(asked: Check) -> Iterator[str]:
         return
     found = survey(asked.folder, workers=asked.workers)
     yield from _facts(found)
+    if found.others:
+        yield f"passed over, as they cannot be read here: {passed_over(found)}"
     limit = len(found.bad) if asked.all else SHOWN
     if found.bad:
         yield f"bad: {len(found.bad)} ({', '.join(f'{n} {kind}' for kind, n in found.kinds.items())})"

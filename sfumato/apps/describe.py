@@ -10,6 +10,7 @@ from PIL import Image
 
 from sfumato.core.checkpoint import FileError, checkpoints, read_metadata
 from sfumato.core.config import to_json
+from sfumato.core.images import texts_in
 from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, parse_metadata
 
 
@@ -30,7 +31,7 @@ def _picture(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             facts: dict[str, Any] = {"what": f"{image.format} picture", "size": f"{image.width} x {image.height}", "mode": image.mode}
-            text, parameters, several, source = (image.info.get(k) for k in (METADATA_KEY, "parameters", SEVERAL_KEY, SOURCE_KEY))
+            text, parameters, several, source = map(texts_in(image).get, (METADATA_KEY, "parameters", SEVERAL_KEY, SOURCE_KEY))
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise FileError(f"{path} begins like a picture but cannot be read: {e}") from None
     if text:
@@ -61,7 +62,11 @@ def _record(record: dict[str, Any]) -> dict[str, Any]:
     facts = {"drawn by": f"sfumato {record['version']}, model {model['name']} {model['hash'][:10]}, {record['engine']}, {record['dtype']}"}
     without = () if record["request"].init else ("strength",)
     asked = {k: v for k, v in to_json(record["request"]).items() if v is not None and k not in without}
-    return facts | asked | {"seed": record["seed"], "style": record.get("style")}
+    facts |= asked | {"seed": record["seed"], "style": record.get("style")}
+    if "until" not in record:
+        return facts
+    end = {f"until {k}": getattr(record["until"], k) for k in ("prompt", "style", "seed")}
+    return facts | {k: v for k, v in end.items() if v is not None} | {k: record[k] for k in ("frames", "fps")}
 
 
 def _tensors(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sfumato.apps.cli import OUT, say
 from sfumato.core.checkpoint import FileError, write_bytes
-from sfumato.core.images import flatten, grid, png_bytes
+from sfumato.core.images import flatten, grid, png_bytes, texts_in
 from sfumato.core.language import translated
 from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, Device, GenerateRequest, metadata_text, parse_metadata
 
@@ -87,12 +87,12 @@ class Generate:
     """The style at the end of the animation."""
     morph_seed: int | None = None
     """The seed at its end."""
-    frames: int = 24
-    """Pictures of the animation."""
-    fps: float = 12.0
-    """Pictures a second."""
+    frames: int | None = None
+    """Pictures of the animation from its beginning to its end (24)."""
+    fps: float | None = None
+    """Pictures a second (12)."""
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Draw the request inside this PNG again; other flags change it."""
+    """Draw the request inside this picture or animation again; other flags change it."""
     force: bool = False
     """Overwrite files that exist."""
     json: bool = False
@@ -122,16 +122,19 @@ def run(asked: Generate) -> None:
 
     asked = replace(asked, prompts=(*asked.prompts, *_lines(asked.file)))
     record = None if asked.source is None else read_record(asked.source)
+    if record is not None and "until" in record:
+        asked = _morph_again(asked, record)
     request, only = _request(asked, record)
     requests = [replace(request, prompt=p) for p in asked.prompts or (request.prompt,)]
     model = load(asked.model, **_engine(asked, record))
     if record is not None:
         _compare(model, record, again=only is not None)
+    _warn_of_flags(asked, morphs(asked))
     if asked.native:
         requests = [replace(r, size=model.size) for r in requests]
     for r in requests:
         model.check(r)
-    if asked.morph or asked.morph_style or asked.morph_seed is not None:
+    if morphs(asked):
         from sfumato.apps.animate import animate
 
         return animate(asked, model, requests)
@@ -154,7 +157,30 @@ def run(asked: Generate) -> None:
     if len(pictures) > 1:
         result = _grid_path(asked, jobs)
         write_bytes(result, png_bytes(grid([p.image for p in pictures]), _several(pictures)))
+        if not asked.json:
+            print(*files, sep="\n")
     finish(result, asked.json, tell)
+
+
+def morphs(asked: Generate) -> bool:
+    return asked.morph is not None or asked.morph_style is not None or asked.morph_seed is not None
+
+
+def _morph_again(asked: Generate, record: dict[str, Any]) -> Generate:
+    """With the end of an animation that is asked for again."""
+    end: GenerateRequest = record["until"]
+    recorded = {"morph": end.prompt, "morph_style": end.style, "morph_seed": end.seed, "frames": record["frames"], "fps": record["fps"]}
+    return replace(asked, **{k: v for k, v in recorded.items() if getattr(asked, k) is None})
+
+
+def _warn_of_flags(asked: Generate, morph: bool) -> None:
+    """Says which flags have no effect together with others."""
+    without = {"with morph": ("count",) if morph and asked.count not in (None, 1) else (), "together with native": ("size",) if asked.native else ()}
+    without["without --morph"] = () if morph else ("frames", "fps")
+    for why, names in without.items():
+        for name in names:
+            if getattr(asked, name) is not None:
+                say(f"warning: {name} has no effect {why}")
 
 
 Tell = Callable[..., None]  # tell(event, **what)
@@ -242,17 +268,17 @@ def _compare(model: LatentDiffusion, record: dict[str, Any], again: bool) -> Non
 
 
 def read_record(source: Path) -> dict[str, Any]:
-    """The record inside one of our PNGs: the request, and which of its pictures this is."""
+    """The record inside one of our pictures: the request, and which of its pictures this is; of an animation, what it goes until, too."""
     try:
         with Image.open(source) as image:
-            text, several = image.info.get(METADATA_KEY), image.info.get(SEVERAL_KEY)
+            texts = texts_in(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise FileError(f"{source} is not a picture that can be read: {e}") from None
-    if several is not None:
+    if SEVERAL_KEY in texts:
         raise FileError(f"{source} shows several pictures: name one of them, or give the prompt again (sfumato info {source} prints it)")
-    if text is None:
+    if METADATA_KEY not in texts:
         raise FileError(f"{source} holds no request of sfumato: it was drawn by something else, or its metadata was stripped")
-    return parse_metadata(text)
+    return parse_metadata(texts[METADATA_KEY])
 
 
 def _several(pictures: list[Picture]) -> dict[str, str]:
@@ -286,6 +312,8 @@ def warn(model: LatentDiffusion, r: GenerateRequest) -> None:
         say("warning: guidance_interval has no effect at guidance 1 or together with style_guidance")
     if r.strength != GenerateRequest().strength and r.init is None:
         say("warning: strength has no effect without --init")
+    if r.prompt and (shown := model.people(r.prompt)):
+        say(f"note: this model draws no people and no faces: {shown!r} gives what goes with it at most")
     for text in (r.prompt, r.negative):
         if text and model.too_long(text):
             say(f"warning: {text[:30]!r}... is longer than this model hears ({model.text.config.tokens} tokens): its end has no effect")  # type: ignore[union-attr]
@@ -305,7 +333,8 @@ def _jobs(asked: Generate, requests: list[GenerateRequest], styles: list[str | N
             if asked.out is not None:
                 files.append(_png(asked.out) if alone else _png(asked.out).with_stem(f"{_png(asked.out).stem}-{number}"))
             else:
-                files.append(_free(OUT / f"{slug(r.prompt)}{f'-{slug(style)}' if style else ''}-{r.seed + i}.png", taken))  # type: ignore[operator]
+                named = [slug(r.prompt), *([slug(style)] if style else []), str(r.seed + i), *([] if r.size is None else [str(r.size)])]  # type: ignore[operator]
+                files.append(_free(OUT / f"{'-'.join(named)}.png", taken))
         jobs.append(Job(replace(r, style=style), tuple(files), only))
     return jobs
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import tempfile
@@ -15,12 +17,18 @@ from sfumato.apps.training import Pack, _run, pack_run, plan
 from sfumato.core.checkpoint import FileError, cache_folder, checkpoints, disk_of, free_bytes, read_metadata, sweep, write_bytes, write_json
 from sfumato.core.images import png_bytes
 from sfumato.core.request import LONGEST_PROMPT, Device, GenerateRequest
-from sfumato.data.folder import Entry, Scan, evenly, near_duplicates, pixels_of, pixels_path, same_pictures, scan, split
+from sfumato.data.folder import Entry, Scan, evenly, near_duplicates, passed_over, pixels_of, pixels_path, same_pictures, scan, split
 from sfumato.data.shards import are_shards
+from sfumato.data.subjects import classes_in
+from sfumato.pipelines.find import find
+from sfumato.text.words import strange_words
 
 BUNDLED = "bundled"
+SETTINGS = "settings.json"  # in OUT: what it was begun with
 SAMPLES = 64
 COMPARED = 20_000  # pictures that samples are compared with
+MOST_COMPARED = 20_000  # pictures that near-duplicates are looked for among, when a training begins
+STRANGE = 0.5  # of the captions' words
 FEWEST = 8
 COUNTS = (  # pictures below this number: images for codec and denoiser, begun from the bundled model; encoded pictures of each
     (200, 12_000, 100_000, 16),
@@ -85,9 +93,10 @@ def run(asked: All) -> Path | dict[str, Any]:
     if len(found.entries) < FEWEST:
         raise ValueError(f"{asked.data} holds {len(found.entries)} pictures: {FEWEST} at least are needed to learn anything and to measure it")
     efficientnet_lite0()  # codec and report need it: better missed now than in the middle
-    asked = replace(asked, size=asked.size or _usual_size(asked.device))
+    asked = replace(asked, size=asked.size or _begun(asked.out).get("size") or _usual_size(asked.device))
     stages = stages_for(asked, found)
-    _tell_of(found, asked.size)
+    _check(asked, stages, found)
+    _tell_of(found, asked)
     if asked.plan:
         return whole_plan(asked, stages, found)
     model, done = asked.out / "model.safetensors", [_finished(s) for s in stages]
@@ -117,12 +126,20 @@ def _same_command(asked: All, found: Scan) -> None:
     sweep(asked.out)
     same_pictures(asked.out, found, words=True)
     now = {"init": asked.init, "size": asked.size, "seed": asked.seed, "effort": asked.effort}
-    path = asked.out / "settings.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+    before = _begun(asked.out) or now
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(f"{name} (={value!r}) must be {before.get(name)!r}, with which {asked.out} was begun: or name another --out")
-    write_json(path, now)
+    write_json(asked.out / SETTINGS, now)
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """The settings that OUT was begun with; nothing where it was not."""
+    path = out / SETTINGS
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        raise FileError(f"{path} cannot be read: name another --out, or remove it to begin again") from None
 
 
 def stages_for(asked: All, found: Scan) -> list[Stage]:
@@ -184,8 +201,23 @@ def _finished(stage: Stage) -> bool:
 # --- before it begins ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _tell_of(found: Scan, size: int) -> None:
+def _check(asked: All, stages: list[Stage], found: Scan) -> None:
+    """Raises ValueError for what would end a later stage: styles that cannot be named, an `init` that holds other networks."""
+    from sfumato.train import autoencoder, diffusion
+
+    classes_in(split(found.entries)[0])
+    for s in stages:
+        if s.what == "autoencoder" and s.recipe.init:
+            autoencoder.check_init(s.recipe)
+        if s.what == "diffusion" and s.recipe.init:
+            diffusion.check_init(s.recipe, s.recipe.denoiser)
+            if s.recipe.denoiser.text_width and "text" not in read_metadata(find(s.recipe.init)):
+                raise ValueError(f"init (={asked.init!r}) must hold a text encoder, for there are captions: name another, or none")
+
+
+def _tell_of(found: Scan, asked: All) -> None:
     """What a user should know of the pictures before time is spent on them."""
+    size = asked.size
     train, unseen = split(found.entries)
     captions = sum(e.caption is not None for e in found.entries)
     say(f"{len(found.entries):,} pictures, {captions:,} with captions; {len(unseen)} are kept apart to measure with; {len(found.bad)} files are bad")
@@ -193,14 +225,47 @@ def _tell_of(found: Scan, size: int) -> None:
         say(f"warning: {b.name} {b.reason}")
     if len(found.bad) > 5:
         say(f"warning: {len(found.bad) - 5} more: sfumato data check {found.root}")
+    if found.others:
+        say(f"warning: passed over, as they cannot be read here: {passed_over(found)}")
+    _tell_of_words(train, asked)
     small = sum(min(e.width, e.height) < size for e in found.entries)
     soft = sum(any("enlarged" in n for n in e.notes) for e in found.entries)
     if small or soft:
         say(f"warning: {small} pictures are smaller than {size} pixels, {soft} look enlarged: what they lack cannot be learned")
-    twins = near_duplicates(train, unseen) if len(found.entries) <= 20_000 else []
+    twins = near_duplicates(train, unseen) if len(found.entries) <= MOST_COMPARED else []
+    if len(found.entries) > MOST_COMPARED:
+        say(f"note: near-duplicates are not looked for here among more than {MOST_COMPARED:,}: sfumato data check {found.root}")
     if twins:
         a, b = twins[0]
         say(f"warning: {len(twins)} pictures kept apart have near-duplicates that are trained on, such as {b.name} and {a.name}: scores flatter")
+
+
+def _tell_of_words(train: list[Entry], asked: All) -> None:
+    """What can be asked for afterwards: styles, classes, captions; and whether the text encoder knows their words."""
+    styles, column, classes = classes_in(train)
+    if styles:
+        say(f"styles: {', '.join(styles[:6])}{', ...' if len(styles) > 6 else ''}")
+    if classes:
+        by = "sub-folder" if column == "folder" else f"the column {column!r}"
+        say(f"classes by {by}: {len(classes)}: {', '.join(classes[:6])}{', ...' if len(classes) > 6 else ''}")
+    captions = [e.caption for e in train if e.caption]
+    if captions and len(captions) < len(train) / 2:
+        say(f"warning: {len(captions)} of {len(train)} pictures have captions: words will reach little beyond what those show")
+    if not captions or asked.init == "none":
+        return
+    share, examples = _strange_words(captions, find("emoji" if asked.init == BUNDLED else asked.init))
+    if share > STRANGE:
+        such = ", ".join(examples)
+        say(f"warning: {share:.0%} of the captions' words, such as {such}, are not known to the text encoder begun from: --init none learns your own")
+
+
+def _strange_words(captions: list[str], pack: Path) -> tuple[float, list[str]]:
+    """The share of the letters of the captions' different words that are in words which a model was not taught; and some of them."""
+    meta: Any = read_metadata(pack)
+    known = {w for row in meta["words"].values() for tongue in ("en", "zh", "zh-hant", "emoji") for w in row[tongue] if w}
+    some = "\n".join(captions[i] for i in evenly(len(captions), 500))
+    strange = strange_words(some, known, filler=meta["filler"])
+    return len("".join(strange)) / max(len("".join(strange_words(some, ()))), 1), strange[:3]
 
 
 def disk_needed(stages: list[Stage], size: int, found: Scan) -> int:
@@ -248,11 +313,13 @@ def whole_plan(asked: All, stages: list[Stage], found: Scan) -> dict[str, Any]:
         parts = _stand_ins(asked, Path(folder))
         for s in stages:
             say(f"timing a few steps of {s.what}")
-            facts[s.what] = plan(s.what, SimpleNamespace(recipe=s.recipe, loop=s.loop, out=s.out, **vars(parts)))["plan"]
+            with contextlib.redirect_stderr(io.StringIO()):  # their own bars would be of six steps
+                facts[s.what] = plan(s.what, SimpleNamespace(recipe=s.recipe, loop=s.loop, out=s.out, **vars(parts)))["plan"]
             if s.what == "diffusion":
-                first = hours + s.loop.sample_every / facts[s.what]["images_per_s"] / 3600
+                first = hours + facts[s.what]["encoding_minutes"] / 60 + s.loop.sample_every / facts[s.what]["images_per_s"] / 3600
             hours += facts[s.what]["hours"]
             memory = max(memory, facts[s.what]["memory_GB"])
+    say(f"some {hours * 60:.0f} minutes, something to look at after {first * 60:.0f}; {memory:.1f} GB of memory, {needed / 1e9:.1f} GB of disk")
     whole = {"pictures": len(found.entries), "size": asked.size, "hours": round(hours, 2), "first_samples_after_minutes": round(first * 60, 1)}
     whole |= {"memory_GB": memory, "disk_GB": round(needed / 1e9, 2), "device": facts["diffusion"]["device"]}
     return {"plan": whole, "stages": {k: {n: v for n, v in f.items() if n not in ("free_disk_GB", "disk_GB")} for k, f in facts.items()}}

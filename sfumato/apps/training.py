@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from sfumato.apps.cli import say
 from sfumato.core.checkpoint import FileError, checkpoints, free_bytes
 from sfumato.core.config import nearest, to_json
+from sfumato.core.language import translated
 from sfumato.core.request import Device
 from sfumato.core.runlog import read_log
 
@@ -28,7 +31,7 @@ def train(argv: list[str]) -> None:
     """`sfumato train WHAT --preset NAME --data emoji --out RUN [--plan] [--recipe.X ...] [--loop.Y ...]`."""
     if not argv or argv[0] not in WHAT:
         if argv and argv[0] in ("-h", "--help"):
-            print(f"usage: sfumato train {{{','.join(WHAT)}}} --preset NAME --out RUN ...")
+            print(translated(f"usage: sfumato train {{{','.join(WHAT)}}} --preset NAME --out RUN ..."))
             return
         given = argv[0] if argv else ""
         raise ValueError(f"train what? (={given!r}) must be one of {', '.join(WHAT)}{nearest(given, WHAT)}")
@@ -158,10 +161,12 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
         later, _, _ = _timed(what, replace(recipe, perceptual_from=0.0), loop, asked)
         seconds = loop.images * (recipe.perceptual_from / speed + (1 - recipe.perceptual_from) / later)
     data = _data_bytes(what, asked.recipe, trainer)
+    encoding = _encoding_seconds(trainer.task, asked.recipe) if what == "diffusion" else 0.0
     facts = {
         "parameters": _parameters(what, asked.recipe, trainer.task),
         "images_per_s": speed,
-        "hours": round(seconds / 3600, 2),
+        "encoding_minutes": round(encoding / 60, 1),
+        "hours": round((seconds + encoding) / 3600, 2),
         "memory_GB": round((_peak_bytes() + data["memory"]) / 1e9, 2),
         "disk_GB": round((disk * (loop.keep + 1) + data["disk"]) / 1e9, 3),
         "free_disk_GB": round(free_bytes(asked.out) / 1e9, 1),
@@ -182,6 +187,17 @@ def _timed(what: str, recipe: Any, loop: Any, asked: Any) -> tuple[float, Any, i
         speed = [line["images_per_s"] for line in read_log(run / "log.jsonl") if "images_per_s" in line][-1]
         newest = [checkpoints(run, kind)[-1] for kind in ("state", "model")]
         return speed, trainer, sum(f.stat().st_size for f in newest)
+
+
+def _encoding_seconds(task: Any, recipe: Any) -> float:
+    """What turning all pictures into latents takes, from the time of some."""
+    from sfumato.data.emoji import drawable, pairs
+
+    n = min(64, len(task.shown.pixels))
+    whole = len(pairs(drawable())) if recipe.data == EMOJI and not recipe.limit else len(task.shown.pixels)
+    began = time.perf_counter()
+    task.encode(np.arange(n))
+    return (time.perf_counter() - began) / n * whole * recipe.each
 
 
 def _parameters(what: str, recipe: Any, task: Any) -> dict[str, int]:

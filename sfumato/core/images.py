@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, features
 
 from sfumato.core.checkpoint import write_bytes
+from sfumato.core.request import METADATA_KEY, SOURCE_KEY
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 READABLE = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 100_000_000
+EXIF_DESCRIPTION, EXIF_MORE, EXIF_COMMENT = 0x010E, 0x8769, 0x9286  # ImageDescription, the IFD of Exif, its UserComment
 SRGB = ImageCms.createProfile("sRGB")
 STARTS = (  # what else a file named like a picture turns out to be
     (b"version https://git-lfs", "git-lfs", "is a Git LFS pointer, not the picture: run `git lfs pull` where it came from"),
@@ -180,6 +182,28 @@ def grid(images: list[Image.Image], columns: int | None = None, gap: int = 2) ->
     for i, image in enumerate(images):
         sheet.paste(image.convert("RGBA"), ((i % columns) * (w + gap), (i // columns) * (h + gap)))
     return sheet
+
+
+def exif_of(source: str, record: str) -> Image.Exif:
+    """For formats without texts of their own (WebP): where a picture comes from, and its record."""
+    exif = Image.Exif()
+    exif[EXIF_DESCRIPTION] = source
+    exif[EXIF_MORE] = {EXIF_COMMENT: b"UNICODE\0" + record.encode("utf-16-be")}
+    return exif
+
+
+def texts_in(image: Image.Image) -> dict[str, str]:
+    """What one of our pictures says of itself, by the keys of its PNG; of a WebP from its EXIF, of a GIF from its comment. Empty for others."""
+    if image.format == "WEBP":
+        exif = image.getexif()
+        source, record = exif.get(EXIF_DESCRIPTION), exif.get_ifd(EXIF_MORE).get(EXIF_COMMENT, b"")
+        record = record.removeprefix(b"UNICODE\0").decode("utf-16-be", "replace") if isinstance(record, bytes) else ""
+    elif image.format == "GIF":
+        comment = image.info.get("comment", b"")
+        source, _, record = (comment.decode("utf-8", "replace") if isinstance(comment, bytes) else "").partition("\n")
+    else:
+        return {k: v for k, v in image.info.items() if isinstance(v, str)}
+    return {SOURCE_KEY: str(source), METADATA_KEY: record} if record.startswith("{") else {}
 
 
 def png_bytes(image: Image.Image, text: dict[str, str] | None = None) -> bytes:

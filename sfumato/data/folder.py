@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".apng")
+NOT_READ = (".svg", ".svgz", ".jxl", ".psd", ".xcf", ".kra", ".ai", ".eps", ".pdf", ".tga", ".ico", ".icns", ".exr", ".hdr", ".jp2", ".j2k", ".dng",
+            ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".7z", ".rar", ".tar", ".gz", ".tgz")  # fmt: skip  # named where they lie about
 FORMATS = {"PNG": (".png", ".apng"), "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "WEBP": (".webp",), "GIF": (".gif",)}
 METADATA = ("metadata.jsonl", "metadata.csv")
 WORDS = ("caption", "metadata")  # kinds of Bad that are of words, not of pictures
@@ -89,13 +91,21 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Other:
+    """A file that is passed over: a picture of a kind that is not read, or an archive inside an archive."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Scan:
-    """What a folder holds, in the order of the names; `files` says where an entry of that name lies."""
+    """What a folder holds, in the order of the names; `files` says where an entry of that name lies, `others` counts what is passed over."""
 
     root: Path
     entries: tuple[Entry, ...]
     bad: tuple[Bad, ...]
     files: dict[str, Found]
+    others: dict[str, int] = field(default_factory=dict)
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -106,15 +116,15 @@ class Scan:
 # --- finding ------------------------------------------------------------------------------------------------------------------------------------
 
 
-def find(root: Path) -> Iterator[Found | Bad]:
-    """Every file below `root` (a folder or a zip) that is named like a picture or says something of one. Hidden files are passed over."""
+def find(root: Path) -> Iterator[Found | Bad | Other]:
+    """Every file below `root` (a folder or a zip) that is named like a picture or says something of one. Hidden files are not looked at."""
     if root.is_file():
         yield from _in_zip(root, "")
         return
     yield from _in_folder(root, "", (os.path.realpath(root),))
 
 
-def _in_folder(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[Found | Bad]:
+def _in_folder(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[Found | Bad | Other]:
     """Folders behind symbolic links are followed unless they lead back to a folder above."""
     try:
         items = sorted(os.scandir(folder), key=lambda e: e.name)
@@ -147,9 +157,11 @@ def _in_folder(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[Fo
                 yield Bad(name, "special", "is a device, socket or pipe, not a file")
             else:
                 yield Found(name, Path(item.path), None, (facts.st_size, facts.st_mtime_ns))
+        elif _ending(item.name) in NOT_READ:
+            yield Other(name)
 
 
-def _in_zip(path: Path, prefix: str) -> Iterator[Found | Bad]:
+def _in_zip(path: Path, prefix: str) -> Iterator[Found | Bad | Other]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = sorted(archive.infolist(), key=lambda m: m.filename)
@@ -166,9 +178,12 @@ def _in_zip(path: Path, prefix: str) -> Iterator[Found | Bad]:
     for m in members:
         name = _member_name(m)
         parts = name.split("/")
-        if m.is_dir() or not _wanted(parts[-1]) or any(p.startswith(".") or p == "__MACOSX" for p in parts):
+        if m.is_dir() or any(p.startswith(".") or p == "__MACOSX" for p in parts):
             continue
-        if m.flag_bits & 1:
+        if not _wanted(parts[-1]):
+            if _ending(parts[-1]) in (*NOT_READ, ".zip"):
+                yield Other(prefix + name)
+        elif m.flag_bits & 1:
             yield Bad(prefix + name, "encrypted", "is encrypted inside the zip: unpack it with its password")
         else:
             yield Found(prefix + name, path, m.filename, (m.file_size, modified))
@@ -188,12 +203,15 @@ def _member_name(member: zipfile.ZipInfo) -> str:
 
 
 def _wanted(name: str) -> bool:
-    lower = name.lower()
-    return lower in METADATA or os.path.splitext(lower)[1] in (*SUFFIXES, ".txt")
+    return name.lower() in METADATA or _ending(name) in (*SUFFIXES, ".txt")
 
 
 def _is_picture(name: str) -> bool:
-    return os.path.splitext(name.lower())[1] in SUFFIXES
+    return _ending(name) in SUFFIXES
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name.lower())[1]
 
 
 _open_zips = threading.local()
@@ -402,9 +420,16 @@ def survey(root: Path | str, *, workers: int = 0, progress: bool = True) -> Scan
         raise FileError(f"there is no folder or zip {root}")
     if root.is_file() and root.suffix.lower() != ".zip":
         raise FileError(f"{root} is a single file: name a folder of pictures, or a zip")
-    files, bad = [], []
+    files: list[Found] = []
+    bad: list[Bad] = []
+    others: Counter[str] = Counter()
     for item in find(root):
-        (bad if isinstance(item, Bad) else files).append(item)
+        if isinstance(item, Other):
+            others[_ending(item.name)] += 1
+        elif isinstance(item, Bad):
+            bad.append(item)
+        else:
+            files.append(item)
     seen = _remembered(root)
     pictures = [f for f in files if _is_picture(f.name)]
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
@@ -421,7 +446,12 @@ def survey(root: Path | str, *, workers: int = 0, progress: bool = True) -> Scan
     captions, labels, wrong = _said((f for f in files if not _is_picture(f.name)), {e.name for e in entries})
     bad += [b for b in looked if isinstance(b, Bad)]
     words = tuple(_with_words(entries, captions, labels))
-    return Scan(root, words, tuple(sorted(bad + wrong, key=lambda b: b.name)), {f.name: f for f in pictures})
+    return Scan(root, words, tuple(sorted(bad + wrong, key=lambda b: b.name)), {f.name: f for f in pictures}, dict(others.most_common()))
+
+
+def passed_over(found: Scan) -> str:
+    """What is passed over, in words: "12 .svg, 1 .zip"."""
+    return ", ".join(f"{n} {ending}" for ending, n in found.others.items())
 
 
 def check(found: Scan, strict: bool = False) -> None:
@@ -431,11 +461,11 @@ def check(found: Scan, strict: bool = False) -> None:
         more = f": {bad} files cannot be used, {_example(found)}" if bad else f": it should hold files that end in {', '.join(SUFFIXES[:6])}"
         raise FileError(f"{found.root} holds no picture that can be used{more}")
     if strict and found.bad:
-        raise FileError(f"{len(found.bad)} files of {found.root} are bad, {_example(found)}: see `sfumato data check`, or leave --strict out")
+        raise FileError(f"{len(found.bad)} files of {found.root} are bad, {_example(found)}: repair or remove them, or leave --strict out")
     if bad > TOO_MANY_BAD * (len(found.entries) + bad):
         raise FileError(
             f"{bad} of {len(found.entries) + bad} files of {found.root} cannot be used, more than {TOO_MANY_BAD:.0%}, {_example(found)}: "
-            "see `sfumato data check`, and repair or remove them"
+            "`sfumato data check --all` names them: repair or remove them"
         )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,7 +21,7 @@ from sfumato.core.language import translated
 from sfumato.data.augment import Rows, Scene, Variety, draw_scene
 from sfumato.data.captions import FILLER, any_caption
 from sfumato.data.emoji import LANGUAGES, STYLES, Drawings, art_digest, concepts, credits, drawable, drawings
-from sfumato.data.folder import MOST_EXACT, Scan, evenly, pixels_of, scan, split
+from sfumato.data.folder import MOST_EXACT, Entry, Scan, evenly, pixels_of, scan, split
 from sfumato.data.shards import are_shards, split_shards
 
 EMOJI = "emoji"
@@ -196,7 +196,7 @@ class Own:
 
     def __init__(self, source: Source, labels: Labels = "auto") -> None:
         self.source, self.pixels, self.digest = source, source.pixels, source.digest
-        self.counted, columns = _columns_of(source)
+        self.counted, columns = _columns_of(source.count, source.words)
         self.captioned = bool(self.counted)
         self.styles, self.style = _classes(columns, "style", source.count)
         self.column = None if labels == "none" else _label_column(columns, source.count)
@@ -230,16 +230,23 @@ class Own:
         return {"words": words, "filler": [*FILLER, *(w for w, _ in spoken.most_common(MOST_WORDS))], "credits": [whose]}
 
 
-def _columns_of(source: Source) -> tuple[Counter[str], dict[str, Column]]:
+def classes_in(entries: Sequence[Entry]) -> tuple[list[str], str | None, list[str]]:
+    """What `Own` would learn of pictures: styles, the column of the classes, classes. Raises ValueError where it would."""
+    _, columns = _columns_of(len(entries), lambda i: (entries[i].caption, entries[i].labels))
+    column = _label_column(columns, len(entries))
+    return _classes(columns, "style", len(entries))[0], column, _classes(columns, column, len(entries))[0]
+
+
+def _columns_of(count: int, words: Callable[[int], Words]) -> tuple[Counter[str], dict[str, Column]]:
     """How often each caption is said, up to MOST_WORDS different ones, and each label's values with their index of every row (-1: none)."""
     counted: Counter[str] = Counter()
     found: dict[str, tuple[dict[str, int], np.ndarray]] = {}
-    for i in tqdm(range(source.count), desc=translated("reading captions"), unit=" samples", leave=False, delay=1):
-        caption, labels = source.words(i)
+    for i in tqdm(range(count), desc=translated("reading captions"), unit=" samples", leave=False, delay=1):
+        caption, labels = words(i)
         if caption and (caption in counted or len(counted) < MOST_WORDS):
             counted[caption] += 1
         for column, value in labels.items():
-            values, rows = found.setdefault(column, ({}, np.full(source.count, -1, dtype=np.int32)))
+            values, rows = found.setdefault(column, ({}, np.full(count, -1, dtype=np.int32)))
             if len(values) <= MOST_CLASSES:  # more are no classes: it is enough to know that there are more
                 rows[i] = values.setdefault(value, len(values))
     return counted, {c: (list(values), rows) for c, (values, rows) in found.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from sfumato.core.checkpoint import FileError, checkpoints
+from sfumato.core.checkpoint import FileError, checkpoints, read_metadata
 
 BUNDLED = "emoji"
 
@@ -25,7 +25,8 @@ def find(model: str | Path | None) -> Path:
         return known[BUNDLED]
     path = Path(model)
     if path.is_dir():
-        packs = checkpoints(path, "model")
+        ended = path / "model.safetensors"
+        packs = [ended] if (path / "report.json").exists() and ended.exists() else checkpoints(path, "model")  # the first of `train all`
         if not packs:
             raise FileError(f"{path} is a folder without a model-*.safetensors: name a run folder or a model file")
         return packs[-1]
@@ -33,4 +34,5 @@ def find(model: str | Path | None) -> Path:
         return path
     if str(model) in known:
         return known[str(model)]
-    raise FileError(f"model (={str(model)!r}) must be a file, a run folder or one of: {', '.join(known) or '(no bundled models here)'}")
+    drawing = [name for name, file in known.items() if read_metadata(file).get("kind") != "upscaler"]
+    raise FileError(f"model (={str(model)!r}) must be a file, a run folder or one of: {', '.join(drawing) or '(no bundled models here)'}")

@@ -31,7 +31,7 @@ from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.samplers import sample_ddim, sampler
 from sfumato.text.encoder import TextEncoder
-from sfumato.text.words import normalise, spell_emoji, unknown_words
+from sfumato.text.words import normalise, of_people, spell_emoji, unknown_words
 
 CHUNK = 16  # pictures drawn together
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -143,6 +143,11 @@ class LatentDiffusion:
     def unknown(self, prompt: str) -> list[tuple[str, list[str]]]:
         """Words of a prompt that nothing this model draws is known by, each with the nearest that something is."""
         return unknown_words(prompt, self.words, filler=self.meta["filler"])
+
+    def people(self, prompt: str) -> str | None:
+        """The first word of a prompt that is of people, where the model's concepts are of groups without them."""
+        groups = {g for e in self.meta["words"].values() for g in e.get("group", [])}
+        return of_people(prompt) if groups and "people-body" not in groups else None
 
     def too_long(self, prompt: str) -> bool:
         """Whether the end of a prompt is not heard, because it has more tokens than the text encoder takes."""

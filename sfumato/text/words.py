@@ -13,6 +13,20 @@ CJK = r"[\u3400-\u4dbf\u4e00-\u9fff]"
 PICTOGRAPH = "[\U0001f000-\U0001faff\u2600-\u27bf]"
 
 
+PEOPLE = re.compile(
+    r"\b(person|people|humans?|m[ae]n|wom[ae]n|boys?|girls?|child(ren)?|kids?|bab(y|ies)|mother|father|mum|mom|dad|grand(ma|pa|mother|father)|family|friends?"
+    r"|couple|bride|groom|king|queen|prince(ss)?|portrait|selfie|smiley|doctor|nurse|teacher|student|soldier|police(wo)?man|dancer|singer|wizard|witch)\b"
+    "|女人|男人|女孩|男孩|女生|男生|小孩|孩子|儿童|婴儿|宝宝|人物|人像|肖像|老人|老师|学生|医生|护士|公主|王子|国王|女王|妈妈|爸爸|奶奶|爷爷"
+    "|家庭|情侣|新娘|新郎|笑脸|人脸|美女|帅哥|少女|少年"
+)
+
+
+def of_people(prompt: str) -> str | None:
+    """The first word of a prompt that is of people; None: there is none."""
+    found = PEOPLE.search(normalise(prompt))
+    return found[0] if found else None
+
+
 def normalise(text: str) -> str:
     """NFKC, case folded, without variation selectors, single spaces."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("\ufe0f", "")
@@ -20,21 +34,27 @@ def normalise(text: str) -> str:
 
 
 def unknown_words(prompt: str, known: Iterable[str], *, filler: Iterable[str] = ()) -> list[tuple[str, list[str]]]:
-    """Words of a prompt that no concept is known by, each with the nearest known words by character n-grams.
+    """Words of a prompt that no concept is known by, each with the nearest known words by character n-grams; at most MOST_NAMED."""
+    known = {normalise(k) for k in known}
+    return [(w, nearest_words(w, known)) for w in strange_words(prompt, known, filler=filler)[:MOST_NAMED]]
 
-    `known` are names and keywords, `filler` words that may always stand ("a", "the", colours...). CJK text is covered greedily by known
-    words; what stays over is unknown. Emoji that nothing is known by are named too. At most MOST_NAMED words are returned.
+
+def strange_words(text: str, known: Iterable[str], *, filler: Iterable[str] = ()) -> list[str]:
+    """The different words of a text that are not among `known` names and keywords, in their order.
+
+    `filler` are words that may always stand ("a", "the", colours...). CJK text is covered greedily by known words; what stays over is unknown.
+    Emoji that nothing is known by are named too.
     """
     known = {normalise(k) for k in known}
     parts = {w for k in known for w in re.findall(r"[^\W_]+", k)} | {normalise(f) for f in filler}
     parts |= {p + "s" for p in parts if p.isascii()} | {p + "es" for p in parts if p.isascii()}
     found = []
-    for word in re.findall(rf"{CJK}+|[^\W_]+|{PICTOGRAPH}", normalise(prompt)):
+    for word in re.findall(rf"{CJK}+|[^\W_]+|{PICTOGRAPH}", normalise(text)):
         if re.match(CJK, word):
             found += _uncovered(word, known | parts)
         elif not word.isdigit() and word not in parts and word not in known:
             found.append(word)
-    return [(w, nearest_words(w, known)) for w in list(dict.fromkeys(found))[:MOST_NAMED]]
+    return list(dict.fromkeys(found))
 
 
 def _uncovered(text: str, known: set[str]) -> list[str]:

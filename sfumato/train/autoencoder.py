@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from sfumato import zoo
 from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig, measure_latents
+from sfumato.core.checkpoint import read_metadata
 from sfumato.core.config import to_json
 from sfumato.core.images import grid, to_pil
 from sfumato.core.pack import load_pack
@@ -115,12 +116,18 @@ def split_pictures(data: str, size: int, limit: int = 0) -> tuple[Drawings | Pic
     return art.rows(~art.held_out), art.rows(art.held_out)
 
 
-def begun_from(recipe: AutoencoderRecipe) -> Autoencoder:
-    """The codec of the pack `recipe.init`. Raises FileError where it has none, ValueError where it is of another shape."""
+def check_init(recipe: AutoencoderRecipe) -> None:
+    """Raises ValueError where `recipe.init` has no codec of the recipe's shape."""
     pack = find(recipe.init)
-    tensors, meta = load_pack(pack)
-    if meta.get("codec") != to_json(recipe.codec):
-        raise ValueError(f"init (={recipe.init!r}) must hold a codec of the recipe's shape: {pack} has {meta.get('codec', 'no codec')}")
+    found = read_metadata(pack).get("codec", "no codec")
+    if found != to_json(recipe.codec):
+        raise ValueError(f"init (={recipe.init!r}) must hold a codec of the recipe's shape: {pack} has {found}")
+
+
+def begun_from(recipe: AutoencoderRecipe) -> Autoencoder:
+    """The codec of the pack `recipe.init`. Raises ValueError where it has none of this shape."""
+    check_init(recipe)
+    tensors, _ = load_pack(find(recipe.init))
     return zoo.load_into(Autoencoder(recipe.codec), tensors, "codec.").train().requires_grad_(True)  # type: ignore[return-value]
 
 

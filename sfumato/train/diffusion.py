@@ -147,6 +147,18 @@ def preset_smoke() -> tuple[DiffusionRecipe, LoopConfig]:
     )  # fmt: skip
 
 
+def check_init(recipe: DiffusionRecipe, denoiser: DiTConfig) -> None:
+    """Raises ValueError where `recipe.init` has no denoiser of this shape.
+
+    For one's own pictures other styles, labels, words and things are no hindrance, other widths are.
+    """
+    pack = find(recipe.init)
+    found = read_metadata(pack).get("denoiser")
+    apart = ("text_width", "styles", "labels", "memory") if recipe.data != EMOJI else ()
+    if not isinstance(found, dict) or any(found.get(k) != v for k, v in to_json(denoiser).items() if k not in apart):
+        raise ValueError(f"init (={recipe.init!r}) must hold a denoiser of the recipe's shape: {pack} has {found or 'none'}")
+
+
 PRESETS = {"bundled": preset_bundled, "sharpen": preset_sharpen, "settle": preset_settle, "own": preset_own, "smoke": preset_smoke}
 
 
@@ -222,14 +234,10 @@ class DiffusionTask:
     def _begin_from(self, network: DiT) -> None:
         """Takes the weights of the denoiser in `recipe.init`: all of them, or, for one's own pictures, all that have the same name and shape.
 
-        Raises ValueError where it is of another shape: other styles, labels, words and things are no hindrance, other widths are.
+        Raises ValueError where it is of another shape.
         """
-        pack = find(self.recipe.init)
-        tensors, meta = load_pack(pack)
-        found, ours = meta.get("denoiser"), to_json(self.denoiser)
-        apart = ("text_width", "styles", "labels", "memory") if self.recipe.data != EMOJI else ()
-        if not isinstance(found, dict) or any(found.get(k) != v for k, v in ours.items() if k not in apart):
-            raise ValueError(f"init (={self.recipe.init!r}) must hold a denoiser of the recipe's shape: {pack} has {found or 'none'}")
+        check_init(self.recipe, self.denoiser)
+        tensors, meta = load_pack(find(self.recipe.init))
         if self.recipe.data == EMOJI:
             zoo.load_into(network, tensors, "denoiser.").train().requires_grad_(True)
             return
@@ -278,6 +286,13 @@ class DiffusionTask:
         x = render(self.shown.pixels, [self.scene(int(i)) for i in indices], self.size) * 2 - 1
         return x.to(self.device).contiguous(memory_format=torch.channels_last)
 
+    @torch.no_grad()
+    def encode(self, indices: np.ndarray) -> Tensor:
+        """Latents "b c h w" of augmented pictures."""
+        mean = self.codec.encode(self.pictures(indices)).mean
+        assert mean is not None
+        return mean
+
     def _measure(self, part: Path) -> None:
         """Standardises the codec's latents over augmented pictures of this run's own data, once: the run's copy of the codec keeps the result."""
         if self.codec_meta.get("measured"):
@@ -298,8 +313,7 @@ class DiffusionTask:
             "each": r.each,
             "drawings": self.shown.digest,
         }
-        encode = lambda i: self.codec.encode(self.pictures(i)).mean  # noqa: E731
-        return cached_latents(run / "latents.npy", encode, len(self.shown.pixels) * r.each, made_from)
+        return cached_latents(run / "latents.npy", self.encode, len(self.shown.pixels) * r.each, made_from)
 
     def _validation(self) -> dict[str, Any]:
         """Pictures that no training sees, as they are, with fixed times and noise: a deterministic validation loss."""

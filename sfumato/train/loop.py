@@ -49,7 +49,9 @@ class LoopConfig:
     """How long and how a run trains. Counts and periods are in images; `batch_size` is over all processes.
 
     The learning rate rises over `warmup` images, stays, and falls linearly to zero over the last `decay` of the run. `ema` is the
-    half-life of the averaged weights as a fraction of the run. `accumulate` splits each batch into that many parts. `clip` 0 clips nothing.
+    half-life of the averaged weights as a fraction of the run. `accumulate` splits each batch into that many parts; a batch that does not fit
+    into memory is halved by itself, where one process trains and the loss does not compare the pictures of a batch (text does).
+    `clip` 0 clips nothing.
     `dtype` auto is what this machine multiplies matrices faster in, measured once when the run begins (see `settled`).
     `compile` fuses the networks by torch.compile: a minute's start, then faster; rounding differs, so a resume is exact only with the same setting.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from sfumato.apps.cli import main
 from sfumato.core.images import save_png
 from sfumato.core.request import METADATA_KEY, SEVERAL_KEY
 from sfumato.pipelines.find import bundled
+from sfumato.text.words import of_people
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +262,7 @@ def test_questions(packed: str, smoke: Path, tmp_path: Path, capsys: pytest.Capt
     assert status == 2
     assert "there is no file" in err
     shown = [line.split("\t") for line in run(capsys, "models")[1].splitlines()]
-    assert [(name, Path(file).exists()) for name, _, file in shown] == [(name, True) for name in bundled()]
+    assert [(name, Path(file).exists()) for name, _, _, file in shown] == [(name, True) for name in bundled()]
 
 
 def test_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,6 +413,12 @@ def test_an_animation(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture
         image.seek(1)
         image.load()
         assert image.info["duration"] == 100
+    again = tmp_path / f"again-{name}"
+    status, _, err = run(capsys, "generate", "--from", str(out), "--model", packed, "--out", str(again))
+    assert status == 0, err
+    assert again.read_bytes() == out.read_bytes()
+    assert {"until prompt: a dog", "until style: noto", "frames: 4", "fps: 10.0"} <= set(run(capsys, "info", str(out))[1].splitlines())
+    assert "drawn by the model" in run(capsys, "credits", str(out))[1]
 
 
 @pytest.mark.parametrize(
@@ -419,6 +427,7 @@ def test_an_animation(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--out", "x.mp4"], "must end in one of .webp, .gif"),
         (["--frames", "1"], "frames (=1)"),
         (["--fps", "0"], "fps (=0)"),
+        (["--morph-style", ""], "morph_style is empty"),
         (["a bird"], "give one prompt"),
     ],
 )
@@ -426,3 +435,45 @@ def test_an_animation_that_cannot_be(packed: str, capsys: pytest.CaptureFixture[
     status, _, err = run(capsys, "generate", "a cat", *more, "--morph", "a dog", "--model", packed)
     assert status == 2
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        (["--frames", "9"], "frames has no effect without --morph"),
+        (["--native", "--size", "16"], "size has no effect together with native"),
+        (["--morph", "a dog", "--count", "2", "--frames", "2"], "count has no effect with morph"),
+    ],
+)
+def test_flags_without_effect_are_named(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], warned: str) -> None:
+    out = tmp_path / ("m.webp" if "--morph" in more else "a.png")
+    status, _, err = run(capsys, "generate", "a cat", "--seed", "1", "--steps", "1", "--model", packed, "--out", str(out), *more)
+    assert (status, warned in err) == (0, True), err
+
+
+def test_every_picture_is_named_and_one_of_another_size_has_a_name_of_its_own(
+    packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["generate", "a cat", "--seed", "1", "--steps", "1", "--model", packed]
+    said = run(capsys, *argv, "--count", "2")[1].split()
+    assert said == [f"sfumato-out/a-cat-{n}.png" for n in ("1", "2", "1-grid")]
+    assert run(capsys, *argv[:-2], "--model", packed, "--native")[1].split() == ["sfumato-out/a-cat-1-16.png"]
+
+
+@pytest.mark.parametrize("value", ["abc", "1.5"])
+def test_a_number_that_is_none_is_named(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    assert f"--seed (={value!r}) must be a whole number" in run(capsys, "generate", "a cat", "--seed", value)[2]
+
+
+def test_a_folder_of_train_all_is_a_model(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(packed, tmp_path / "model.safetensors")
+    (tmp_path / "report.json").write_text("{}")
+    out = tmp_path / "a.png"
+    assert run(capsys, "generate", "a cat", "--seed", "1", "--steps", "1", "--model", str(tmp_path), "--out", str(out))[0] == 0
+    assert out.exists()
+
+
+@pytest.mark.parametrize(("prompt", "named"), [("a happy Woman", "woman"), ("两个女孩", "女孩"), ("a cat", None), ("a childish womanly mango", None)])
+def test_prompts_of_people_are_told(prompt: str, named: str | None) -> None:
+    assert of_people(prompt) == named

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,8 +21,12 @@ from PIL import Image
 from sfumato.apps import together
 from sfumato.apps.cli import main
 from sfumato.apps.together import All, honestly, stages_for
+from sfumato.core.checkpoint import read_metadata
+from sfumato.core.pack import load_pack, save_pack
 from sfumato.data.folder import Entry, Scan, scan
+from sfumato.pipelines.find import find
 from sfumato.pipelines.load import load
+from sfumato.train.loop import Trainer
 
 TINY = 0.001
 
@@ -82,7 +93,10 @@ def test_a_plan_says_hours_and_a_full_disk_is_refused_at_once(
 ) -> None:
     argv = ["train", "all", "--data", str(own_folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
     main([*argv, "--plan"])
-    plan = json.loads(capsys.readouterr().out)["plan"]
+    said = capsys.readouterr()
+    plan = json.loads(said.out)["plan"]
+    assert re.search(r"some \d+ minutes, something to look at after \d+; ", said.err)
+    assert "images/s" not in said.err, "bars of six steps tell nothing"
     assert plan["pictures"] == 40
     assert 0 < plan["first_samples_after_minutes"] < 60 * plan["hours"]
     assert plan["disk_GB"] > 0.5
@@ -96,6 +110,90 @@ def test_a_plan_says_hours_and_a_full_disk_is_refused_at_once(
         assert stopped.value.code == 2
         assert "0.1 GB are free there: make room, or name another --out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def lives(data: Path, out: Path) -> None:
+    """`train all`, killed in its first stage, between two, in its last one, and before it has measured; then left to end."""
+    import torch
+
+    torch.set_num_threads(1)
+    tempfile.tempdir = "/nowhere"
+    steps, go = Trainer.step, together._run
+
+    def at_step(kind: str) -> None:
+        def step(self: Trainer, batches: list[dict[str, Any]]) -> dict[str, float]:
+            if self.task.kind == kind and self.counters["images"] >= self.loop.images // 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return steps(self, batches)
+
+        Trainer.step = step  # type: ignore[method-assign, assignment]
+
+    def at_stage(what: str, *rest: Any) -> Any:
+        if what == "diffusion":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return go(what, *rest)
+
+    def dies(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    traps = (lambda: at_step("autoencoder"), lambda: setattr(together, "_run", at_stage), lambda: at_step("diffusion"))
+    for trap in (*traps, lambda: setattr(together, "report", dies), lambda: None):
+        child = os.fork()
+        if child == 0:
+            try:
+                trap()
+                together.run(All(data=data, out=out, effort=TINY, device="cpu", threads=1))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        print(os.waitpid(child, 0)[1], flush=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that are copied are of Unix")
+def test_killed_in_every_stage_it_ends_as_if_it_never_was(own_folder: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, __file__, str(own_folder), str(tmp_path / "out")], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * 4 + ["0"], done.stderr
+    whole = tmp_path / "whole"
+    argv = ["train", "all", "--data", str(own_folder), "--out", str(whole), "--effort", str(TINY), "--device", "cpu", "--threads", "1"]
+    assert subprocess.run([sys.executable, "-m", "sfumato.apps.cli", *argv], capture_output=True).returncode == 0
+    hashes = [read_metadata(folder / "model.safetensors")["hash"] for folder in (tmp_path / "out", whole)]
+    assert hashes[0] == hashes[1]
+    assert list((tmp_path / "out").rglob("*.part")) == []
+
+
+def test_what_would_end_a_later_stage_is_refused_before_the_first(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"file_name": f"{('square', 'circle')[i % 2]}/{i:02}.png", "style": ("ink:wet", "oil")[i % 3 == 0]}
+        for i in range(40)
+        for shape in [("square", "circle")[i % 2]]
+    ]
+    (own_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    argv = ["train", "all", "--data", str(own_folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert "style (='ink:wet') must be plain letters" in capsys.readouterr().err
+    (own_folder / "metadata.jsonl").unlink()
+    tensors, meta = load_pack(find("emoji"))
+    codec = tmp_path / "codec.safetensors"
+    save_pack(codec, {k: v for k, v in tensors.items() if k.startswith("codec.")}, {k: meta[k] for k in ("kind", "codec", "size")})
+    with pytest.raises(SystemExit):
+        main([*argv, "--init", str(codec)])
+    assert "must hold a denoiser of the recipe's shape" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_words_that_the_text_encoder_never_learned_are_named(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = scan(own_folder)
+    together._tell_of(found, All(data=own_folder, size=32))
+    said = capsys.readouterr().err
+    assert "classes by sub-folder: 2: circle, square" in said
+    assert "--init none" not in said, "a red square: these are words that it knows"
+    german = replace(found, entries=tuple(replace(e, caption=f"ein roter Kreis, {e.name} gezeichnet") for e in found.entries))
+    together._tell_of(german, All(data=own_folder, size=32))
+    assert "are not known to the text encoder begun from: --init none learns your own" in capsys.readouterr().err
+    few = replace(found, entries=tuple(replace(e, caption=None if i % 5 else e.caption) for i, e in enumerate(found.entries)))
+    together._tell_of(few, All(data=own_folder, size=32))
+    assert "pictures have captions: words will reach little beyond" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -120,3 +218,7 @@ def test_it_says_honestly_what_few_pictures_give() -> None:
     assert "learned by heart" in honestly(50, 0.9)
     assert "90% of the samples are copies" in honestly(50, 0.9)
     assert honestly(500, 0) != honestly(5000, 0)
+
+
+if __name__ == "__main__":
+    lives(Path(sys.argv[1]), Path(sys.argv[2]))

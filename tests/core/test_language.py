@@ -42,7 +42,7 @@ def sentences() -> Iterator[tuple[str, str]]:
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in SPOKEN:
                 for said in map(template, node.args):
                     if said and " " in said:
-                        yield said, f"{path.relative_to(PACKAGE)}:{node.lineno}"
+                        yield said.removeprefix("warning: ").removeprefix("note: "), f"{path.relative_to(PACKAGE)}:{node.lineno}"
 
 
 def filled(sentence: str) -> str:

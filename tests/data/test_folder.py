@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from skimage import data as photographs
 
+from sfumato.apps import cli
 from sfumato.core.checkpoint import FileError
 from sfumato.core.images import Unreadable, decode
 from sfumato.data import folder as subject
@@ -526,3 +527,16 @@ def test_a_picture_that_changed_after_the_scan_is_named(many: Path) -> None:
     (many / "03.png").write_bytes(b"")
     with pytest.raises(FileError, match=r"03\.png is empty, though it was a good picture"):
         open_picture(found, found.entries[3])
+
+
+def test_kinds_that_are_not_read_are_counted(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.svg", "b.svg", "c.jxl", "notes.md", "weights.bin"):
+        (many / name).write_bytes(b"anything")
+    with zipfile.ZipFile(many / "outer.zip", "w") as archive:
+        archive.writestr("inner.zip", b"PK")
+        archive.writestr("d.psd", b"8BPS")
+    found = scan(many)
+    assert found.others == {".svg": 2, ".jxl": 1, ".zip": 1, ".psd": 1}
+    assert found.bad == (), "they are no bad files: a drawing may lie beside its source"
+    cli.main(["data", "check", str(many)])
+    assert "passed over, as they cannot be read here: 2 .svg, 1 .jxl, 1 .psd, 1 .zip" in capsys.readouterr().out
