@@ -12,6 +12,7 @@ from sfumato.codecs.upscaler import Upscaler, UpscalerConfig
 from sfumato.core.checkpoint import FileError
 from sfumato.core.config import from_json
 from sfumato.diffusion.dit import DiT, DiTConfig
+from sfumato.metrics.judge import JudgeConfig, JudgeNet
 from sfumato.text.encoder import TextConfig, TextEncoder
 
 NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -19,6 +20,7 @@ NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {
     "dit": (DiTConfig, DiT),
     "text": (TextConfig, TextEncoder),
     "upscaler": (UpscalerConfig, Upscaler),
+    "judge": (JudgeConfig, JudgeNet),
 }
 
 

@@ -208,13 +208,19 @@ def _one_line(box: str) -> str:
     return " ".join(kept)
 
 
+WRONG_KIND = (  # tyro's words for a value of the wrong kind: flag, kind, value
+    re.compile(r"Error parsing (?P<flag>--\S+): .*?(?P<kind>INT|FLOAT)\b.*\[(?P<value>.*)\]"),
+    re.compile(r"Error parsing (?P<flag>--\S+): invalid literal for (?P<kind>int).*: (?P<value>'.*')"),
+    re.compile(r"Error parsing (?P<flag>--\S+): could not convert string to (?P<kind>float): (?P<value>'.*')"),
+)
+
+
 def _plainly(line: str) -> str:
     """tyro's words for a value of the wrong kind, in ours."""
-    found = re.match(r"Error parsing (--\S+): .*?(INT|FLOAT)\b.*\['?(.*?)'?\]", line)
+    found = next((m for pattern in WRONG_KIND if (m := pattern.match(line))), None)
     if found is None:
         return line
-    flag, kind, given = found.groups()
-    return f"{flag} (={given!r}) must be {'a whole number' if kind == 'INT' else 'a number'}"
+    return f"{found['flag']} (={found['value']}) must be {'a whole number' if found['kind'].lower() == 'int' else 'a number'}"
 
 
 def main(argv: list[str] | None = None) -> None:

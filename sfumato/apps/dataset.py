@@ -67,6 +67,8 @@ def run_shard(asked: Shard) -> Iterator[str]:
     """Lines to print; the folder is the last."""
     found = scan(asked.folder, strict=asked.strict)
     yield from (f"left out: {b.name} {b.reason}" for b in found.bad)
+    if found.others:
+        yield f"passed over, as they cannot be read here: {passed_over(found)}"
     paths = write_shards(found, asked.out, per_shard=asked.per_shard, force=asked.force)
     yield f"{len(found.entries)} pictures in {len(paths)} shards"
     yield str(asked.out)

@@ -168,8 +168,10 @@ def morphs(asked: Generate) -> bool:
 
 def _morph_again(asked: Generate, record: dict[str, Any]) -> Generate:
     """With the end of an animation that is asked for again."""
-    end: GenerateRequest = record["until"]
-    recorded = {"morph": end.prompt, "morph_style": end.style, "morph_seed": end.seed, "frames": record["frames"], "fps": record["fps"]}
+    start, end = record["request"], record["until"]
+    flags = {"prompt": "morph", "style": "morph_style", "seed": "morph_seed"}
+    changed = {flag: getattr(end, k) for k, flag in flags.items() if getattr(end, k) != getattr(start, k)}
+    recorded = (changed or {"morph_seed": end.seed}) | {k: record[k] for k in ("frames", "fps")}
     return replace(asked, **{k: v for k, v in recorded.items() if getattr(asked, k) is None})
 
 
@@ -363,8 +365,8 @@ def slug(text: str | None) -> str:
 def _grid_path(asked: Generate, jobs: list[Job]) -> Path:
     if asked.out is not None:
         return _png(asked.out).with_stem(_png(asked.out).stem + "-grid")
-    first = jobs[0]
-    return OUT / f"{slug(first.request.prompt)}-{first.request.seed}-grid.png"
+    first = jobs[0].files[0]
+    return first.with_stem(f"{first.stem}-grid")
 
 
 def check_targets(paths: list[Path], force: bool) -> None:

@@ -90,12 +90,13 @@ def run(asked: All) -> Path | dict[str, Any]:
         data = str(asked.data)
         raise ValueError(f"data (={data!r}) is of shards, on which parts are trained one by one: `sfumato train autoencoder`, `text`, `diffusion`")
     found = scan(asked.data, strict=asked.strict)
-    if len(found.entries) < FEWEST:
-        raise ValueError(f"{asked.data} holds {len(found.entries)} pictures: {FEWEST} at least are needed to learn anything and to measure it")
+    if (different := len({e.digest for e in found.entries})) < FEWEST:
+        raise ValueError(f"{asked.data} holds {different} different pictures: {FEWEST} at least are needed to learn anything and to measure it")
     efficientnet_lite0()  # codec and report need it: better missed now than in the middle
     asked = replace(asked, size=asked.size or _begun(asked.out).get("size") or _usual_size(asked.device))
     stages = stages_for(asked, found)
     _check(asked, stages, found)
+    _same_settings(asked)
     _tell_of(found, asked)
     if asked.plan:
         return whole_plan(asked, stages, found)
@@ -125,20 +126,28 @@ def _same_command(asked: All, found: Scan) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     sweep(asked.out)
     same_pictures(asked.out, found, words=True)
+    write_json(asked.out / SETTINGS, _same_settings(asked))
+
+
+def _same_settings(asked: All) -> dict[str, Any]:
+    """The settings that decide what comes out. Raises ValueError where OUT was begun with others."""
     now = {"init": asked.init, "size": asked.size, "seed": asked.seed, "effort": asked.effort}
     before = _begun(asked.out) or now
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(f"{name} (={value!r}) must be {before.get(name)!r}, with which {asked.out} was begun: or name another --out")
-    write_json(asked.out / SETTINGS, now)
+    return now
 
 
 def _begun(out: Path) -> dict[str, Any]:
     """The settings that OUT was begun with; nothing where it was not."""
     path = out / SETTINGS
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"size": 0}
+        if isinstance(found["size"], int):
+            return found if path.exists() else {}
+        raise TypeError
+    except (ValueError, TypeError, KeyError):
         raise FileError(f"{path} cannot be read: name another --out, or remove it to begin again") from None
 
 
@@ -211,8 +220,9 @@ def _check(asked: All, stages: list[Stage], found: Scan) -> None:
             autoencoder.check_init(s.recipe)
         if s.what == "diffusion" and s.recipe.init:
             diffusion.check_init(s.recipe, s.recipe.denoiser)
-            if s.recipe.denoiser.text_width and "text" not in read_metadata(find(s.recipe.init)):
-                raise ValueError(f"init (={asked.init!r}) must hold a text encoder, for there are captions: name another, or none")
+            text: Any = read_metadata(find(s.recipe.init)).get("text") or {}
+            if s.recipe.denoiser.text_width not in (0, text.get("width")):
+                raise ValueError(f"init (={asked.init!r}) must hold a text encoder of the usual width, for there are captions: name another, or none")
 
 
 def _tell_of(found: Scan, asked: All) -> None:
@@ -246,7 +256,7 @@ def _tell_of_words(train: list[Entry], asked: All) -> None:
     if styles:
         say(f"styles: {', '.join(styles[:6])}{', ...' if len(styles) > 6 else ''}")
     if classes:
-        by = "sub-folder" if column == "folder" else f"the column {column!r}"
+        by = "the sub-folders" if column == "folder" else f"the column {column!r}"
         say(f"classes by {by}: {len(classes)}: {', '.join(classes[:6])}{', ...' if len(classes) > 6 else ''}")
     captions = [e.caption for e in train if e.caption]
     if captions and len(captions) < len(train) / 2:

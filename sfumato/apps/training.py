@@ -21,7 +21,7 @@ from sfumato.core.language import translated
 from sfumato.core.request import Device
 from sfumato.core.runlog import read_log
 
-WHAT = ("all", "autoencoder", "text", "diffusion", "upscaler")
+WHAT = ("all", "autoencoder", "text", "diffusion", "upscaler", "judge")
 LARGE = 24_000_000  # bytes that a bundled file may have
 EMOJI = "emoji"  # the embedded drawings, as --data
 PLAN_LIMIT = 24  # concepts that are read to time a few steps
@@ -75,6 +75,8 @@ def _presets(what: str) -> dict[str, Callable[[], tuple[Any, Any]]]:
             from sfumato.train.text import PRESETS
         case "upscaler":
             from sfumato.train.upscaler import PRESETS
+        case "judge":
+            from sfumato.train.judge import PRESETS
         case _:
             from sfumato.train.diffusion import PRESETS
     return PRESETS
@@ -134,6 +136,8 @@ def _run(what: str, recipe: Any, loop: Any, out: Path, asked: Any, stop_at: int 
             from sfumato.train.autoencoder import train as go
         case "text":
             from sfumato.train.text import train as go  # type: ignore[assignment]
+        case "judge":
+            from sfumato.train.judge import train as go  # type: ignore[assignment]
         case "upscaler":
             from sfumato.train.upscaler import train as upscaler
 
@@ -196,7 +200,7 @@ def _encoding_seconds(task: Any, recipe: Any) -> float:
     n = min(64, len(task.shown.pixels))
     whole = len(pairs(drawable())) if recipe.data == EMOJI and not recipe.limit else len(task.shown.pixels)
     began = time.perf_counter()
-    task.encode(np.arange(n))
+    task.encode(np.arange(n)).cpu()  # what a GPU has been asked for is waited for
     return (time.perf_counter() - began) / n * whole * recipe.each
 
 
@@ -228,6 +232,8 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
         return {"memory": 0, "disk": 0}
     if what == "autoencoder" and recipe.data != EMOJI:
         return {"memory": 0, "disk": (len(trainer.task.train) + len(trainer.task.exact)) * 4 * (2 * recipe.size) ** 2}
+    if what == "judge" and recipe.data != EMOJI:
+        return {"memory": 0, "disk": 0 if are_shards(recipe.data) else trainer.task.shown.pixels.numel()}
     if what == "diffusion" and recipe.data != EMOJI:
         pixels, latents = trainer.task.shown.pixels, trainer.task.latents
         latents = len(pixels) * recipe.each * latents[0].numel() * 2
@@ -240,7 +246,7 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
         return {"memory": len(pairs(drawable())) * (decoded + large), "disk": len(pairs(drawable())) * decoded}
     side = 2 * (recipe.size if what == "autoencoder" else trainer.task.size)
     rasters = len(pairs(concepts())) * 4 * side * side
-    if what == "autoencoder":
+    if what in ("autoencoder", "judge"):
         return {"memory": rasters, "disk": rasters}
     trained = sum(not is_held_out(c.hexcode, s) for c, s in pairs(drawable()))
     latents = trained * recipe.each * trainer.task.latents[0].numel() * 2

@@ -194,16 +194,18 @@ def exif_of(source: str, record: str) -> Image.Exif:
 
 def texts_in(image: Image.Image) -> dict[str, str]:
     """What one of our pictures says of itself, by the keys of its PNG; of a WebP from its EXIF, of a GIF from its comment. Empty for others."""
+    source, record = "", b""
     if image.format == "WEBP":
-        exif = image.getexif()
-        source, record = exif.get(EXIF_DESCRIPTION), exif.get_ifd(EXIF_MORE).get(EXIF_COMMENT, b"")
+        with contextlib.suppress(Exception):  # other people's EXIF is broken in many ways
+            exif = image.getexif()
+            source, record = exif.get(EXIF_DESCRIPTION), exif.get_ifd(EXIF_MORE).get(EXIF_COMMENT, b"")
         record = record.removeprefix(b"UNICODE\0").decode("utf-16-be", "replace") if isinstance(record, bytes) else ""
     elif image.format == "GIF":
         comment = image.info.get("comment", b"")
         source, _, record = (comment.decode("utf-8", "replace") if isinstance(comment, bytes) else "").partition("\n")
     else:
         return {k: v for k, v in image.info.items() if isinstance(v, str)}
-    return {SOURCE_KEY: str(source), METADATA_KEY: record} if record.startswith("{") else {}
+    return {SOURCE_KEY: str(source), METADATA_KEY: record} if record.startswith("{") and '"request"' in record else {}
 
 
 def png_bytes(image: Image.Image, text: dict[str, str] | None = None) -> bytes:

@@ -174,8 +174,8 @@ def picture(shot: Shot) -> str:
     return f'<figure><img alt="{html.escape(shot.title)}" src="data:image/png;base64,{data}">{text}</figure>'
 
 
-def svg(curve: Curve, width: int = 640, height: int = 320) -> str:
-    """Lines with axes, drawn by hand so that the page needs no script."""
+def svg(curve: Curve, width: int = 640, height: int = 320, *, alone: bool = False) -> str:
+    """Lines with axes, drawn by hand so that the page needs no script; `alone`: as a file of its own, on white."""
     points = [p for line in curve.lines.values() for p in line if all(math.isfinite(v) for v in p)]
     if not points:
         return "<p>no points</p>"
@@ -202,4 +202,9 @@ def svg(curve: Curve, width: int = 640, height: int = 320) -> str:
         parts.append(f'<text x="{left + 10}" y="{top + 18 + 16 * i}" style="fill:{colour}">{html.escape(name)}</text>')
     parts.append(f'<text x="{(width + left) / 2:.0f}" y="{height - 8}" text-anchor="middle">{html.escape(curve.x)}</text>')
     parts.append(f'<text x="14" y="{height / 2:.0f}" transform="rotate(-90 14 {height / 2:.0f})" text-anchor="middle">{html.escape(curve.y)}</text>')
-    return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{html.escape(curve.title)}">{"".join(parts)}</svg>'
+    if alone:
+        style = f'xmlns="http://www.w3.org/2000/svg" height="{height}" font-family="sans-serif" font-size="12"'
+        parts.insert(0, '<rect width="100%" height="100%" fill="#fff"/>')
+    else:
+        style = ""
+    return f'<svg {style} viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{html.escape(curve.title)}">{"".join(parts)}</svg>'

@@ -123,6 +123,8 @@ def parse_metadata(text: str) -> dict[str, Any]:
         request = from_json(GenerateRequest, record["request"], "request")
         whole = {k: kind(record[k]) for k, kind in RECORD.items()} | {"model": {k: str(record["model"][k]) for k in ("name", "hash")}}
         until = {"until": from_json(GenerateRequest, record["until"], "until")} if "until" in record else {}  # of an animation
+        if until and not (type(record["frames"]) is int and type(record["fps"]) in (int, float)):
+            raise TypeError("frames and fps must be numbers")
         return record | whole | {"request": request} | until
     except (json.JSONDecodeError, KeyError, TypeError, OverflowError) as e:
         raise ValueError(f"the picture's metadata cannot be read: {e!r}") from None

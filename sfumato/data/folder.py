@@ -459,13 +459,14 @@ def check(found: Scan, strict: bool = False) -> None:
     bad = sum(b.kind not in WORDS for b in found.bad)
     if not found.entries:
         more = f": {bad} files cannot be used, {_example(found)}" if bad else f": it should hold files that end in {', '.join(SUFFIXES[:6])}"
-        raise FileError(f"{found.root} holds no picture that can be used{more}")
+        others = f"; passed over: {passed_over(found)}" if found.others else ""
+        raise FileError(f"{found.root} holds no picture that can be used{more}{others}")
     if strict and found.bad:
         raise FileError(f"{len(found.bad)} files of {found.root} are bad, {_example(found)}: repair or remove them, or leave --strict out")
     if bad > TOO_MANY_BAD * (len(found.entries) + bad):
         raise FileError(
             f"{bad} of {len(found.entries) + bad} files of {found.root} cannot be used, more than {TOO_MANY_BAD:.0%}, {_example(found)}: "
-            "`sfumato data check --all` names them: repair or remove them"
+            f"`sfumato data check --all {found.root}` names them: repair or remove them"
         )
 
 
@@ -588,6 +589,8 @@ def split(entries: Iterable[Entry], fraction: float = 0.05) -> tuple[list[Entry]
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction (={fraction}) must be at least 0 and below 1: the part kept for validation")
     entries = list(entries)
+    if not entries:
+        return [], []
     chosen = {e.digest for e in entries if int(e.digest[:8], 16) < fraction * 2**32}
     digests = {e.digest for e in entries}
     least = max(min(5, len(digests) // 10), 1)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sfumato.metrics.intervals import jackknife
 
-Features = Float[Tensor, "_ d"]
 TILE = 1000  # rows of a Gram tile; also the size of KID's usual subsets
 NEIGHBOURS = 5  # of precision, recall, density and coverage, as their paper has it
+MOST_HELD = 4096  # rows of which a whole kernel matrix is held
 FEW = 2048  # below this a Frechet distance says more of n than of the pictures
 
 
@@ -57,20 +57,28 @@ class Moments:
         self.mean = torch.zeros(0, dtype=torch.float64)
         self.scatter = torch.zeros(0, 0, dtype=torch.float64)
 
-    def update(self, features: Features) -> Moments:
+    def update(self, features: Float[Tensor, "_ d"]) -> Moments:
         x = features.double()
         if not torch.isfinite(x).all():
             raise ValueError("features are not finite: look at these pictures first")
-        n, mean = len(x), x.mean(0)
-        centred = x - mean
-        if self.n == 0:
-            self.n, self.mean, self.scatter = n, mean, centred.T @ centred
+        if not len(x):
             return self
-        if n:
-            shift, total = mean - self.mean, self.n + n
-            self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.n * n / total)
-            self.mean = self.mean + shift * (n / total)
-            self.n = total
+        part = Moments()
+        part.n, part.mean = len(x), x.mean(0)
+        centred = x - part.mean
+        part.scatter = centred.T @ centred
+        return self.merge(part)
+
+    def merge(self, other: Moments) -> Moments:
+        """Takes in what another has seen."""
+        if self.n == 0 or other.n == 0:
+            if self.n == 0:
+                self.n, self.mean, self.scatter = other.n, other.mean, other.scatter
+            return self
+        shift, total = other.mean - self.mean, self.n + other.n
+        self.scatter = self.scatter + other.scatter + torch.outer(shift, shift) * (self.n * other.n / total)
+        self.mean = self.mean + shift * (other.n / total)
+        self.n = total
         return self
 
     @property
@@ -100,7 +108,27 @@ def frechet_distance(real: Moments, fake: Moments, *, real_root: Tensor | None =
     return float((real.mean - fake.mean).square().sum() + a.trace() + b.trace() - 2 * cross)
 
 
-def frechet_infinity(real: Features, fake: Features, *, points: int = 15, seed: int = 0) -> tuple[float, list[tuple[int, float]]]:
+def frechet_interval(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, blocks: int = 10) -> list[float]:
+    """The 95 % interval of the Frechet distance by leaving out blocks of both sets: of its spread, not of its bias (see `frechet_infinity`)."""
+    check_features(real, fake, 2 * blocks)
+    parts = [[Moments().update(p) for p in x.tensor_split(blocks)] for x in (real, fake)]
+
+    def distance(left_out: int | None) -> float:
+        sides = []
+        for side in parts:
+            whole = Moments()
+            for i, part in enumerate(side):
+                if i != left_out:
+                    whole.merge(part)
+            sides.append(whole)
+        return frechet_distance(*sides)
+
+    return jackknife(distance(None), np.array([distance(i) for i in range(blocks)]))
+
+
+def frechet_infinity(
+    real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, points: int = 15, seed: int = 0
+) -> tuple[float, list[tuple[int, float]]]:
     """The Frechet distance extrapolated to infinitely many samples, and the (n, distance) that a line in 1/n was laid through (arXiv 1911.07023).
 
     Subsets of the fake features of `points` sizes, evenly from a tenth to all of them; the real ones stay as they are.
@@ -154,7 +182,7 @@ class Pairs:
         return float(self.covered.mean())
 
 
-def compare_pairs(real: Features, fake: Features, *, k: int = NEIGHBOURS, tile: int = 0) -> Pairs:
+def compare_pairs(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, k: int = NEIGHBOURS, tile: int = 0) -> Pairs:
     """Kernel distance (KID, arXiv 1801.01401), precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797).
 
     In the dtype of the features; sums are fp64. Neighbourhoods reach to the k-th nearest of the own set, borders excluded. `tile` rows are
@@ -233,7 +261,7 @@ def _kid_of(xx: Tensor, yy: Tensor, xy: Tensor, n: int, m: int, tile: int) -> tu
     return whole, jackknife(whole, np.array(without))
 
 
-def kernel_distance(real: Features, fake: Features) -> float:
+def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"]) -> float:
     """Squared maximum mean discrepancy under the kernel (x.y / d + 1)^3 (KID, arXiv 1801.01401), unbiased: around 0 for equal distributions.
 
     Features as they come from a network; in fp64. Raises ValueError for fewer than two rows.
@@ -252,18 +280,30 @@ def kernel_distance(real: Features, fake: Features) -> float:
     return within(real) + within(fake) - 2 * total(real, fake) / (len(real) * len(fake))
 
 
-def kid_subsets(real: Features, fake: Features, *, subsets: int = 100, size: int = TILE, seed: int = 0) -> np.ndarray:
-    """The kernel distances of random subsets, "subsets": their mean and spread are what is published as KID."""
-    size = min(size, len(real), len(fake))
+def kid_subsets(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, subsets: int = 100, size: int = TILE, seed: int = 0) -> np.ndarray:
+    """The kernel distances of random subsets, "subsets": their mean and spread are what is published as KID. Of sets that are no larger than `size`
+    subsets of half of them. The kernel is computed once where it fits into memory.
+    """
+    n, m, d = len(real), len(fake), real.shape[1]
+    size = size if min(n, m) > size else max(min(n, m) // 2, 2)
     rng = np.random.Generator(np.random.PCG64(seed))
-    draws = [(rng.choice(len(real), size, replace=False), rng.choice(len(fake), size, replace=False)) for _ in range(subsets)]
-    return np.array([kernel_distance(real[torch.from_numpy(i)], fake[torch.from_numpy(j)]) for i, j in draws])
+    draws = [(rng.choice(n, size, replace=False), rng.choice(m, size, replace=False)) for _ in range(subsets)]
+    if max(n, m) > MOST_HELD:
+        return np.array([kernel_distance(real[torch.from_numpy(i)], fake[torch.from_numpy(j)]) for i, j in draws])
+    x, y = real.double(), fake.double()
+    xx, yy, xy = (_kernel(a @ b.T, d).numpy() for a, b in ((x, x), (y, y), (x, y)))
+
+    def of(i: np.ndarray, j: np.ndarray) -> float:
+        within = [(k[np.ix_(r, r)].sum() - k[r, r].sum()) / (size * (size - 1)) for k, r in ((xx, i), (yy, j))]
+        return float(sum(within) - 2 * xy[np.ix_(i, j)].mean())
+
+    return np.array([of(i, j) for i, j in draws])
 
 
 # --- other distances ----------------------------------------------------------------------------------------------------------------------------
 
 
-def gaussian_distance(real: Features, fake: Features, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
+def gaussian_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, sigma: float = 10.0, scale: float = 1000.0) -> float:
     """`scale` times the squared maximum mean discrepancy of unit-length features under exp(-|x - y|^2 / (2 sigma^2)), with each row's own pair
     counted (arXiv 2401.09603); with CLIP features it is called CMMD.
     """

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -43,6 +43,7 @@ class FeatureNet:
     features: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     device: str = "cpu"
     verified: bool = True
+    texts: Callable[[list[str]], Tensor] | None = None  # of CLIP: features of words, "n d", in the same space
 
 
 def resized(x: Float[Tensor, "b c h w"], side: int, how: Resize = "antialias") -> Float[Tensor, "b c {side} {side}"]:
@@ -135,11 +136,32 @@ def _of_transformers(kind: str, model: str, device: str) -> FeatureNet:
 
     def features(x: Tensor) -> tuple[Tensor, None]:
         x = (x - mean) / std
-        return (network.get_image_features(x) if kind == "clip" else network(x).last_hidden_state[:, 0]), None
+        return (_tensor(network.get_image_features(x)) if kind == "clip" else network(x).last_hidden_state[:, 0]), None
 
     with torch.no_grad():
         dimensions = features(torch.zeros(1, 3, side, side, device=device))[0].shape[1]
-    return FeatureNet(f"{kind}: {model}", hash_tensors(network.state_dict())[:16], side, dimensions, features, device)
+    digest = hash_tensors(network.state_dict())[:16]
+    return FeatureNet(
+        f"{kind}: {model}", digest, side, dimensions, features, device, texts=_words_of_clip(model, network, device) if kind == "clip" else None
+    )
+
+
+def _words_of_clip(model: str, network: nn.Module, device: str) -> Callable[[list[str]], Tensor]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    @torch.no_grad()
+    def texts(words: list[str]) -> Tensor:
+        tokens = tokenizer(words, padding=True, truncation=True, max_length=network.config.text_config.max_position_embeddings, return_tensors="pt")
+        return _tensor(network.get_text_features(**tokens.to(device))).float().cpu()
+
+    return texts
+
+
+def _tensor(found: Any) -> Tensor:
+    """Of what `transformers` gives: since version 5 an output with the projected features as its pooled ones."""
+    return found if isinstance(found, Tensor) else found.pooler_output
 
 
 # --- looking ------------------------------------------------------------------------------------------------------------------------------------

@@ -15,32 +15,30 @@ from torch.nn import functional as F
 
 from sfumato.nn.backbones import over
 
-Pictures = Float[Tensor, "b c h w"]
-Values = Float[Tensor, " b"]
 PERFECT = 100.0  # dB, said of equal pictures, whose PSNR has no bound
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, Wang et al. 2003
 RGB_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 WHITE = (0.95047, 1.0, 1.08883)  # D65
 
 
-def over_both(metric: Callable[..., Values], x: Pictures, y: Pictures) -> Values:
+def over_both(metric: Callable[..., Tensor], x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """A metric of RGB pictures, for premultiplied RGBA: the mean of its values over white and over black; RGB as it is."""
     if x.shape[1] != 4:
         return metric(x, y)
     return (metric(over(x, 1.0), over(y, 1.0)) + metric(over(x, 0.0), over(y, 0.0))) / 2
 
 
-def mse(x: Pictures, y: Pictures) -> Values:
+def mse(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Mean squared error."""
     return (x.double() - y.double()).square().mean((1, 2, 3))
 
 
-def psnr(x: Pictures, y: Pictures) -> Values:
+def psnr(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Peak signal-to-noise ratio in dB, of a range of 1; PERFECT at most."""
     return (-10 * mse(x, y).clamp_min(1e-300).log10()).clamp_max(PERFECT)
 
 
-def ssim(x: Pictures, y: Pictures) -> Values:
+def ssim(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Structural similarity (Wang et al. 2004) with a flat 7 x 7 window and unbiased variances: scikit-image's default.
 
     Raises ValueError below 7 x 7 pixels.
@@ -68,7 +66,7 @@ def _gaussian(a: Tensor, sigma: float = 1.5, size: int = 11) -> Tensor:
     return F.conv2d(F.conv2d(a, k, groups=a.shape[1]), k.transpose(2, 3), groups=a.shape[1])
 
 
-def ms_ssim(x: Pictures, y: Pictures) -> Values:
+def ms_ssim(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Multi-scale structural similarity (Wang et al. 2003): Gaussian window of 11, sigma 1.5, five scales from 176 pixels of a side on.
 
     Smaller pictures have as many scales as their window fits into, with the weights of these made to sum to 1: such values compare with each
@@ -91,7 +89,7 @@ def ms_ssim(x: Pictures, y: Pictures) -> Values:
     return torch.stack([p**w for p, w in zip(parts, weights, strict=True)]).prod(0)
 
 
-def edge_error(x: Pictures, y: Pictures) -> Values:
+def edge_error(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Mean absolute difference of the lengths of Sobel gradients of the luma (each in [0, about 1.4])."""
     return (_edges(x) - _edges(y)).abs().mean((1, 2, 3))
 
@@ -103,7 +101,7 @@ def _edges(x: Tensor) -> Tensor:
     return torch.sqrt(sum(F.conv2d(padded, kernel[None, None]).square() for kernel in (k, k.T)) / 2 + 1e-30)
 
 
-def colour_error(x: Pictures, y: Pictures) -> Values:
+def colour_error(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Mean CIE 1976 difference of colours: Euclidean in L*a*b* (D65, sRGB); 2.3 is what one just sees."""
     return (_lab(x) - _lab(y)).square().sum(1).sqrt().mean((1, 2))
 
@@ -119,7 +117,7 @@ def _lab(x: Tensor) -> Tensor:
     return torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], dim=1)
 
 
-PAIRWISE: dict[str, tuple[Callable[..., Values], str, int]] = {
+PAIRWISE: dict[str, tuple[Callable[..., Tensor], str, int]] = {
     "mse": (mse, "", -1),
     "psnr": (psnr, "dB", 1),
     "ssim": (ssim, "", 1),

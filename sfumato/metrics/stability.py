@@ -17,20 +17,19 @@ SATURATED = 0.5  # share of pixels whose colour is driven to the ends of its ran
 BLURRED = 0.1  # of the reference's median sharpness
 
 LAPLACE = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
-Rgb = Float[Tensor, "b 3 h w"]
 
 
 def _grey(x: Tensor) -> Tensor:
     return (x.double() * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64, device=x.device)[:, None, None]).sum(1, keepdim=True)
 
 
-def sharpness(x: Rgb) -> Float[Tensor, " b"]:
+def sharpness(x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
     """Variance of the Laplacian of the luma, of pictures in [0, 1] (Pech-Pacheco et al. 2000): low where nothing is sharp. Grows with contrast."""
     kernel = torch.tensor(LAPLACE, dtype=torch.float64, device=x.device)[None, None]
     return F.conv2d(_grey(x), kernel).var((1, 2, 3), correction=0)
 
 
-def blur(x: Rgb) -> Float[Tensor, " b"]:
+def blur(x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
     """How little a picture changes when it is blurred once more, in [0, 1], 1 is wholly blurred (Crete et al. 2007); free of contrast."""
     grey, worst = _grey(x), []
     for kernel, along in ((torch.full((1, 1, 1, 9), 1 / 9), -1), (torch.full((1, 1, 9, 1), 1 / 9), -2)):
@@ -43,7 +42,7 @@ def blur(x: Rgb) -> Float[Tensor, " b"]:
     return torch.stack(worst).max(0).values
 
 
-def clipped(x: Rgb) -> Float[Tensor, " b"]:
+def clipped(x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
     """Share of pixels, neither white nor black, of which two channels or more are at 0 or 1: what too much guidance does."""
     end = ((x <= 0.5 / 255) | (x >= 1 - 0.5 / 255)).sum(1)
     same = x.amax(1) - x.amin(1) < 0.5 / 255
@@ -58,11 +57,11 @@ class Usual:
     clipped: float
 
     @classmethod
-    def of(cls, real: Rgb) -> Usual:
+    def of(cls, real: Float[Tensor, "b 3 h w"]) -> Usual:
         return cls(float(sharpness(real).median()), float(clipped(real).quantile(0.99)))
 
 
-def failures(x: Rgb, usual: Usual | None = None) -> dict[str, Bool[Tensor, " b"]]:
+def failures(x: Float[Tensor, "b 3 h w"], usual: Usual | None = None) -> dict[str, Bool[Tensor, " b"]]:
     """Which pictures in [0, 1] failed, by kind: not finite, blank (one colour), saturated, blurred.
 
     With `usual`, a picture that is as clipped as real ones are has not failed; without it none is called blurred.

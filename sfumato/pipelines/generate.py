@@ -147,7 +147,7 @@ class LatentDiffusion:
     def people(self, prompt: str) -> str | None:
         """The first word of a prompt that is of people, where the model's concepts are of groups without them."""
         groups = {g for e in self.meta["words"].values() for g in e.get("group", [])}
-        return of_people(prompt) if groups and "people-body" not in groups else None
+        return of_people(prompt, self.words) if groups and "people-body" not in groups else None
 
     def too_long(self, prompt: str) -> bool:
         """Whether the end of a prompt is not heard, because it has more tokens than the text encoder takes."""

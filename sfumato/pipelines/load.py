@@ -14,6 +14,7 @@ from sfumato.core.config import from_json
 from sfumato.core.pack import load_pack
 from sfumato.core.request import Device
 from sfumato.diffusion.path import PathConfig, make_path
+from sfumato.metrics.judge import Judge
 from sfumato.pipelines.find import bundled, find
 from sfumato.pipelines.generate import LatentDiffusion
 
@@ -78,6 +79,16 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
         upscaler=None if upscaler is None else upscaler.to(where),
         upscaler_hash=digest,
     )
+
+
+def load_judge(model: str | Path) -> Judge:
+    """The judge in a run folder of `sfumato train judge`, or in a pack of one. Raises FileError."""
+    path = find(model)
+    tensors, meta = load_pack(path)
+    if meta["kind"] != "judge" or not {"judge", "labels", "styles"} <= meta.keys():
+        raise FileError(f"{path} holds no judge: name a run of `sfumato train judge`")
+    network = zoo.load_into(zoo.make(meta["judge"]), tensors, "judge.")
+    return Judge(network, meta["labels"], meta["styles"], meta["hash"], int(meta.get("images", 0)), meta.get("scores", {}))  # type: ignore[arg-type]
 
 
 def upscaler_for(codec: torch.nn.Module) -> tuple[Upscaler | None, str | None]:

@@ -14,16 +14,20 @@ PICTOGRAPH = "[\U0001f000-\U0001faff\u2600-\u27bf]"
 
 
 PEOPLE = re.compile(
-    r"\b(person|people|humans?|m[ae]n|wom[ae]n|boys?|girls?|child(ren)?|kids?|bab(y|ies)|mother|father|mum|mom|dad|grand(ma|pa|mother|father)|family|friends?"
-    r"|couple|bride|groom|king|queen|prince(ss)?|portrait|selfie|smiley|doctor|nurse|teacher|student|soldier|police(wo)?man|dancer|singer|wizard|witch)\b"
+    r"\b(person|people|humans?|m[ae]n|wom[ae]n|boys?|girls?|child(ren)?|kids?|bab(y|ies)|mother|father|mum|mom|dad|grand(ma|pa|mother|father)"
+    r"|bride|groom|king(?! (penguin|crab|cobra))|queen(?! bee)|prince(ss)?"
+    r"|portrait|selfie|smiley|doctor|nurse|teacher|student|soldier|police(wo)?man|dancer|singer|wizard|witch)\b"
     "|女人|男人|女孩|男孩|女生|男生|小孩|孩子|儿童|婴儿|宝宝|人物|人像|肖像|老人|老师|学生|医生|护士|公主|王子|国王|女王|妈妈|爸爸|奶奶|爷爷"
-    "|家庭|情侣|新娘|新郎|笑脸|人脸|美女|帅哥|少女|少年"
+    "|情侣|新娘|新郎|笑脸|人脸|美女|帅哥|少女|少年"
 )
 
 
-def of_people(prompt: str) -> str | None:
-    """The first word of a prompt that is of people; None: there is none."""
-    found = PEOPLE.search(normalise(prompt))
+def of_people(prompt: str, known: Iterable[str] = ()) -> str | None:
+    """The first word of a prompt that is of people; None: there is none. It may be a part of something `known` (a baby chick, a woman's hat)."""
+    text = normalise(prompt)
+    for name in sorted((k for k in map(normalise, known) if k in text and PEOPLE.search(k) and not PEOPLE.fullmatch(k)), key=len, reverse=True):
+        text = text.replace(name, " ")
+    found = PEOPLE.search(text)
     return found[0] if found else None
 
 

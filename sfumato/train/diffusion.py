@@ -37,9 +37,9 @@ from sfumato.diffusion.objective import ObjectiveConfig, draw_t, loss
 from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, check_prediction
 from sfumato.diffusion.samplers import sample_heun
-from sfumato.pipelines.find import bundled, find
+from sfumato.pipelines.find import find
 from sfumato.text.encoder import TextEncoder
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, checkpoints, main_first, settled
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
 GENTLE = Variety(place=0.25, scale=(0.75, 1.0), angle=10.0, recolour=0.12, count=0.02, pair=0.02, scene=0.04)
 STEADY = replace(GENTLE, place=0.08, flip=0.06, recolour=0.08, count=0.01, pair=0.01, scene=0.03)
@@ -153,10 +153,13 @@ def check_init(recipe: DiffusionRecipe, denoiser: DiTConfig) -> None:
     For one's own pictures other styles, labels, words and things are no hindrance, other widths are.
     """
     pack = find(recipe.init)
-    found = read_metadata(pack).get("denoiser")
+    meta = read_metadata(pack)
+    found = meta.get("denoiser")
     apart = ("text_width", "styles", "labels", "memory") if recipe.data != EMOJI else ()
     if not isinstance(found, dict) or any(found.get(k) != v for k, v in to_json(denoiser).items() if k not in apart):
         raise ValueError(f"init (={recipe.init!r}) must hold a denoiser of the recipe's shape: {pack} has {found or 'none'}")
+    if missing := [k for k in ("styles", "labels", "words", "filler") if k not in meta]:
+        raise FileError(f"{pack} lacks {', '.join(missing)} in its metadata: it was not written whole, or not by sfumato")
 
 
 PRESETS = {"bundled": preset_bundled, "sharpen": preset_sharpen, "settle": preset_settle, "own": preset_own, "smoke": preset_smoke}
@@ -170,14 +173,17 @@ def frozen_part(source: Path, run: Path, name: str) -> Path:
     kept = run / "parts" / f"{name}.safetensors"
     if source.resolve() == kept.resolve():
         return kept
-    packs = checkpoints(source, "model") if source.is_dir() else [p for p in [bundled().get(str(source), source)] if p.exists()]
-    if not packs and not kept.exists():
+    try:
+        pack = find(source)
+    except FileError:
+        pack = None
+    if pack is None and not kept.exists():
         raise FileError(f"{source} has no model-*.safetensors to take the {name} from")
-    if not kept.exists():
-        tensors, meta = load_pack(packs[-1])
+    if pack is not None and not kept.exists():
+        tensors, meta = load_pack(pack)
         save_pack(kept, tensors, meta | {"source": meta["hash"]})
-    elif packs and read_metadata(packs[-1]).get("hash") != read_metadata(kept)["source"]:
-        raise ValueError(f"{run} was begun with another {name} than {packs[-1]}: name another --out, or {kept} to go on with the old one")
+    elif pack is not None and read_metadata(pack).get("hash") != read_metadata(kept)["source"]:
+        raise ValueError(f"{run} was begun with another {name} than {pack}: name another --out, or {kept} to go on with the old one")
     return kept
 
 

@@ -457,13 +457,22 @@ def test_every_picture_is_named_and_one_of_another_size_has_a_name_of_its_own(
     monkeypatch.chdir(tmp_path)
     argv = ["generate", "a cat", "--seed", "1", "--steps", "1", "--model", packed]
     said = run(capsys, *argv, "--count", "2")[1].split()
+    assert run(capsys, *argv, "--count", "2", "--native")[1].split()[-1] == "sfumato-out/a-cat-1-16-grid.png"
     assert said == [f"sfumato-out/a-cat-{n}.png" for n in ("1", "2", "1-grid")]
-    assert run(capsys, *argv[:-2], "--model", packed, "--native")[1].split() == ["sfumato-out/a-cat-1-16.png"]
+    assert run(capsys, *argv, "--native", "--force")[1].split() == ["sfumato-out/a-cat-1-16.png"]
 
 
-@pytest.mark.parametrize("value", ["abc", "1.5"])
-def test_a_number_that_is_none_is_named(capsys: pytest.CaptureFixture[str], value: str) -> None:
-    assert f"--seed (={value!r}) must be a whole number" in run(capsys, "generate", "a cat", "--seed", value)[2]
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["generate", "a cat", "--seed", "abc"], "--seed (='abc') must be a whole number"),
+        (["generate", "a cat", "--threads", "1.5"], "--threads (='1.5') must be a whole number"),
+        (["generate", "a cat", "--guidance", "x"], "--guidance (='x') must be a number"),
+        (["train", "all", "--data", "x", "--effort", "x"], "--effort (='x') must be a number"),
+    ],
+)
+def test_a_number_that_is_none_is_named(capsys: pytest.CaptureFixture[str], argv: list[str], said: str) -> None:
+    assert said in run(capsys, *argv)[2]
 
 
 def test_a_folder_of_train_all_is_a_model(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -474,6 +483,39 @@ def test_a_folder_of_train_all_is_a_model(packed: str, tmp_path: Path, capsys: p
     assert out.exists()
 
 
-@pytest.mark.parametrize(("prompt", "named"), [("a happy Woman", "woman"), ("两个女孩", "女孩"), ("a cat", None), ("a childish womanly mango", None)])
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("a happy Woman", "woman"),
+        ("两个女孩", "女孩"),
+        ("a baby with a baby chick", "baby"),
+        ("a cat", None),
+        ("a childish womanly mango", None),
+        ("a baby chick in a woman's hat", None),
+        ("a king penguin", None),
+    ],
+)
 def test_prompts_of_people_are_told(prompt: str, named: str | None) -> None:
-    assert of_people(prompt) == named
+    assert of_people(prompt, ["baby chick", "woman's hat", "baby", "cat"]) == named
+
+
+def test_a_variation_of_an_animation_changes_what_is_named_only(packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, other = tmp_path / "m.webp", tmp_path / "n.webp"
+    argv = ["generate", "a cat", "--morph", "a dog", "--frames", "2", "--steps", "1", "--seed", "7", "--style", "noto"]
+    assert run(capsys, *argv, "--model", packed, "--out", str(first))[0] == 0
+    assert run(capsys, "generate", "--from", str(first), "--seed", "5", "--style", "openmoji", "--model", packed, "--out", str(other))[0] == 0
+    told = set(run(capsys, "info", str(other))[1].splitlines())
+    assert {"prompt: a cat", "seed: 5", "until prompt: a dog", "until style: openmoji", "until seed: 5", "frames: 2"} <= told
+
+
+def test_pictures_of_other_programs_hold_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = Image.new("RGB", (8, 8), "red")
+    exif = Image.Exif()
+    exif[0x8769] = {0x9286: b"UNICODE\0" + '{"a": 1}'.encode("utf-16-be")}
+    image.save(tmp_path / "a.webp", exif=exif)
+    image.save(tmp_path / "b.webp", exif=b"Exif\0\0broken")
+    image.save(tmp_path / "c.gif", comment=b'by me\n{"a": 1}')
+    for name in ("a.webp", "b.webp", "c.gif"):
+        assert run(capsys, "info", str(tmp_path / name))[0] == 0
+        assert "holds no request of sfumato" in run(capsys, "generate", "--from", str(tmp_path / name))[2]
+        assert "does not say where it comes from" in run(capsys, "credits", str(tmp_path / name))[2]

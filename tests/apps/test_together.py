@@ -26,6 +26,7 @@ from sfumato.core.pack import load_pack, save_pack
 from sfumato.data.folder import Entry, Scan, scan
 from sfumato.pipelines.find import find
 from sfumato.pipelines.load import load
+from sfumato.train.diffusion import frozen_part
 from sfumato.train.loop import Trainer
 
 TINY = 0.001
@@ -73,7 +74,8 @@ def test_a_folder_becomes_a_model_and_again_costs_nothing(
     for name in ("samples", "nearest"):
         with Image.open(out / f"{name}.png") as picture:
             assert picture.width == 8 * 66 - 2
-    model = load(out / "model.safetensors")
+    model = load(out)
+    assert frozen_part(out, tmp_path / "next", "codec").exists(), "a folder of train all may be begun from"
     assert (model.size, model.meta["labels"]) == (64, ["circle", "square"])
     assert len(model.generate("a red square", steps=2)) == 1
     main(argv)
@@ -179,6 +181,11 @@ def test_what_would_end_a_later_stage_is_refused_before_the_first(own_folder: Pa
     with pytest.raises(SystemExit):
         main([*argv, "--init", str(codec)])
     assert "must hold a denoiser of the recipe's shape" in capsys.readouterr().err
+    other = tmp_path / "other.safetensors"
+    save_pack(other, tensors, {k: v for k, v in meta.items() if k not in ("words", "hash")})
+    with pytest.raises(SystemExit):
+        main([*argv, "--init", str(other)])
+    assert "lacks words in its metadata" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -204,6 +211,15 @@ def test_mistakes_are_named(own_folder: Path, tmp_path: Path, capsys: pytest.Cap
         main(["train", "all", "--data", str(own_folder), "--out", str(tmp_path / "out"), *flags])
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_copies_of_one_picture_are_too_few(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = next(own_folder.rglob("*.png")).read_bytes()
+    for path in own_folder.rglob("*.png"):
+        path.write_bytes(one)
+    with pytest.raises(SystemExit):
+        main(["train", "all", "--data", str(own_folder), "--out", str(tmp_path / "out")])
+    assert "holds 1 different pictures: 8 at least" in capsys.readouterr().err
 
 
 def test_strict_refuses_a_bad_file(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,7 @@ def test_no_sentence_is_left_over() -> None:
     source = " ".join(p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py"))
     joined = re.sub(r"""["']\s*f?["']""", "", source)  # sentences that go over several lines
     known = re.sub(r"[\"'\\\s]+", "", joined)
-    tyros = ("Unrecognized options", "Error parsing", "Missing from", "invalid choice", "show this help")
+    tyros = ("Unrecognized options", "Error parsing", "Missing from", "Missing value", "invalid choice", "show this help")
     left = [e for e in catalogue() if not e.startswith(tyros) and any(re.sub(r"[\"'\\\s]+", "", p) not in known for p in e.split("{}"))]
     assert left == []
 

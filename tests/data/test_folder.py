@@ -540,3 +540,11 @@ def test_kinds_that_are_not_read_are_counted(many: Path, capsys: pytest.CaptureF
     assert found.bad == (), "they are no bad files: a drawing may lie beside its source"
     cli.main(["data", "check", str(many)])
     assert "passed over, as they cannot be read here: 2 .svg, 1 .jxl, 1 .psd, 1 .zip" in capsys.readouterr().out
+    for path in many.rglob("*.png"):
+        path.unlink()
+    for path in [p for p in many.rglob("*") if p.suffix in (".jpg", ".webp", ".gif")]:
+        path.unlink()
+    with pytest.raises(SystemExit):
+        cli.main(["data", "check", str(many)])
+    assert "holds no picture that can be used: it should hold files that end in .png" in (said := capsys.readouterr().err)
+    assert "passed over: 2 .svg" in said

@@ -132,7 +132,8 @@ def live_and_die(run: Path) -> None:
 
 @linux
 def test_a_training_that_is_killed_fifty_times_ends_as_if_it_never_was(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, __file__, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"TMPDIR": "/nowhere"}
+    done = subprocess.run([sys.executable, __file__, str(tmp_path / "run")], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     lives = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lives) == MOMENTS, done.stderr
     assert all(life["killed"] for life in lives), done.stderr
