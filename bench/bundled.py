@@ -236,7 +236,7 @@ def nearest(atlas: Atlas, found: Tensor, asks: Sequence[Ask]) -> Verdict:
 class Classifier:
     """The second judge."""
 
-    judge: second.Judge
+    judge: second.OfDrawings
     name: str = "classifier"
 
     def look(self, pictures: Tensor, asks: Sequence[Ask]) -> Verdict:
@@ -284,11 +284,10 @@ class Bench:
 
     @cached_property
     def judges(self) -> tuple[Judging, ...]:
-        loop = second.QUICK if self.options.quick else replace(second.LOOP, images=self.options.judge_images)
-        everything = second.known(second.JudgeRecipe())
-        which = () if self.known == everything else tuple(concepts()[c].hexcode for c in self.known)
-        found = second.judge(second.JudgeRecipe(which=which), replace(loop, threads=self.options.threads), self.options.judges)
-        self.details["second_judge"] = {"meaningful": found.meaningful, "images": found.images, **found.scores}
+        quick = self.options.quick
+        recipe, loop = (second.QUICK_RECIPE, second.QUICK) if quick else (second.RECIPE, replace(second.LOOP, images=self.options.judge_images))
+        found = second.judge(recipe, replace(loop, threads=self.options.threads), self.options.judges)
+        self.details["second_judge"] = {"meaningful": found.meaningful, "images": found.judge.images, **found.judge.scores}
         return Lite0(self.atlas), Classifier(found, "classifier" if found.meaningful else "classifier, hardly trained: not meaningful")
 
     @cached_property

@@ -42,6 +42,10 @@ class Evaluate:
     """The network that looks at pictures. Only inception gives what is called FID and IS."""
     features_path: str | None = None
     """Its file (inception), or the name or folder of its model (clip, dinov2)."""
+    judge: str | None = None
+    """A run folder or model of `sfumato train judge`, which then names class and style of what was drawn."""
+    lpips: Path | None = None
+    """A torchvision checkpoint of AlexNet, VGG-16 or SqueezeNet 1.1 for LPIPS; without it one that torch has downloaded before."""
     resize: Literal["antialias", "bicubic", "legacy-bilinear", "legacy-tf", "nearest"] = "antialias"
     """How pictures are resized for that network; the legacy ones are for comparing with figures that were made with them."""
     steps: int = 20
@@ -69,6 +73,8 @@ class Compare:
     """Folders of reports; differences are to the first."""
     out: Path | None = None
     """An HTML file to write the table into."""
+    spread: bool = False
+    """The reports are of one thing over several seeds, of a training too: say how far every figure moves."""
     force: bool = False
     """Overwrite a file that exists."""
 
@@ -85,8 +91,9 @@ def run_evaluate(asked: Evaluate) -> Iterator[str]:
         raise ValueError(f"repeats (={asked.repeats}) must be at least 2: a spread needs two")
     check_targets([asked.out / "report.json"], force=True)  # better refused now than after everything was drawn
     from sfumato.metrics.features import feature_net
+    from sfumato.nn.lpips import lpips_from
     from sfumato.pipelines import evaluate as work
-    from sfumato.pipelines.load import choose_device
+    from sfumato.pipelines.load import choose_device, load_judge
 
     groups = work.GROUPS if asked.metrics == "all" else tuple(g.strip() for g in asked.metrics.split(","))
     options = work.Options(
@@ -94,9 +101,10 @@ def run_evaluate(asked: Evaluate) -> Iterator[str]:
         command=shlex.join(["sfumato", *sys.argv[1:]]), keep=asked.keep,
     )  # fmt: skip
     net = feature_net(asked.features, asked.features_path, str(choose_device(asked.device)))
+    judge, lpips = None if asked.judge is None else load_judge(asked.judge), lpips_from(asked.lpips)
     subject, name, side, known = _subject(asked)
     reference = work.picture_set(asked.reference, side, known)
-    report, found = work.evaluate(subject, name, reference, net, options)
+    report, found = work.evaluate(subject, name, reference, net, options, judge=judge, lpips=lpips, trained=_training_speed(Path(asked.subject)))
     written = work.save(report, found, asked.out)
     for remark in report.remarks:
         say(f"remark: {remark}")
@@ -121,6 +129,14 @@ def _subject(asked: Evaluate) -> tuple[Any, str, int, set[str] | None]:
     return model, model.name, model.size, set(model.meta["words"])
 
 
+def _training_speed(run: Path) -> float | None:
+    """Pictures a second that a run folder was trained with: the median of its log; None where it is none."""
+    from sfumato.core.runlog import read_log
+
+    found = [line["images_per_s"] for line in read_log(run / "log.jsonl") if "images_per_s" in line] if (run / "log.jsonl").exists() else []
+    return float(np.median(found)) if found else None
+
+
 def lines(figures: Any) -> Iterator[str]:
     """Figures as aligned text."""
     width = max((len(f.name) for f in figures), default=0)
@@ -140,11 +156,14 @@ def run_compare(asked: Compare) -> Iterator[str]:
     """A table: each figure of each report, and of every other report whether it differs from the first."""
     if len(asked.reports) < 2:
         raise ValueError(f"compare needs two reports at least, not {len(asked.reports)}: name their folders")
-    if asked.out is not None:
+    if asked.out is not None and not asked.spread:
         check_targets([asked.out], asked.force)
     loaded = [_load(p) for p in asked.reports]
     names = [str(p) for p in asked.reports]
     yield from unlike(loaded, names)
+    if asked.spread:
+        yield from spread_lines(loaded)
+        return
     rows = compared(loaded)
     yield from table_text(names, rows)
     if asked.out is not None:
@@ -170,6 +189,18 @@ def unlike(loaded: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
         apart += [k for k in ("resize", "features") if looked[0].get(k) != looked[1].get(k)]
         if apart:
             yield f"warning: {name} differs from {names[0]} in {', '.join(apart)}: such figures do not compare"
+
+
+def spread_lines(loaded: list[dict[str, Any]]) -> Iterator[str]:
+    """Each figure's mean over reports, its standard deviation, and its range."""
+    from sfumato.metrics.stability import spreads
+
+    units = {f"{f['group']}/{f['name']}": f["unit"] for f in loaded[0]["figures"]}
+    found = spreads([{f"{f['group']}/{f['name']}": f["value"] for f in r["figures"]} for r in loaded])
+    width = max((len(k) for k in found), default=0)
+    for name, s in found.items():
+        between = f"{shown(s['min'])} to {shown(s['max'])}, {len(loaded)} reports"
+        yield f"{name:{width}}  {shown(s['mean'], units[name])}  +- {shown(s['std'])}  ({between})"
 
 
 def compared(loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -280,12 +280,18 @@ def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"]) -> f
     return within(real) + within(fake) - 2 * total(real, fake) / (len(real) * len(fake))
 
 
+def subset_size(real: int, fake: int, size: int = TILE) -> int:
+    """How many pictures a subset of `kid_subsets` has."""
+    n = min(real, fake)
+    return size if n > size else max(n // 2, 2)
+
+
 def kid_subsets(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, subsets: int = 100, size: int = TILE, seed: int = 0) -> np.ndarray:
     """The kernel distances of random subsets, "subsets": their mean and spread are what is published as KID. Of sets that are no larger than `size`
     subsets of half of them. The kernel is computed once where it fits into memory.
     """
     n, m, d = len(real), len(fake), real.shape[1]
-    size = size if min(n, m) > size else max(min(n, m) // 2, 2)
+    size = subset_size(n, m, size)
     rng = np.random.Generator(np.random.PCG64(seed))
     draws = [(rng.choice(n, size, replace=False), rng.choice(m, size, replace=False)) for _ in range(subsets)]
     if max(n, m) > MOST_HELD:

@@ -32,7 +32,18 @@ from sfumato.data.emoji import STYLES, concepts, drawings
 from sfumato.data.folder import evenly, pixels_of, scan
 from sfumato.data.shards import ShardPictures, Shards, are_shards
 from sfumato.metrics import cost
-from sfumato.metrics.distribution import Moments, compare_pairs, frechet_distance, frechet_infinity, gaussian_distance, inception_score, remarks
+from sfumato.metrics.distribution import (
+    Moments,
+    compare_pairs,
+    frechet_distance,
+    frechet_infinity,
+    frechet_interval,
+    gaussian_distance,
+    inception_score,
+    kid_subsets,
+    remarks,
+    subset_size,
+)
 from sfumato.metrics.diversity import (
     copied,
     intra_class_distance,
@@ -45,9 +56,11 @@ from sfumato.metrics.diversity import (
 )
 from sfumato.metrics.features import FeatureNet, Resize, look
 from sfumato.metrics.intervals import bootstrap, mean_interval
+from sfumato.metrics.judge import Judge
 from sfumato.metrics.pairwise import PAIRWISE, over_both
 from sfumato.metrics.stability import Usual, blur, failures, sharpness, spreads
 from sfumato.nn.backbones import over
+from sfumato.nn.lpips import LPIPS
 from sfumato.pipelines.generate import LatentDiffusion
 
 GROUPS = ("pairwise", "distribution", "diversity", "memorisation", "stability", "text", "cost")
@@ -56,6 +69,8 @@ MOST = 2048  # samples, unless asked for more
 BATCH = 64
 SHOWN = 32
 MODES = 48
+SMALLEST_LPIPS = 32  # pixels: the deepest layers of its backbones see nothing of smaller pictures
+FEWEST_FOR_BLOCKS = 100  # pictures, to leave out tenths of
 KEPT_SIDE = 64  # pixels of pictures that are kept for the page
 
 
@@ -154,6 +169,8 @@ class Evaluation:
     net: FeatureNet
     reference: PictureSet
     rows: list[int]
+    judge: Judge | None = None
+    lpips: LPIPS | None = None
     samples: dict[str, Any] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
     values: dict[str, np.ndarray] = field(default_factory=dict)
@@ -294,18 +311,25 @@ def pairwise_figures(e: Evaluation, pairs: Iterator[tuple[Tensor, Tensor]], tota
     """Figures of pairs (real, copy) of the same pictures or crops; returns the copies' features."""
     e.start()
     found: dict[str, list[np.ndarray]] = {}
-    features, small = [], []
+    features, small, lpips = [], [], []
     for real, copy in tqdm(pairs, total=-(-total // BATCH), desc=translated("comparing pairs"), leave=False):
         for name, (metric, _, _) in PAIRWISE.items():
             if name == "ms_ssim" and min(real.shape[-2:]) < 11:
                 continue
             found.setdefault(name, []).append(over_both(metric, copy, real).numpy())
+        if e.lpips is not None and min(real.shape[-2:]) >= SMALLEST_LPIPS:
+            with torch.no_grad():
+                lpips.append(over_both(e.lpips, copy, real).numpy())
         features.append(look(e.net, white(copy), e.options.resize)[0])
         small += [(white(a), white(b)) for a, b in zip(real.split(1), copy.split(1), strict=True)]
     for name, parts in found.items():
         _, unit, better = PAIRWISE[name]
         note = "fewer than five scales: the pictures are small" if name == "ms_ssim" and e.reference.side < 176 else ""
         e.mean(f"pairwise ({what})", name, np.concatenate(parts), unit=unit, better=better, looked=False, note=note, how="over white and black")
+    if lpips and e.lpips is not None:
+        note = "" if e.lpips.verified else "the backbone's weights are not torchvision's"
+        how = f"{e.lpips.kind}, sha256 {e.lpips.digest[:16]}, over white and black, arXiv 1801.03924"
+        e.mean(f"pairwise ({what})", "LPIPS", np.concatenate(lpips), better=-1, looked=False, note=note, how=how)
     e.ids = list(ids)
     order = np.argsort(np.concatenate(found["psnr"]))
     for title, rows in (("Worst", order[:12]), ("Best", order[::-1][:12])):
@@ -322,7 +346,18 @@ def distribution_figures(e: Evaluation, real: Tensor, fake: Tensor, logits: Tens
     distance = frechet_distance(*moments)
     said = remarks(len(real), len(fake), real.shape[1])
     name = "Frechet Inception distance (FID)" if inception else f"Frechet distance ({e.net.name})"
-    e.add(group, name, distance, n=len(fake), better=-1, note="; ".join(said) or ("" if e.net.verified else "this network is not verified offline"))
+    between = frechet_interval(real, fake) if min(len(real), len(fake)) >= FEWEST_FOR_BLOCKS else None
+    note = "; ".join(said) or ("" if e.net.verified else "this network is not verified offline")
+    e.add(
+        group,
+        name,
+        distance,
+        n=len(fake),
+        better=-1,
+        interval=between,
+        note=note,
+        how="arXiv 1706.08500; interval by leaving out tenths of both sets",
+    )
     if len(fake) >= 200:
         e.start()
         limit, points = frechet_infinity(real, fake, seed=e.options.seed)
@@ -334,6 +369,11 @@ def distribution_figures(e: Evaluation, real: Tensor, fake: Tensor, logits: Tens
     e.add(
         group, kid, pairs.kid, n=len(fake), better=-1, interval=pairs.kid_interval, how="unbiased, arXiv 1801.01401; interval by leaving out blocks"
     )
+    e.start()
+    subsets = kid_subsets(real, fake, seed=e.options.seed)
+    how = f"standard deviation {subsets.std(ddof=1):.3g}; as it is usually published"
+    name = f"{kid}, mean of {len(subsets)} subsets of {subset_size(len(real), len(fake))}"
+    e.add(group, name, subsets.mean(), n=len(fake), better=-1, how=how)
     for label, values in (("precision", pairs.inside), ("recall", pairs.reached), ("density", pairs.covers / pairs.k), ("coverage", pairs.covered)):
         e.mean(group, label, values, better=1, how=f"neighbourhoods of {pairs.k}")
     e.start()
@@ -436,8 +476,36 @@ def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: LatentDi
             e.add("stability", f"{name}: spread over {change}", found["std"], n=len(several), better=-1, how=f"standard deviation; {how}")
 
 
-def text_figures(e: Evaluation, real: Tensor, fake: Tensor, rows: Sequence[int]) -> None:
-    """Whether what was asked for is what is seen: the nearest reference picture has the asked label, and the asked style."""
+def text_figures(e: Evaluation, real: Tensor, fake: Tensor, rows: Sequence[int], kept: Looked) -> None:
+    """Whether what was asked for is what is seen: by the nearest reference picture, by a judge, and by CLIP, as far as these are there."""
+    retrieval_figures(e, real, fake, rows)
+    if e.judge is not None:
+        judge_figures(e, e.judge, rows, kept)
+    told = [(i, c) for i, r in enumerate(rows) if (c := e.reference.captions[r])]
+    if e.net.texts is not None and told:
+        e.start()
+        words = F.normalize(e.net.texts([c for _, c in told]), dim=1)
+        scores = 100 * (F.normalize(fake[[i for i, _ in told]], dim=1) * words).sum(1).clamp_min(0)
+        e.mean("text and style", "CLIP score", scores.numpy(), better=1, how="100 times the cosine of picture and words, arXiv 2104.08718")
+
+
+def judge_figures(e: Evaluation, judge: Judge, rows: Sequence[int], kept: Looked) -> None:
+    """What a judge names first in the samples, beside what it names in the reference pictures that were asked for."""
+    e.start()
+    drawn = judge(torch.cat(kept.small).float() / 255)
+    real = [torch.cat(parts) for parts in zip(*(judge(white(b)) for b in e.reference.batches(rows)), strict=True)]
+    for what, names, column, i in (("label", judge.labels, e.reference.labels, 0), ("style", judge.styles, e.reference.styles, 1)):
+        asked = np.array([names.index(v) if (v := column[r]) in names else -1 for r in rows])
+        known = asked >= 0
+        if len(set(asked[known].tolist())) < 2:
+            continue
+        right, ceiling = ((logits[i].argmax(1).numpy() == asked)[known].astype(float) for logits in (drawn, real))
+        how = f"named first among {len(names)} by the judge {judge.digest[:10]}; of the reference pictures themselves {ceiling.mean():.3f}"
+        e.mean("text and style", f"{what} as asked, by the judge", right, better=1, looked=False, how=how)
+
+
+def retrieval_figures(e: Evaluation, real: Tensor, fake: Tensor, rows: Sequence[int]) -> None:
+    """The nearest reference picture has the asked label, and the asked style."""
     e.start()
     _, found = nearest(fake, real)
     for what, column in (("label", e.reference.labels), ("style", e.reference.styles)):
@@ -456,8 +524,8 @@ def text_figures(e: Evaluation, real: Tensor, fake: Tensor, rows: Sequence[int])
         )
 
 
-def cost_figures(e: Evaluation, model: LatentDiffusion) -> None:
-    """Parameters, operations, seconds and pictures a second, memory."""
+def cost_figures(e: Evaluation, model: LatentDiffusion, trained: float | None) -> None:
+    """Parameters, operations, seconds and pictures a second, in drawing and in training, memory."""
     e.start()
     networks = {"codec": model.codec, "denoiser": model.denoiser} | ({"text": model.text} if model.text is not None else {})
     for name, count in cost.parameters(networks).items():
@@ -474,6 +542,8 @@ def cost_figures(e: Evaluation, model: LatentDiffusion) -> None:
     e.start()
     seconds = cost.latency(lambda: list(model.pictures(replace(request, count=16))), repeats=3)["median_s"]
     e.add("cost", "throughput, 16 pictures together", 16 / seconds, n=3, unit="pictures/s", better=1, looked=False, how="20 steps")
+    if trained is not None:
+        e.add("cost", "training", trained, n=1, unit="images/s", better=1, looked=False, how="median of the run's log, on the machine that it ran on")
     if (peak := cost.peak_memory()) is not None:
         e.add("cost", "peak memory of this evaluation", peak, n=1, unit="MiB", looked=False)
 
@@ -488,14 +558,19 @@ def paired_rows(samples: PictureSet, reference: PictureSet) -> list[tuple[int, i
     return [(i, at[stem(n)]) for i, n in enumerate(samples.names) if stem(n) in at]
 
 
-def evaluate(subject: LatentDiffusion | PictureSet, name: str, reference: PictureSet, net: FeatureNet, options: Options) -> tuple[Report, Evaluation]:
-    """The report of a model or of a set of samples. Raises ValueError where there is too little to say anything of."""
+def evaluate(
+    subject: LatentDiffusion | PictureSet, name: str, reference: PictureSet, net: FeatureNet, options: Options, *, judge: Judge | None = None,
+    lpips: LPIPS | None = None, trained: float | None = None,
+) -> tuple[Report, Evaluation]:  # fmt: skip
+    """The report of a model or of a set of samples; `trained`: pictures a second that its training took. Raises ValueError where there is too
+    little to say anything of.
+    """
     model = subject if isinstance(subject, LatentDiffusion) else None
     count = options.count or min(len(reference) if model else len(subject), MOST)  # type: ignore[arg-type]
     rows = evenly(len(reference), max(count, min(len(reference), MOST)))
     if min(len(rows), count) < 2:
         raise ValueError(f"{reference.path} has {len(rows)} pictures and {count} samples are asked for: two of each are needed at least")
-    e = Evaluation(options, net, reference, rows)
+    e = Evaluation(options, net, reference, rows, judge, lpips)
     e.start()
     real, _ = features_of(net, reference, rows, options.resize)
     usual = Usual.of(white(next(reference.batches([rows[i] for i in evenly(len(rows), BATCH)]))))
@@ -518,7 +593,7 @@ def evaluate(subject: LatentDiffusion | PictureSet, name: str, reference: Pictur
                 e.samples |= {"count": kept.count, "sha256": kept.digest.hexdigest()}
             _of_samples(e, groups, real, kept, usual, model, wanted[: kept.count])
         if "cost" in groups and model:
-            cost_figures(e, model)
+            cost_figures(e, model, trained)
     except KeyboardInterrupt:
         e.remarks.append("stopped by hand: what would have come after the last figure is missing")
     about = {"subject": name, "reference": reference.path, "reference pictures": len(rows), "samples": e.samples.get("count")}
@@ -568,7 +643,7 @@ def _of_samples(
         "diversity": lambda: diversity_figures(e, real, fake, kept, labels),
         "memorisation": lambda: memorisation_figures(e, real, fake, kept),
         "stability": lambda: stability_figures(e, kept, usual, model, real),
-        "text": lambda: text_figures(e, real, fake, rows) if model else None,
+        "text": lambda: text_figures(e, real, fake, rows, kept) if model else None,
     }
     for name, part in parts.items():
         if name in groups:
