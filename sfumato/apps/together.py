@@ -387,5 +387,5 @@ def honestly(count: int, copies: float) -> str:
     elif count < 2_000:
         kind = "hundreds of pictures give their style and mixtures of them; much of what is drawn is still near to one of them"
     else:
-        kind = "thousands of pictures should give new ones of their kind: look whether they do"
+        kind = "thousands of pictures are no longer learned by heart; whether what is new can be recognised depends on how long it trains (--effort)"
     return f"{kind}. {copies:.0%} of the samples are copies of a training picture, or nearly: see nearest.png (sample, nearest training picture)"
