@@ -95,16 +95,16 @@ def root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
-def frechet_distance(real: Moments, fake: Moments, *, real_root: Tensor | None = None) -> float:
+def frechet_distance(real: Moments, fake: Moments, *, real_root: Tensor | None = None, fake_root: Tensor | None = None) -> float:
     """Squared Frechet (Wasserstein-2) distance of two Gaussians (arXiv 1706.08500, equation 6).
 
     |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)); the last trace is the sum of the singular values of R1 R2^T with C = R^T R, which stays
-    exact where covariances are singular.
+    exact where covariances are singular. Roots R, with any number of rows, may be given.
     """
     a, b = real.covariance, fake.covariance
     if a.shape != b.shape:
         raise ValueError(f"real and fake features have {len(a)} and {len(b)} dimensions: take both from one network")
-    cross = torch.linalg.svdvals((root(a) if real_root is None else real_root) @ root(b).T).sum()
+    cross = torch.linalg.svdvals((root(a) if real_root is None else real_root) @ (root(b) if fake_root is None else fake_root).T).sum()
     return float((real.mean - fake.mean).square().sum() + a.trace() + b.trace() - 2 * cross)
 
 
@@ -140,7 +140,8 @@ def frechet_infinity(
     growing, found = Moments(), []
     for start, n in zip([0, *sizes[:-1]], sizes, strict=True):  # each subset is the one before and some more
         growing.update(fake[order[start:n]])
-        found.append((int(n), frechet_distance(moments, growing, real_root=r)))
+        few = (fake[order[:n]].double() - growing.mean) / math.sqrt(n - 1) if n < fake.shape[1] else None  # fewer rows are a smaller root
+        found.append((int(n), frechet_distance(moments, growing, real_root=r, fake_root=few)))
     slope_and_limit = np.polyfit([1 / n for n, _ in found], [d for _, d in found], 1)
     return float(slope_and_limit[1]), found
 

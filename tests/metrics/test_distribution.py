@@ -14,11 +14,13 @@ from sfumato.metrics.distribution import (
     compare_pairs,
     frechet_distance,
     frechet_infinity,
+    frechet_interval,
     gaussian_distance,
     inception_score,
     kernel_distance,
     kid_subsets,
     remarks,
+    subset_size,
 )
 from sfumato.metrics.diversity import (
     intra_class_distance,
@@ -213,3 +215,40 @@ def test_ms_ssim_diversity_never_compares_a_picture_with_itself() -> None:
     values = ms_ssim_diversity(x, pairs=20)
     np.testing.assert_allclose(values, 1 - float(ms_ssim(x[:1], x[1:])), rtol=1e-9)
     assert ms_ssim_diversity(x[:1].expand(5, 3, 32, 32), pairs=8).max() == pytest.approx(0, abs=1e-9)
+
+
+def test_growing_subsets_are_measured_as_each_would_be_alone() -> None:
+    """Fewer rows than dimensions and more: both ways to a root are the same distance."""
+    g = torch.Generator().manual_seed(3)
+    real, fake = torch.randn(200, 24, generator=g).double(), (torch.randn(90, 24, generator=g) * 1.2 + 0.1).double()
+    _, found = frechet_infinity(real, fake, points=6, seed=5)
+    order = torch.from_numpy(np.random.Generator(np.random.PCG64(5)).permutation(90))
+    assert min(n for n, _ in found) < 24 < max(n for n, _ in found)
+    for n, distance in found:
+        alone = frechet_distance(Moments().update(real), Moments().update(fake[order[:n]]))
+        assert distance == pytest.approx(alone, rel=1e-6)
+
+
+def test_an_interval_of_the_frechet_distance_is_as_wide_as_it_scatters() -> None:
+    """Two Gaussians at distance 8: over 40 pairs of samples the intervals hold it, and their width is that of the scatter."""
+    g = torch.Generator().manual_seed(4)
+    distances, widths, held = [], [], []
+    for _ in range(40):
+        a, b = torch.randn(400, 8, generator=g).double(), torch.randn(400, 8, generator=g).double() + 1
+        low, high = frechet_interval(a, b)
+        distances.append(frechet_distance(Moments().update(a), Moments().update(b)))
+        widths.append((high - low) / (2 * 1.96))
+        held.append(low < 8 < high)
+    assert np.mean(held) > 0.8
+    assert np.mean(widths) == pytest.approx(np.std(distances), rel=0.25)
+
+
+def test_subsets_of_the_kernel_distance_are_those_of_single_ones() -> None:
+    g = torch.Generator().manual_seed(5)
+    real, fake = torch.randn(60, 8, generator=g), torch.randn(50, 8, generator=g) + 0.3
+    held = kid_subsets(real, fake, subsets=5, size=20, seed=1)
+    rng = np.random.Generator(np.random.PCG64(1))
+    for value in held:
+        i, j = rng.choice(60, 20, replace=False), rng.choice(50, 20, replace=False)
+        assert value == pytest.approx(kernel_distance(real[torch.from_numpy(i)], fake[torch.from_numpy(j)]), rel=1e-9, abs=1e-12)
+    assert (subset_size(60, 50), subset_size(5_000, 3_000)) == (25, 1_000)
