@@ -87,7 +87,7 @@ def packed(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The calls of the trainers, which end before they begin."""
     from sfumato.apps import together
-    from sfumato.train import autoencoder, diffusion, text, upscaler
+    from sfumato.train import autoencoder, diffusion, judge, text, upscaler
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -95,7 +95,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], 
         calls.append((args, options))
         raise ParsedError
 
-    for module in (autoencoder, text, diffusion, upscaler):
+    for module in (autoencoder, text, diffusion, upscaler, judge):
         monkeypatch.setattr(module, "train", train)
     monkeypatch.setattr(together, "run", train)
     return calls
