@@ -119,7 +119,7 @@ def lives(data: Path, out: Path, killed: bool) -> None:
     import torch
 
     torch.set_num_threads(1)
-    tempfile.tempdir = "/proc/nowhere"
+    tempfile.tempdir = str(out.parent / "nowhere")
     steps, go = Trainer.step, together._run
 
     def at_step(kind: str) -> None:

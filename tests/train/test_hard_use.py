@@ -113,7 +113,7 @@ def live_and_die(run: Path) -> None:
     """One life after another in processes of their own, forked before torch has begun any thread; says how each ended."""
     import accelerate  # noqa: F401  # once, not in every life
 
-    tempfile.tempdir = "/proc/nowhere"  # a training that wrote to the folder for temporary files would end here
+    tempfile.tempdir = str(run.parent / "nowhere")  # a training that wrote to the folder for temporary files would end here
     torch.set_num_threads(1)
     progress = mmap.mmap(-1, 8)
     for kind, n in moments():
