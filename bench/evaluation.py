@@ -127,15 +127,12 @@ def accuracy(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         "Vendi score, vendi-score": (diversity.vendi_score(ta), vendi.score_X(a / np.linalg.norm(a, axis=1, keepdims=True))),
     }
     claims = [claim(f"{name}: relative difference", abs(o / t - 1) / 1e-6, "1e-6", "<= 1") for name, (o, t) in beside.items()]
-    net, pictures = feature_net(), over(drawings(2 * net_side(), concepts()[:4]).pixels[:24].float() / 255)
+    net = feature_net()
+    pictures = over(drawings(2 * net.side, concepts()[:4]).pixels[:24].float() / 255)
     together, alone = look(net, pictures)[0], torch.cat([look(net, p)[0] for p in pictures.split(1)])
     apart = float((together - alone).abs().max() / together.abs().max())
     claims.append(claim("features alone or in a batch of 24: largest difference, relative", apart / 1e-5, "1e-5", "<= 1"))
     return claims, {"values": {k: [float(o), float(t)] for k, (o, t) in beside.items()}}
-
-
-def net_side() -> int:
-    return feature_net().side
 
 
 # --- speed --------------------------------------------------------------------------------------------------------------------------------------
@@ -161,9 +158,15 @@ WAYS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
 }
 
 
+def sets(options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """The features that are timed."""
+    shape = (300, 64) if options.quick else (options.rows, 1_280)
+    return features(*shape, 1), features(*shape, 2, 0.02)
+
+
 def speed(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    rows, dimensions = (300, 64) if options.quick else (options.rows, 1_280)
-    a, b = features(rows, dimensions, 1), features(rows, dimensions, 2, 0.02)
+    a, b = sets(options)
+    rows, dimensions = a.shape
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(1 if options.quick else options.repeats):
         for name, way in WAYS.items():
@@ -174,7 +177,7 @@ def speed(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     exact, fast = ours(a, b, torch.float64), ours(a, b)
     apart = max(abs(fast[k] - exact[k]) / max(abs(exact[k]), 1e-12) for k in ("frechet", "kid"))
     counted = max(abs(fast[k] - exact[k]) for k in ("precision", "recall", "density", "coverage"))
-    memory = {name: used(name, options) for name in ("nothing", *WAYS)}
+    memory = {name: used(name, options) for name in ("nothing", *(("ours, KID and PRDC", "prdc") if options.quick else WAYS))}
     added = {k: v - memory["nothing"] for k, v in memory.items() if k != "nothing"}
     claims = [
         claim(f"Frechet, KID and PRDC of {rows:,} + {rows:,} x {dimensions:,}", median["ours, all"], "s", "<= 10"),
@@ -200,8 +203,7 @@ def peak_of(name: str, options: Options) -> float:
     import scipy.linalg
     import sklearn.metrics.pairwise  # noqa: F401
 
-    rows, dimensions = (300, 64) if options.quick else (options.rows, 1_280)
-    a, b = features(rows, dimensions, 1), features(rows, dimensions, 2, 0.02)
+    a, b = sets(options)
     scipy.linalg.sqrtm(np.eye(8))
     if name != "nothing":
         WAYS[name](a, b)
@@ -213,7 +215,7 @@ def peak_of(name: str, options: Options) -> float:
 
 def pictures(options: Options) -> Tensor:
     """Drawings over white as uint8 "n 3 s s", shuffled."""
-    art = drawings(SIDE, concepts()[:24] if options.quick else concepts()[:: max(1, 9_000 // options.pictures)])
+    art = drawings(SIDE, concepts()[:12] if options.quick else concepts()[:: max(1, 9_000 // options.pictures)])
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(art))[: options.pictures]
     return torch.cat([(over(p.float() / 255) * 255).round().to(torch.uint8) for p in art.pixels[torch.from_numpy(order)].split(256)])
 
@@ -250,7 +252,7 @@ def moves(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     sizes = [n for n in (64, 128, 256, 512, 1_024, 2_048, 4_096) if n <= half] or [half]
     rng = np.random.Generator(np.random.PCG64(1))
     by_count: dict[int, dict[str, list[float]]] = {n: {"Frechet": [], "KID": [], "infinity": []} for n in sizes}
-    for _ in range(5):
+    for _ in range(2 if options.quick else 5):
         order = torch.from_numpy(rng.permutation(len(real)))
         for n in sizes:
             a, b = real[order[:n]], real[order[half : half + n]]

@@ -177,12 +177,15 @@ def _morph_again(asked: Generate, record: dict[str, Any]) -> Generate:
 
 def _warn_of_flags(asked: Generate, morph: bool) -> None:
     """Says which flags have no effect together with others."""
-    without = {"with morph": ("count",) if morph and asked.count not in (None, 1) else (), "together with native": ("size",) if asked.native else ()}
-    without["without --morph"] = () if morph else ("frames", "fps")
-    for why, names in without.items():
-        for name in names:
-            if getattr(asked, name) is not None:
-                say(f"warning: {name} has no effect {why}")
+    flags = (
+        ("count", "with morph", morph and asked.count != 1),
+        ("size", "together with native", asked.native),
+        ("frames", "without --morph", not morph),
+        ("fps", "without --morph", not morph),
+    )
+    for name, why, useless in flags:
+        if useless and getattr(asked, name) is not None:
+            say(f"warning: {name} has no effect {why}")
 
 
 Tell = Callable[..., None]  # tell(event, **what)

@@ -162,6 +162,8 @@ def run_compare(asked: Compare) -> Iterator[str]:
     names = [str(p) for p in asked.reports]
     yield from unlike(loaded, names)
     if asked.spread:
+        if asked.out is not None:
+            say("warning: out has no effect together with spread")
         yield from spread_lines(loaded)
         return
     rows = compared(loaded)

@@ -95,14 +95,14 @@ def run(asked: All) -> Path | dict[str, Any]:
     efficientnet_lite0()  # codec and report need it: better missed now than in the middle
     asked = replace(asked, size=asked.size or _begun(asked.out).get("size") or _usual_size(asked.device))
     stages = stages_for(asked, found)
-    _check(asked, stages, found)
-    _same_settings(asked)
+    _check_init(asked, stages)
+    settings = _settings(asked)
     _tell_of(found, asked)
     if asked.plan:
         return whole_plan(asked, stages, found)
     model, done = asked.out / "model.safetensors", [_finished(s) for s in stages]
     _room(asked, [s for s, finished in zip(stages, done, strict=True) if not finished], found)
-    _same_command(asked, found)
+    _same_command(asked.out, found, settings)
     if all(done) and model.exists() and (asked.out / "report.json").exists():
         say(f"all is done already: its figures are in {asked.out / 'report.json'}")
         return model
@@ -119,17 +119,17 @@ def run(asked: All) -> Path | dict[str, Any]:
     return model
 
 
-def _same_command(asked: All, found: Scan) -> None:
-    """Notes in OUT what it is of, or raises ValueError where it was begun with other pictures, words or settings: its parts would not fit."""
+def _same_command(out: Path, found: Scan, settings: dict[str, Any]) -> None:
+    """Notes in OUT what it is of, or raises ValueError where it was begun with other pictures or words: its parts would not fit."""
     if int(os.environ.get("RANK", "0")):
         return  # the first process of several looks and notes
-    asked.out.mkdir(parents=True, exist_ok=True)
-    sweep(asked.out)
-    same_pictures(asked.out, found, words=True)
-    write_json(asked.out / SETTINGS, _same_settings(asked))
+    out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
+    same_pictures(out, found, words=True)
+    write_json(out / SETTINGS, settings)
 
 
-def _same_settings(asked: All) -> dict[str, Any]:
+def _settings(asked: All) -> dict[str, Any]:
     """The settings that decide what comes out. Raises ValueError where OUT was begun with others."""
     now = {"init": asked.init, "size": asked.size, "seed": asked.seed, "effort": asked.effort}
     before = _begun(asked.out) or now
@@ -142,13 +142,20 @@ def _same_settings(asked: All) -> dict[str, Any]:
 def _begun(out: Path) -> dict[str, Any]:
     """The settings that OUT was begun with; nothing where it was not."""
     path = out / SETTINGS
+    if not path.exists():
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"size": 0}
-        if isinstance(found["size"], int):
-            return found if path.exists() else {}
-        raise TypeError
-    except (ValueError, TypeError, KeyError):
-        raise FileError(f"{path} cannot be read: name another --out, or remove it to begin again") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("size"), int):
+        raise FileError(f"{path} cannot be read: name another --out, or remove it to begin again")
+    return found
+
+
+def _begun_from(asked: All) -> str:
+    """The model that everything begins from; "" for nothing."""
+    return {"none": "", BUNDLED: "emoji"}.get(asked.init, asked.init)
 
 
 def stages_for(asked: All, found: Scan) -> list[Stage]:
@@ -156,8 +163,8 @@ def stages_for(asked: All, found: Scan) -> list[Stage]:
     from sfumato.train import autoencoder, diffusion, text
 
     codec_images, images, each = next(c[1:] for c in COUNTS if len(found.entries) < c[0])
-    scratch = asked.init == "none"
-    init = "" if scratch else "emoji" if asked.init == BUNDLED else asked.init
+    init = _begun_from(asked)
+    scratch = not init
     data = str(asked.data)
     longer = (3 if scratch else 1) * asked.effort
     stages = []
@@ -195,7 +202,7 @@ def _usual_size(device: Device) -> int:
 def _parts(asked: All, stages: list[Stage]) -> SimpleNamespace:
     """Codec and text encoder for the denoiser: those of this run, or what it begins from."""
     own = {s.what: s.out for s in stages}
-    begun = Path("emoji" if asked.init in (BUNDLED, "none") else asked.init)
+    begun = Path(_begun_from(asked) or "emoji")
     return SimpleNamespace(codec=own["autoencoder"], text=own.get("text", begun))
 
 
@@ -210,11 +217,10 @@ def _finished(stage: Stage) -> bool:
 # --- before it begins ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _check(asked: All, stages: list[Stage], found: Scan) -> None:
-    """Raises ValueError for what would end a later stage: styles that cannot be named, an `init` that holds other networks."""
+def _check_init(asked: All, stages: list[Stage]) -> None:
+    """Raises ValueError for an `init` that would end a later stage, as it holds other networks."""
     from sfumato.train import autoencoder, diffusion
 
-    classes_in(split(found.entries)[0])
     for s in stages:
         if s.what == "autoencoder" and s.recipe.init:
             autoencoder.check_init(s.recipe)
@@ -251,7 +257,10 @@ def _tell_of(found: Scan, asked: All) -> None:
 
 
 def _tell_of_words(train: list[Entry], asked: All) -> None:
-    """What can be asked for afterwards: styles, classes, captions; and whether the text encoder knows their words."""
+    """What can be asked for afterwards: styles, classes, captions; and whether the text encoder knows their words.
+
+    Raises ValueError for styles that cannot be named.
+    """
     styles, column, classes = classes_in(train)
     if styles:
         say(f"styles: {', '.join(styles[:6])}{', ...' if len(styles) > 6 else ''}")
@@ -261,9 +270,10 @@ def _tell_of_words(train: list[Entry], asked: All) -> None:
     captions = [e.caption for e in train if e.caption]
     if captions and len(captions) < len(train) / 2:
         say(f"warning: {len(captions)} of {len(train)} pictures have captions: words will reach little beyond what those show")
-    if not captions or asked.init == "none":
+    init = _begun_from(asked)
+    if not captions or not init:
         return
-    share, examples = _strange_words(captions, find("emoji" if asked.init == BUNDLED else asked.init))
+    share, examples = _strange_words(captions, find(init))
     if share > STRANGE:
         such = ", ".join(examples)
         say(f"warning: {share:.0%} of the captions' words, such as {such}, are not known to the text encoder begun from: --init none learns your own")
