@@ -6,6 +6,7 @@ Gram matrices, so memory stays bounded and features are multiplied once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ def check_features(real: Tensor, fake: Tensor, least: int = 2) -> None:
     for name, x in (("real", real), ("fake", fake)):
         if x.ndim != 2 or len(x) < least:
             raise ValueError(f"{name} features (={tuple(x.shape)}) must be of {least} pictures at least: nothing can be said of a spread otherwise")
-        bad = ~torch.isfinite(x).all(1)
+        bad = ~torch.isfinite(x.sum(1, dtype=torch.float64))
         if bad.any():
             rows = torch.nonzero(bad).flatten().tolist()
             raise ValueError(f"{name} features of {len(rows)} pictures are not finite, such as number {rows[0]}: look at these pictures first")
@@ -192,57 +193,62 @@ def compare_pairs(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, k: 
     """
     check_features(real, fake, max(k + 1, 2))
     tile = tile or max(min(TILE, len(real) // 10, len(fake) // 10), 1)
-    radius_real, within_real = _within(real, k, tile)
-    radius_fake, within_fake = _within(fake, k, tile)
     n, m, d = len(real), len(fake), real.shape[1]
     squares_real, squares_fake = real.square().sum(1), fake.square().sum(1)
-    inside = torch.zeros(m, dtype=torch.bool)
+    radius_real, within_real = _within(real, squares_real, k, tile)
+    radius_fake, within_fake = _within(fake, squares_fake, k, tile)
     covers = torch.zeros(m, dtype=torch.int64)
     reached, covered = [], []
     across = torch.zeros(-(-n // tile), -(-m // tile), dtype=torch.float64)
     for i in range(0, n, tile):
         mine = slice(i, i + tile)
-        hit_any, hit_own = (torch.zeros(len(real[mine]), dtype=torch.bool) for _ in range(2))
+        nearest, deepest = (torch.full((len(real[mine]),), float("inf"), dtype=real.dtype) for _ in range(2))  # fake one; in a fake one's radius
         for j in range(0, m, tile):
             theirs = slice(j, j + tile)
             gram = real[mine] @ fake[theirs].T
-            across[i // tile, j // tile] = _kernel(gram, d).sum(dtype=torch.float64)
-            apart = (squares_real[mine, None] + squares_fake[theirs] - 2 * gram).clamp_min_(0)
-            near = apart < radius_real[mine, None]
-            inside[theirs] |= near.any(0)
-            covers[theirs] += near.sum(0)
-            hit_own |= near.any(1)
-            hit_any |= (apart < radius_fake[theirs]).any(1)
-        reached.append(hit_any)
-        covered.append(hit_own)
+            across[i // tile, j // tile] = _total(_kernel(gram, d))
+            apart = gram.mul_(-2).add_(squares_real[mine, None]).add_(squares_fake[theirs]).clamp_min_(0)
+            covers[theirs] += (apart < radius_real[mine, None]).view(torch.uint8).sum(0, dtype=torch.int32)
+            nearest = nearest.minimum(apart.amin(1))
+            deepest = deepest.minimum(apart.sub_(radius_fake[theirs]).amin(1))
+        reached.append(deepest < 0)
+        covered.append(nearest < radius_real[mine])
     kid, interval = _kid_of(within_real, within_fake, across, n, m, tile)
-    columns = (inside, covers, torch.cat(reached), torch.cat(covered))
+    columns = (covers > 0, covers, torch.cat(reached), torch.cat(covered))
     return Pairs(kid, interval, *(c.numpy().astype(np.float64) for c in columns), k)
 
 
 def _kernel(gram: Tensor, d: int) -> Tensor:
     """(x.y / d + 1)^3."""
-    base = gram / d + 1
-    return base * base * base
+    return (gram / d).add_(1).pow_(3)
 
 
-def _within(x: Tensor, k: int, tile: int) -> tuple[Tensor, Tensor]:
-    """Of one set: the squared distance of each row to its k-th nearest other row, and the kernel's sums over blocks, a row with itself left out."""
-    squares, n, blocks = x.square().sum(1), len(x), -(-len(x) // tile)
-    sums, radii = torch.zeros(blocks, blocks, dtype=torch.float64), []
-    for i in range(0, n, tile):
-        mine, best = slice(i, i + tile), torch.empty(min(tile, n - i), 0, dtype=x.dtype)
-        for j in range(0, n, tile):
-            gram = x[mine] @ x[j : j + tile].T
-            kernel = _kernel(gram, x.shape[1])
-            sums[i // tile, j // tile] = kernel.sum(dtype=torch.float64) - (kernel.diagonal().sum(dtype=torch.float64) if i == j else 0)
-            apart = (squares[mine, None] + squares[j : j + tile] - 2 * gram).clamp_min_(0)
-            if i == j:
-                apart.fill_diagonal_(float("inf"))
-            best = torch.cat([best, apart], 1)
-            best = best.topk(min(k, best.shape[1]), dim=1, largest=False).values
-        radii.append(best[:, k - 1])
-    return torch.cat(radii), sums
+def _total(kernel: Tensor) -> Tensor:
+    """Rows in their own dtype, their sums in fp64."""
+    return kernel.sum(1).sum(dtype=torch.float64)
+
+
+def _within(x: Tensor, squares: Tensor, k: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Of one set: the squared distance of each row to its k-th nearest other row, and the kernel's sums over blocks, a row with itself left out.
+
+    Each pair of blocks is multiplied once and read both ways.
+    """
+    starts = range(0, len(x), tile)
+    sums = torch.zeros(len(starts), len(starts), dtype=torch.float64)
+    best = [x.new_empty(len(x[s : s + tile]), 0) for s in starts]  # of each block's rows, the k smallest so far
+    for i, j in itertools.combinations_with_replacement(range(len(starts)), 2):
+        mine, theirs = slice(starts[i], starts[i] + tile), slice(starts[j], starts[j] + tile)
+        gram = x[mine] @ x[theirs].T
+        kernel = _kernel(gram, x.shape[1])
+        sums[i, j] = sums[j, i] = _total(kernel) - (kernel.diagonal().sum(dtype=torch.float64) if i == j else 0)
+        apart = gram.mul_(-2).add_(squares[mine, None]).add_(squares[theirs])
+        if i == j:
+            apart.fill_diagonal_(float("inf"))
+        for block, dim in ((i, 1),) if i == j else ((i, 1), (j, 0)):
+            few = apart.topk(min(k, apart.shape[dim]), dim=dim, largest=False).values
+            best[block] = torch.cat([best[block], few if dim else few.T], 1)
+            best[block] = best[block].topk(min(k, best[block].shape[1]), dim=1, largest=False).values
+    return torch.cat([b[:, k - 1] for b in best]).clamp_min_(0), sums
 
 
 def _kid_of(xx: Tensor, yy: Tensor, xy: Tensor, n: int, m: int, tile: int) -> tuple[float, list[float]]:
