@@ -160,7 +160,8 @@ def run_compare(asked: Compare) -> Iterator[str]:
         check_targets([asked.out], asked.force)
     loaded = [_load(p) for p in asked.reports]
     names = [str(p) for p in asked.reports]
-    yield from unlike(loaded, names)
+    warnings = list(unlike(loaded, names))
+    yield from warnings
     if asked.spread:
         if asked.out is not None:
             say("warning: out has no effect together with spread")
@@ -169,7 +170,7 @@ def run_compare(asked: Compare) -> Iterator[str]:
     rows = compared(loaded)
     yield from table_text(names, rows)
     if asked.out is not None:
-        write_bytes(asked.out, page("Comparison", [_html(names, rows)]).encode())
+        write_bytes(asked.out, page("Comparison", [*warned(warnings), _html(names, rows)]).encode())
         yield str(asked.out)
 
 
@@ -182,7 +183,7 @@ def _load(folder: Path) -> dict[str, Any]:
 
 
 def unlike(loaded: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
-    """What keeps reports from being comparable: another reference, crop, resize or network."""
+    """What keeps reports from being comparable: another reference, crop, resize or network; and what else may be why they differ."""
     first = loaded[0]["figures"][0]["source"] if loaded[0]["figures"] else {}
     for other, name in zip(loaded[1:], names[1:], strict=True):
         source = other["figures"][0]["source"] if other["figures"] else {}
@@ -191,6 +192,14 @@ def unlike(loaded: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
         apart += [k for k in ("resize", "features") if looked[0].get(k) != looked[1].get(k)]
         if apart:
             yield f"warning: {name} differs from {names[0]} in {', '.join(apart)}: such figures do not compare"
+        made = [(_samples(loaded[0]), _samples(other), k) for k in ("count", "steps", "guidance")]
+        if asked := [f"{k} ({b.get(k)}, not {a.get(k)})" for a, b, k in made if a.get(k) != b.get(k)]:
+            yield f"warning: the samples of {name} were made otherwise than those of {names[0]}: {', '.join(asked)}"
+
+
+def _samples(report: dict[str, Any]) -> dict[str, Any]:
+    """What the last figure that is of samples says of them."""
+    return next((f["source"]["samples"] for f in reversed(report["figures"]) if not f["group"].startswith("pairwise")), {})
 
 
 def spread_lines(loaded: list[dict[str, Any]]) -> Iterator[str]:
@@ -222,9 +231,17 @@ def compared(loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _test(first: dict[str, Any], other: dict[str, Any], key: str, f: dict[str, Any], g: dict[str, Any] | None, paired: Any) -> dict[str, Any] | None:
-    """The verdict on one figure: a paired test where both have a value of the same pictures, else whether their intervals lie apart."""
+    """The verdict on one figure: a paired test where both have a value of the same pictures, else whether their intervals lie apart.
+
+    None is given where the figures are not of the same reference, seen the same way, or where another number of samples alone would move them.
+    """
     if g is None or f["value"] is None or g["value"] is None:
         return None
+    one, two = f["source"], g["source"]
+    if unequal := [k for k in ("reference", "crop", "resize", "features") if one.get(k) != two.get(k)]:
+        return {"difference": g["value"] - f["value"], "real": None, "how": f"another {unequal[0]}"}
+    if f["of_count"] and one["samples"].get("count") != two["samples"].get("count"):
+        return {"difference": g["value"] - f["value"], "real": None, "how": "another number of samples"}
     a, b = first["values"].get(key), other["values"].get(key)
     if a and b and len(a) == len(b) and _same_pictures(first, other, key):
         return paired(np.array(b), np.array(a)) | {"how": "paired"}
@@ -239,9 +256,8 @@ def _same_pictures(first: dict[str, Any], other: dict[str, Any], key: str) -> bo
     if key.startswith("pairwise"):
         return first["ids"] == other["ids"]
     sources = [next(f["source"] for f in r["figures"] if f"{f['group']}/{f['name']}" == key) for r in (first, other)]
-    same_reference = sources[0]["reference"] == sources[1]["reference"]
     asked = all("model" in s["samples"] for s in sources) and sources[0]["seed"] == sources[1]["seed"]
-    return same_reference and (asked or key.endswith(("recall", "coverage")))
+    return asked and not key.endswith(("recall", "coverage"))  # whose rows are reference pictures, which share the samples: they vary together
 
 
 def verdict(test: dict[str, Any] | None, better: int) -> str:
@@ -249,7 +265,7 @@ def verdict(test: dict[str, Any] | None, better: int) -> str:
     if test is None:
         return "-"
     if test["real"] is None:
-        return "not said"
+        return f"not said: {test['how']}"
     if not test["real"]:
         return "no real difference"
     word = "differs" if not better else "better" if test["difference"] * better > 0 else "worse"
@@ -267,6 +283,12 @@ def table_text(names: list[str], rows: list[dict[str, Any]]) -> Iterator[str]:
         cells = [shown(v, r["unit"]) for v in r["values"]]
         said = [f"{c}: {verdict(t, r['better'])}" for c, t in zip(cells[1:], r["tests"], strict=True)]
         yield f"  {r['name']:{width}}  {cells[0]}  |  " + "  |  ".join(said)
+
+
+def warned(warnings: list[str]) -> list[str]:
+    import html
+
+    return [f'<p class="remark">{html.escape(w)}</p>' for w in warnings]
 
 
 def _html(names: list[str], rows: list[dict[str, Any]]) -> str:

@@ -21,8 +21,9 @@ FORMAT = 1
 class Figure:
     """One number with what it needs to be believed.
 
-    `better`: 1 where more is better, -1 where less is, 0 where neither; `interval`: 95 %, None where there is none; `source` says what it was made
-    from: reference and samples (path, count, hash), crop, resize, feature network and its hash, seed, version, command; `note`: what to beware of.
+    `better`: 1 where more is better, -1 where less is, 0 where neither; `interval`: 95 %, None where there is none; `of_count` marks what changes
+    with the number of samples alone; `source` says what it was made from: reference and samples (path, count, hash), crop, resize, feature network
+    and its hash, seed, version, command; `note`: what to beware of.
     """
 
     group: str
@@ -35,6 +36,7 @@ class Figure:
     n: int = 0
     seconds: float = 0.0
     note: str = ""
+    of_count: bool = False
     source: dict[str, Any] = field(default_factory=dict)
 
 
@@ -140,7 +142,7 @@ def to_html(report: Report) -> str:
         parts.append(table([f for f in report.figures if f.group == group]))
     parts += [f"<h2>{html.escape(c.title)}</h2>{svg(c)}" for c in report.curves]
     parts += [f"<h2>{html.escape(s.title)}</h2>{picture(s)}" for s in report.shots]
-    sources = json.dumps(plain({f"{f.group}: {f.name}": f.source for f in report.figures}), indent=1, ensure_ascii=False)
+    sources = json.dumps(plain({f"{f.group}: {f.name}": {"seconds": f.seconds} | f.source for f in report.figures}), indent=1, ensure_ascii=False)
     parts.append(f"<h2>Where every figure comes from</h2><details><summary>all of it, as JSON</summary><pre>{html.escape(sources)}</pre></details>")
     return page(report.title, parts)
 

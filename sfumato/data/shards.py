@@ -197,7 +197,7 @@ class Shards:
     # --- the index ----------------------------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _stamp(self) -> str:
+    def stamp(self) -> str:
         """Changes when a shard does."""
         facts = [(os.path.realpath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.paths if p.exists()]
         return hashlib.sha256(json.dumps([INDEX_VERSION, facts]).encode()).hexdigest()[:24]
@@ -207,7 +207,7 @@ class Shards:
         for p in self.paths:
             if not p.is_file():
                 raise FileError(f"there is no shard {p}")
-        path = cache_folder() / f"shards-{self._stamp}.npy"
+        path = cache_folder() / f"shards-{self.stamp}.npy"
         if not path.exists():
             bar = tqdm(self.paths, desc=translated("indexing"), unit=" shards", leave=False)
             rows = [np.array(list(_rows(i, p)), dtype=np.int64).reshape(-1, COLUMNS) for i, p in enumerate(bar)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 REAL_TIME = 24.0  # pictures a second, as film has them
@@ -22,8 +23,11 @@ def parameters(networks: Mapping[str, nn.Module]) -> dict[str, int]:
 
 
 def flops(function: Callable[[], Any]) -> int:
-    """Floating-point operations of one call, counted by PyTorch from the shapes of matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """Floating-point operations of one call, counted by PyTorch from the shapes of matrix products, convolutions and attention.
+
+    Attention is computed without its fused kernels for this: PyTorch does not count that of the CPU.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         function()
     return int(counter.get_total_flops())
 

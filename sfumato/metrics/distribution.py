@@ -24,10 +24,10 @@ FEW = 2048  # below this a Frechet distance says more of n than of the pictures
 
 
 def check_features(real: Tensor, fake: Tensor, least: int = 2) -> None:
-    """Raises ValueError for sets that are too small, of different widths, or hold what is not finite."""
+    """Raises ValueError for sets that have fewer than `least` rows or different widths, or hold what is not finite, and names the first such row."""
     for name, x in (("real", real), ("fake", fake)):
         if x.ndim != 2 or len(x) < least:
-            raise ValueError(f"{name} features (={tuple(x.shape)}) must be of {least} pictures at least: nothing can be said of a spread otherwise")
+            raise ValueError(f"{name} features (={tuple(x.shape)}) must be of {least} pictures at least")
         bad = ~torch.isfinite(x.sum(1, dtype=torch.float64))
         if bad.any():
             rows = torch.nonzero(bad).flatten().tolist()
@@ -45,6 +45,11 @@ def remarks(real: int, fake: int, dimensions: int) -> list[str]:
     if n < dimensions:
         said.append(f"{n} pictures are fewer than the {dimensions} feature dimensions: covariances are singular; read the kernel distance (KID)")
     return said
+
+
+def _mixed(n: int) -> Tensor:
+    """Rows in an order that knows nothing of them, the same for equal n: files lie sorted by kind, and blocks of one kind differ too much."""
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(0)).permutation(n))
 
 
 # --- Frechet distance ---------------------------------------------------------------------------------------------------------------------------
@@ -96,23 +101,23 @@ def root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
-def frechet_distance(real: Moments, fake: Moments, *, real_root: Tensor | None = None, fake_root: Tensor | None = None) -> float:
+def frechet_distance(real: Moments, fake: Moments, *, real_root: Tensor | None = None) -> float:
     """Squared Frechet (Wasserstein-2) distance of two Gaussians (arXiv 1706.08500, equation 6).
 
     |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)); the last trace is the sum of the singular values of R1 R2^T with C = R^T R, which stays
-    exact where covariances are singular. Roots R, with any number of rows, may be given.
+    exact where covariances are singular. The real R may be given.
     """
     a, b = real.covariance, fake.covariance
     if a.shape != b.shape:
         raise ValueError(f"real and fake features have {len(a)} and {len(b)} dimensions: take both from one network")
-    cross = torch.linalg.svdvals((root(a) if real_root is None else real_root) @ (root(b) if fake_root is None else fake_root).T).sum()
+    cross = torch.linalg.svdvals((root(a) if real_root is None else real_root) @ root(b).T).sum()
     return float((real.mean - fake.mean).square().sum() + a.trace() + b.trace() - 2 * cross)
 
 
 def frechet_interval(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, blocks: int = 10) -> list[float]:
     """The 95 % interval of the Frechet distance by leaving out blocks of both sets: of its spread, not of its bias (see `frechet_infinity`)."""
     check_features(real, fake, 2 * blocks)
-    parts = [[Moments().update(p) for p in x.tensor_split(blocks)] for x in (real, fake)]
+    parts = [[Moments().update(p) for p in x[_mixed(len(x))].tensor_split(blocks)] for x in (real, fake)]
 
     def distance(left_out: int | None) -> float:
         sides = []
@@ -130,19 +135,22 @@ def frechet_interval(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, 
 def frechet_infinity(
     real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, points: int = 15, seed: int = 0
 ) -> tuple[float, list[tuple[int, float]]]:
-    """The Frechet distance extrapolated to infinitely many samples, and the (n, distance) that a line in 1/n was laid through (arXiv 1911.07023).
+    """The Frechet distance of infinitely many fake samples from these real ones, and the (m, distance) that a line in 1/m was laid through
+    (arXiv 1911.07023).
 
-    Subsets of the fake features of `points` sizes, evenly from a tenth to all of them; the real ones stay as they are.
+    Subsets of the fake features of `points` sizes, evenly from half to all of them; the real ones stay as they are, and so does what their own
+    number adds. Raises ValueError for fewer than 2 d fake ones: the distance is no line in 1/m there.
     """
-    check_features(real, fake, 20)
+    check_features(real, fake)
+    if len(fake) < (least := 2 * fake.shape[1]):
+        raise ValueError(f"an extrapolation needs at least twice as many samples as feature dimensions ({least:,}), not {len(fake):,}")
     moments = Moments().update(real)
     r, order = root(moments.covariance), torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).permutation(len(fake)))
-    sizes = np.unique(np.linspace(max(len(fake) // 10, 2), len(fake), points).astype(int))
+    sizes = np.unique(np.linspace(len(fake) // 2, len(fake), points).astype(int))
     growing, found = Moments(), []
     for start, n in zip([0, *sizes[:-1]], sizes, strict=True):  # each subset is the one before and some more
         growing.update(fake[order[start:n]])
-        few = (fake[order[:n]].double() - growing.mean) / math.sqrt(n - 1) if n < fake.shape[1] else None  # fewer rows are a smaller root
-        found.append((int(n), frechet_distance(moments, growing, real_root=r, fake_root=few)))
+        found.append((int(n), frechet_distance(moments, growing, real_root=r)))
     slope_and_limit = np.polyfit([1 / n for n, _ in found], [d for _, d in found], 1)
     return float(slope_and_limit[1]), found
 
@@ -192,6 +200,8 @@ def compare_pairs(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, k: 
     k pictures.
     """
     check_features(real, fake, max(k + 1, 2))
+    mixed = [_mixed(len(x)) for x in (real, fake)]
+    real, fake = real[mixed[0]], fake[mixed[1]]
     tile = tile or max(min(TILE, len(real) // 10, len(fake) // 10), 1)
     n, m, d = len(real), len(fake), real.shape[1]
     squares_real, squares_fake = real.square().sum(1), fake.square().sum(1)
@@ -214,8 +224,22 @@ def compare_pairs(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, k: 
         reached.append(deepest < 0)
         covered.append(nearest < radius_real[mine])
     kid, interval = _kid_of(within_real, within_fake, across, n, m, tile)
-    columns = (covers > 0, covers, torch.cat(reached), torch.cat(covered))
-    return Pairs(kid, interval, *(c.numpy().astype(np.float64) for c in columns), k)
+    columns = zip((covers > 0, covers, torch.cat(reached), torch.cat(covered)), (*mixed[1:], *mixed[1:], *mixed[:1], *mixed[:1]), strict=True)
+    return Pairs(kid, interval, *(c[order.argsort()].numpy().astype(np.float64) for c, order in columns), k)
+
+
+def pair_intervals(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], pairs: Pairs, *, blocks: int = 10) -> dict[str, list[float]]:
+    """95 % intervals of precision, recall, density and coverage by leaving out blocks of both sets.
+
+    A bootstrap over pictures would take the neighbourhoods as given, and be too narrow; these hold the truth a little more often than they say.
+    """
+    order = [_mixed(len(x)).tensor_split(blocks) for x in (real, fake)]
+    without = []
+    for i in range(blocks):
+        kept = [x[torch.cat([p for j, p in enumerate(o) if j != i])] for x, o in zip((real, fake), order, strict=True)]
+        without.append(compare_pairs(kept[0], kept[1], k=pairs.k))
+    names = ("precision", "recall", "density", "coverage")
+    return {name: jackknife(getattr(pairs, name), np.array([getattr(w, name) for w in without])) for name in names}
 
 
 def _kernel(gram: Tensor, d: int) -> Tensor:
@@ -273,8 +297,7 @@ def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"]) -> f
 
     Features as they come from a network; in fp64. Raises ValueError for fewer than two rows.
     """
-    if min(len(real), len(fake)) < 2:
-        raise ValueError(f"a kernel distance needs two pictures on each side at least, not {len(real)} and {len(fake)}")
+    check_features(real, fake)
     real, fake, d = real.double(), fake.double(), real.shape[1]
 
     def total(a: Tensor, b: Tensor) -> float:
@@ -297,6 +320,7 @@ def kid_subsets(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, subse
     """The kernel distances of random subsets, "subsets": their mean and spread are what is published as KID. Of sets that are no larger than `size`
     subsets of half of them. The kernel is computed once where it fits into memory.
     """
+    check_features(real, fake)
     n, m, d = len(real), len(fake), real.shape[1]
     size = subset_size(n, m, size)
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -331,6 +355,7 @@ def gaussian_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *,
 
 def inception_score(logits: Float[Tensor, "n classes"], *, splits: int = 10) -> tuple[float, float]:
     """exp(E KL(p(y|x) | p(y))), mean and spread over splits (arXiv 1606.03498). Of Inception's own logits only; elsewhere it means nothing."""
+    check_features(logits, logits, 1)
     if len(logits) < splits:
         raise ValueError(f"an Inception score of {splits} splits needs {splits} pictures at least, not {len(logits)}")
     scores = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfumato.metrics.distribution import check_features
 from sfumato.metrics.pairwise import ms_ssim
 
 # --- memorisation -------------------------------------------------------------------------------------------------------------------------------
@@ -17,6 +16,7 @@ from sfumato.metrics.pairwise import ms_ssim
 
 def nearest(x: Float[Tensor, "n d"], known: Float[Tensor, "m d"], *, same: bool = False) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Cosine distance in [0, 2] of each row to the nearest of `known`, and which that is; `same`: they are one set, a row is not its own."""
+    check_features(x, known, 1)
     a, b = F.normalize(x, dim=1), F.normalize(known, dim=1)
     distances, rows = [], []
     for start in range(0, len(a), 1024):
@@ -31,6 +31,8 @@ def nearest(x: Float[Tensor, "n d"], known: Float[Tensor, "m d"], *, same: bool 
 
 def copied(drawn: Float[Tensor, " n"], own: Float[Tensor, " m"]) -> float:
     """Share of drawn pictures that lie nearer to a training picture than half of what training pictures keep from each other (the median)."""
+    if not len(drawn) or not len(own):
+        raise ValueError(f"copies are counted among drawn pictures beside training ones: there are {len(drawn)} and {len(own)}")
     return float((drawn < own.median() / 2).float().mean())
 
 
@@ -39,8 +41,7 @@ def copied(drawn: Float[Tensor, " n"], own: Float[Tensor, " m"]) -> float:
 
 def pairwise_distance(x: Float[Tensor, "n d"]) -> float:
     """Mean cosine distance in [0, 2] of all pairs: 1 - (|sum u|^2 - n) / (n (n - 1)) with unit rows u, so no pair is looked at."""
-    if len(x) < 2:
-        raise ValueError(f"a pairwise distance needs two pictures at least, not {len(x)}")
+    check_features(x, x)
     u, n = F.normalize(x.double(), dim=1), len(x)
     return float(1 - (u.sum(0).square().sum() - n) / (n * (n - 1)))
 
@@ -59,6 +60,7 @@ def vendi_score(x: Float[Tensor, "n d"]) -> float:
 
     Between 1 (all alike) and n (all orthogonal); by the smaller of the two Gram matrices, whose eigenvalues other than 0 are the same.
     """
+    check_features(x, x)
     u = F.normalize(x.double(), dim=1)
     gram = u.T @ u if len(u) > u.shape[1] else u @ u.T
     values = torch.linalg.eigvalsh(gram / len(u)).clamp_min(0)
@@ -109,9 +111,3 @@ def mode_coverage(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], centre
         "real": shares[0].tolist(),
         "fake": shares[1].tolist(),
     }
-
-
-def labelled_coverage(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """Share of the wanted labels that are found at least once."""
-    kinds = set(wanted)
-    return len(kinds & set(found)) / max(len(kinds), 1)

@@ -120,7 +120,7 @@ def _inception(path: str | None, device: str) -> FeatureNet:
 
 
 def _of_transformers(kind: str, model: str, device: str) -> FeatureNet:
-    """CLIP's picture embedding or DINOv2's class token, resized and normalised as their own processors do."""
+    """CLIP's picture embedding or DINOv2's class token, of pictures normalised as their own processors do; how they are resized is `Resize`."""
     try:
         from transformers import AutoImageProcessor, AutoModel
     except ImportError:

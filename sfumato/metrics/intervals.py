@@ -52,6 +52,8 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000
     d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     if d.ndim != 1 or not len(d):
         raise ValueError(f"a paired test needs two columns of the same length, not {np.shape(a)} and {np.shape(b)}")
+    if not np.isfinite(d).all():
+        raise ValueError(f"a paired test needs finite values: {int((~np.isfinite(d)).sum())} of {len(d)} pairs are not")
     n, observed = len(d), abs(d.mean())
     if 2**n <= draws:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)

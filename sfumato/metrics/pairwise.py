@@ -22,9 +22,14 @@ WHITE = (0.95047, 1.0, 1.08883)  # D65
 
 
 def over_both(metric: Callable[..., Tensor], x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """A metric of RGB pictures, for premultiplied RGBA: the mean of its values over white and over black; RGB as it is."""
+    """A metric of RGB pictures, for premultiplied RGBA: the mean of its values over white and over black; RGB as it is.
+
+    PSNR is that of the mean error over both: the mean of two PSNRs would hide an error that only one ground shows.
+    """
     if x.shape[1] != 4:
         return metric(x, y)
+    if metric is psnr:
+        return _decibels(over_both(mse, x, y))
     return (metric(over(x, 1.0), over(y, 1.0)) + metric(over(x, 0.0), over(y, 0.0))) / 2
 
 
@@ -35,7 +40,11 @@ def mse(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tenso
 
 def psnr(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Peak signal-to-noise ratio in dB, of a range of 1; PERFECT at most."""
-    return (-10 * mse(x, y).clamp_min(1e-300).log10()).clamp_max(PERFECT)
+    return _decibels(mse(x, y))
+
+
+def _decibels(error: Tensor) -> Tensor:
+    return (-10 * error.clamp_min(1e-300).log10()).clamp_max(PERFECT)
 
 
 def ssim(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:

@@ -33,6 +33,7 @@ from sfumato.data.folder import evenly, pixels_of, scan
 from sfumato.data.shards import ShardPictures, Shards, are_shards
 from sfumato.metrics import cost
 from sfumato.metrics.distribution import (
+    NEIGHBOURS,
     Moments,
     compare_pairs,
     frechet_distance,
@@ -41,6 +42,7 @@ from sfumato.metrics.distribution import (
     gaussian_distance,
     inception_score,
     kid_subsets,
+    pair_intervals,
     remarks,
     subset_size,
 )
@@ -61,7 +63,7 @@ from sfumato.metrics.pairwise import PAIRWISE, over_both
 from sfumato.metrics.stability import Usual, blur, failures, sharpness, spreads
 from sfumato.nn.backbones import over
 from sfumato.nn.lpips import LPIPS
-from sfumato.pipelines.generate import LatentDiffusion
+from sfumato.pipelines.generate import LatentDiffusion, NotFinite, Picture
 
 GROUPS = ("pairwise", "distribution", "diversity", "memorisation", "stability", "text", "cost")
 EMOJI = "emoji"
@@ -72,6 +74,10 @@ MODES = 48
 SMALLEST_LPIPS = 32  # pixels: the deepest layers of its backbones see nothing of smaller pictures
 FEWEST_FOR_BLOCKS = 100  # pictures, to leave out tenths of
 KEPT_SIDE = 64  # pixels of pictures that are kept for the page
+MOST_SEARCHED = 100_000  # reference pictures among which the nearest are looked for
+MOST_LEFT_OUT = 10_000  # pictures up to which tenths are left out of neighbourhoods, ten times the work
+CMMD_MODEL = "clip-vit-large-patch14-336"  # with bicubic resizing it is what CMMD means
+OPAQUE_CROP = "opaque pictures cut to their middle, others kept whole; Lanczos"
 
 
 # --- sets of pictures ---------------------------------------------------------------------------------------------------------------------------
@@ -79,16 +85,22 @@ KEPT_SIDE = 64  # pixels of pictures that are kept for the page
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Pictures as squares, `pixels[rows]` uint8 "b 4 s s", premultiplied, with what is said of each; `digest` is of their contents."""
+    """Pictures as squares, `pixels[rows]` uint8 "b 4 s s", premultiplied, with what is said of each.
+
+    `digest` is of their contents in their order (of shards: of names, sizes, and the bytes of MOST pictures from all over them); `crop` says how
+    they became squares; `stamp` changes with shards that were written anew.
+    """
 
     path: str
     digest: str
+    crop: str
     side: int
     pixels: Any
     names: list[str]
     captions: list[str | None]
     labels: list[str | None]
     styles: list[str | None]
+    stamp: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -111,21 +123,26 @@ def picture_set(where: str | Path, side: int, known: set[str] | None = None) -> 
         said = [concepts()[c].name for c in art.concept]
         styles = [STYLES[s] for s in art.style]
         names = [f"{c} [{s}]" for c, s in zip(said, styles, strict=True)]
-        return PictureSet(EMOJI, _sha(art.pixels.numpy().tobytes()), side, pixels, names, list(said), list(said), list(styles))
+        crop = f"drawings, kept whole, rasterised at {2 * side} pixels and averaged 2 x 2"
+        return PictureSet(EMOJI, _sha(art.pixels.numpy().tobytes()), crop, side, pixels, names, list(said), list(said), list(styles))
     if are_shards(where):
         shards = Shards(Path(where))
         words = [shards.words(i) for i in range(len(shards))]
         names = [own or str(i) for i, (own, _, _) in enumerate(words)]
-        facts = json.dumps([(p.name, p.stat().st_size) for p in shards.paths]).encode()
+        some = "".join(_sha(shards[i].data) for i in evenly(len(shards), MOST))
+        digest = _sha((json.dumps([(p.name, p.stat().st_size) for p in shards.paths]) + some).encode())
         captions, told = [c for _, c, _ in words], [t for _, _, t in words]
-        return PictureSet(str(where), _sha(facts), side, ShardPictures(shards, side), names, captions, *_columns(told))
+        return PictureSet(
+            str(where), digest, OPAQUE_CROP, side, ShardPictures(shards, side), names, captions, *_columns(told), stamp=shards.stamp
+        )  # fmt: skip
     found = scan(where)
     entries = found.entries
-    digest = _sha("".join(sorted(e.digest for e in entries)).encode())
+    digest = _sha("".join(e.digest for e in entries).encode())
     pixels = pixels_of(found, entries, side).pixels
     return PictureSet(
-        str(where), digest, side, pixels, [e.name for e in entries], [e.caption for e in entries], *_columns([e.labels for e in entries])
-    )
+        str(where), digest, OPAQUE_CROP, side, pixels, [e.name for e in entries], [e.caption for e in entries],
+        *_columns([e.labels for e in entries]),
+    )  # fmt: skip
 
 
 def _columns(told: Sequence[dict[str, str]]) -> tuple[list[str | None], list[str | None]]:
@@ -178,17 +195,18 @@ class Evaluation:
     remarks: list[str] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     shots: list[Shot] = field(default_factory=list)
+    nearest: list[dict[str, Any]] = field(default_factory=list)
     began: float = 0.0
 
     def start(self) -> None:
         self.began = time.perf_counter()
 
     def add(self, group: str, name: str, value: float, *, n: int, looked: bool = True, **more: Any) -> None:
-        """A figure with its provenance; `seconds` are those since the last `start`."""
+        """A figure with its provenance; `seconds` are those since the figure before or the last `start`."""
         source = {
             "reference": self.reference.about(len(self.rows)),
-            "samples": self.samples,
-            "crop": f"squares of {self.reference.side} pixels: opaque pictures cut to their middle, others kept whole; Lanczos",
+            "samples": dict(self.samples),
+            "crop": f"squares of {self.reference.side} pixels: {self.reference.crop}",
             "resize": self.options.resize if looked else None,
             "features": {"network": self.net.name, "sha256": self.net.digest, "verified": self.net.verified} if looked else None,
             "seed": self.options.seed,
@@ -197,8 +215,11 @@ class Evaluation:
         }
         interval = more.pop("interval", None)
         between = tuple(interval) if interval and all(np.isfinite(interval)) else None
+        if looked and not self.net.verified:
+            more["note"] = "; ".join(filter(None, (more.get("note"), "this network is not verified offline")))
         seconds = round(time.perf_counter() - self.began, 3)
         self.figures.append(Figure(group, name, float(value), interval=between, n=n, seconds=seconds, source=source, **more))  # type: ignore[arg-type]
+        self.start()
 
     def mean(self, group: str, name: str, values: np.ndarray, **more: Any) -> None:
         """A mean over pictures, with its bootstrap interval; the values are kept for comparisons."""
@@ -214,7 +235,7 @@ def white(rgba: Tensor) -> Tensor:
 
 def features_of(net: FeatureNet, pictures: PictureSet, rows: Sequence[int], how: Resize) -> tuple[Tensor, Tensor | None]:
     """Features (and logits) of pictures of a set over white, kept in the cache folder."""
-    key = json.dumps([net.name, net.digest, how, pictures.digest, pictures.side, list(rows)])
+    key = json.dumps([net.name, net.digest, how, pictures.digest, pictures.stamp, pictures.crop, pictures.side, list(rows)])
     path = cache_folder() / f"features-{_sha(key.encode())[:24]}.safetensors"
 
     def make() -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -234,8 +255,9 @@ def features_of(net: FeatureNet, pictures: PictureSet, rows: Sequence[int], how:
 
 @dataclass
 class Looked:
-    """What is kept of pictures that went by."""
+    """What is kept of pictures that went by. What is no number is counted as failed and left out of everything else; `rows` are the others."""
 
+    rows: list[int] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     sharp: list[np.ndarray] = field(default_factory=list)
@@ -243,26 +265,39 @@ class Looked:
     failed: dict[str, list[np.ndarray]] = field(default_factory=dict)
     small: list[Tensor] = field(default_factory=list)
     digest: Any = field(default_factory=hashlib.sha256)
+    seen: int = 0
     stopped: bool = False
 
     def take(self, e: Evaluation, batch: Tensor, usual: Usual) -> None:
+        """Everything is computed before anything is kept, so that a stop leaves whole batches only."""
         rgb = white(batch)
-        finite = torch.isfinite(rgb).flatten(1).all(1)
-        for kind, mask in failures(rgb, usual).items():
+        failed = failures(rgb, usual)
+        finite = ~failed["not_finite"]
+        good = rgb[finite]
+        rows = [self.seen + i for i in finite.nonzero().flatten().tolist()]
+        features, logits = look(e.net, good, e.options.resize) if rows else (torch.zeros(0, e.net.dimensions), None)
+        sharp, blurred, small = sharpness(good).numpy(), blur(good).numpy(), reduced(good)
+        data = (batch.nan_to_num() * 255).round().to(torch.uint8).numpy().tobytes()
+        self.rows += rows
+        for kind, mask in failed.items():
             self.failed.setdefault(kind, []).append(mask.numpy())
-        rgb = torch.where(finite[:, None, None, None], rgb, torch.ones_like(rgb))
-        features, logits = look(e.net, rgb, e.options.resize)
         self.features.append(features)
         if logits is not None:
             self.logits.append(logits)
-        self.sharp.append(sharpness(rgb).numpy())
-        self.blurred.append(blur(rgb).numpy())
-        self.small.append((F.interpolate(rgb, size=(KEPT_SIDE, KEPT_SIDE), mode="bilinear", antialias=True) * 255).round().to(torch.uint8))
-        self.digest.update((batch * 255).round().to(torch.uint8).numpy().tobytes())
+        self.sharp.append(sharp)
+        self.blurred.append(blurred)
+        self.small.append(small)
+        self.digest.update(data)
+        self.seen += len(batch)
 
     @property
     def count(self) -> int:
-        return sum(len(f) for f in self.features)
+        return len(self.rows)
+
+
+def reduced(rgb: Tensor) -> Tensor:
+    """RGB in [0, 1] at KEPT_SIDE pixels, uint8."""
+    return (F.interpolate(rgb, size=(KEPT_SIDE, KEPT_SIDE), mode="bilinear", antialias=True) * 255).round().to(torch.uint8)
 
 
 def looked_at(e: Evaluation, batches: Iterator[Tensor], total: int, usual: Usual) -> Looked:
@@ -275,10 +310,9 @@ def looked_at(e: Evaluation, batches: Iterator[Tensor], total: int, usual: Usual
                 bar.update(len(batch))
     except KeyboardInterrupt:
         kept.stopped = True
-    if kept.count < 2:
-        raise ValueError("fewer than two samples were seen: nothing can be said of them")
-    if kept.stopped:
-        e.remarks.append(f"stopped by hand after {kept.count:,} of {total:,} samples: the figures are of these")
+        e.remarks.append(f"stopped by hand after {kept.seen:,} of {total:,} samples: the figures are of these")
+    if kept.count < kept.seen:
+        e.remarks.append(f"{kept.seen - kept.count:,} of {kept.seen:,} samples are not finite: they count as failed, and are left out of all else")
     return kept
 
 
@@ -296,12 +330,24 @@ def asked_for(model: LatentDiffusion, pictures: PictureSet, rows: Sequence[int],
 
 
 def drawn(model: LatentDiffusion, requests: Sequence[GenerateRequest], keep: Path | None = None) -> Iterator[Tensor]:
-    """Pictures in [0, 1], premultiplied, BATCH requests at a time; written into the folder `keep` only where one is named."""
+    """Pictures in [0, 1], premultiplied, BATCH requests at a time, NaN where a network drew what is no number; written into the folder `keep` only
+    where one is named.
+    """
     for i in range(0, len(requests), BATCH):
-        pictures = list(model.draw(requests[i : i + BATCH]))
+        pictures = _attempted(model, requests[i : i + BATCH])
         for j, p in enumerate(pictures if keep else ()):
-            write_bytes(keep / f"{i + j:06d}.png", p.png())  # type: ignore[operator]
-        yield torch.cat([(to_tensor(p.image, 4) + 1) / 2 for p in pictures])
+            if p is not None:
+                write_bytes(keep / f"{i + j:06d}.png", p.png())  # type: ignore[operator]
+        lost = torch.full((1, 4, model.size, model.size), float("nan"))
+        yield torch.cat([lost if p is None else (to_tensor(p.image, 4) + 1) / 2 for p in pictures])
+
+
+def _attempted(model: LatentDiffusion, requests: Sequence[GenerateRequest]) -> list[Picture | None]:
+    """One picture a request; where they fail together each is tried alone, and None is what fails even so."""
+    try:
+        return list(model.draw(requests))
+    except NotFinite:
+        return [None] if len(requests) == 1 else [p for r in requests for p in _attempted(model, [r])]
 
 
 # --- groups of figures --------------------------------------------------------------------------------------------------------------------------
@@ -312,9 +358,11 @@ def pairwise_figures(e: Evaluation, pairs: Iterator[tuple[Tensor, Tensor]], tota
     e.start()
     found: dict[str, list[np.ndarray]] = {}
     features, small, lpips = [], [], []
+    grounds = ""
     for real, copy in tqdm(pairs, total=-(-total // BATCH), desc=translated("comparing pairs"), leave=False):
+        grounds = "over white and black" if real.shape[1] == 4 else "over white"
         for name, (metric, _, _) in PAIRWISE.items():
-            if name == "ms_ssim" and min(real.shape[-2:]) < 11:
+            if min(real.shape[-2:]) < {"ssim": 7, "ms_ssim": 11}.get(name, 1):
                 continue
             found.setdefault(name, []).append(over_both(metric, copy, real).numpy())
         if e.lpips is not None and min(real.shape[-2:]) >= SMALLEST_LPIPS:
@@ -325,10 +373,10 @@ def pairwise_figures(e: Evaluation, pairs: Iterator[tuple[Tensor, Tensor]], tota
     for name, parts in found.items():
         _, unit, better = PAIRWISE[name]
         note = "fewer than five scales: the pictures are small" if name == "ms_ssim" and e.reference.side < 176 else ""
-        e.mean(f"pairwise ({what})", name, np.concatenate(parts), unit=unit, better=better, looked=False, note=note, how="over white and black")
+        e.mean(f"pairwise ({what})", name, np.concatenate(parts), unit=unit, better=better, looked=False, note=note, how=grounds)
     if lpips and e.lpips is not None:
-        note = "" if e.lpips.verified else "the backbone's weights are not torchvision's"
-        how = f"{e.lpips.kind}, sha256 {e.lpips.digest[:16]}, over white and black, arXiv 1801.03924"
+        note = "not verified offline" if e.lpips.verified else "not verified offline; the backbone's weights are not torchvision's"
+        how = f"{e.lpips.kind}, sha256 {e.lpips.digest[:16]}, {grounds}, arXiv 1801.03924"
         e.mean(f"pairwise ({what})", "LPIPS", np.concatenate(lpips), better=-1, looked=False, note=note, how=how)
     e.ids = list(ids)
     order = np.argsort(np.concatenate(found["psnr"]))
@@ -342,46 +390,38 @@ def distribution_figures(e: Evaluation, real: Tensor, fake: Tensor, logits: Tens
     """Frechet and kernel distances, precision and recall, density and coverage."""
     inception = e.net.name.startswith("Inception")
     e.start()
-    moments = [Moments().update(x) for x in (real, fake)]
-    distance = frechet_distance(*moments)
-    said = remarks(len(real), len(fake), real.shape[1])
+    distance = frechet_distance(*(Moments().update(x) for x in (real, fake)))
+    said = "; ".join(remarks(len(real), len(fake), real.shape[1]))
     name = "Frechet Inception distance (FID)" if inception else f"Frechet distance ({e.net.name})"
     between = frechet_interval(real, fake) if min(len(real), len(fake)) >= FEWEST_FOR_BLOCKS else None
-    note = "; ".join(said) or ("" if e.net.verified else "this network is not verified offline")
-    e.add(
-        group,
-        name,
-        distance,
-        n=len(fake),
-        better=-1,
-        interval=between,
-        note=note,
-        how="arXiv 1706.08500; interval by leaving out tenths of both sets",
-    )
-    if len(fake) >= 200:
-        e.start()
+    how = "arXiv 1706.08500; interval of its spread, not of its bias, by leaving out tenths of both sets"
+    e.add(group, name, distance, n=len(fake), better=-1, interval=between, note=said, how=how, of_count=True)
+    if len(fake) >= 2 * fake.shape[1]:
         limit, points = frechet_infinity(real, fake, seed=e.options.seed)
-        e.add(group, f"{name}, of infinitely many samples", limit, n=len(fake), better=-1, how="a line in 1/n through 15 sizes, arXiv 1911.07023")
+        how = f"a line in 1/n through 15 sizes, arXiv 1911.07023; what the {len(real):,} reference pictures add by being so few remains"
+        e.add(group, f"{name}, of infinitely many samples", limit, n=len(fake), better=-1, how=how, note=said)
         e.curves.append(Curve(f"{name}: how it falls with n ({group})", "1 / n", "distance", {"measured": [(1 / n, d) for n, d in points]}))
-    e.start()
-    pairs = compare_pairs(real, fake)
+    pairs = compare_pairs(real, fake, k=min(NEIGHBOURS, len(real) - 1, len(fake) - 1))
     kid = "kernel distance (KID)" if inception else f"kernel distance ({e.net.name})"
     e.add(
         group, kid, pairs.kid, n=len(fake), better=-1, interval=pairs.kid_interval, how="unbiased, arXiv 1801.01401; interval by leaving out blocks"
     )
-    e.start()
     subsets = kid_subsets(real, fake, seed=e.options.seed)
     how = f"standard deviation {subsets.std(ddof=1):.3g}; as it is usually published"
     name = f"{kid}, mean of {len(subsets)} subsets of {subset_size(len(real), len(fake))}"
     e.add(group, name, subsets.mean(), n=len(fake), better=-1, how=how)
+    blocks = min(len(real), len(fake)) >= FEWEST_FOR_BLOCKS and max(len(real), len(fake)) <= MOST_LEFT_OUT
+    intervals = pair_intervals(real, fake, pairs) if blocks else {}
     for label, values in (("precision", pairs.inside), ("recall", pairs.reached), ("density", pairs.covers / pairs.k), ("coverage", pairs.covered)):
-        e.mean(group, label, values, better=1, how=f"neighbourhoods of {pairs.k}")
-    e.start()
-    cmmd = "CMMD" if e.net.name.startswith("clip") else f"Gaussian kernel distance ({e.net.name})"
-    e.add(group, cmmd, gaussian_distance(real, fake), n=len(fake), better=-1, how="sigma 10, times 1000, arXiv 2401.09603")
-    if inception and logits is not None:
+        e.values[f"{group}/{label}"] = values
+        how = f"neighbourhoods of {pairs.k}" + ("; interval by leaving out tenths of both sets" if blocks else "")
+        e.add(group, label, values.mean(), n=len(values), better=1, interval=intervals.get(label), how=how, of_count=label in ("recall", "coverage"))
+    cmmd = "CMMD" if e.net.name.endswith(CMMD_MODEL) and e.options.resize == "bicubic" else f"Gaussian kernel distance ({e.net.name})"
+    how = "sigma 10, times 1000, arXiv 2401.09603"
+    e.add(group, cmmd, gaussian_distance(real, fake), n=len(fake), better=-1, how=how, of_count=True)
+    if inception and logits is not None and len(logits) >= 10:
         mean, deviation = inception_score(logits)
-        e.add(group, "Inception Score", mean, n=len(fake), better=1, how=f"10 splits, spread {deviation:.3f}")
+        e.add(group, "Inception Score", mean, n=len(fake), better=1, how=f"10 splits, spread {deviation:.3f}", of_count=True)
 
 
 def diversity_figures(e: Evaluation, real: Tensor, fake: Tensor, kept: Looked, labels: Sequence[str | None]) -> None:
@@ -390,7 +430,8 @@ def diversity_figures(e: Evaluation, real: Tensor, fake: Tensor, kept: Looked, l
     e.add(
         "diversity", "mean pairwise distance", pairwise_distance(fake), n=len(fake), better=1, how=f"cosine; reference {pairwise_distance(real):.4f}"
     )
-    e.add("diversity", "Vendi score", vendi_score(fake), n=len(fake), better=1, how=f"reference {vendi_score(real):.2f}, of {len(real)}")
+    how = f"reference {vendi_score(real):.2f}, of {len(real)}"
+    e.add("diversity", "Vendi score", vendi_score(fake), n=len(fake), better=1, how=how, of_count=True)
     pictures = torch.cat(kept.small).float() / 255
     e.mean("diversity", "1 - MS-SSIM of random pairs", ms_ssim_diversity(pictures, seed=e.options.seed), better=1, looked=False)
     told = np.array([label or "" for label in labels])
@@ -401,8 +442,8 @@ def diversity_figures(e: Evaluation, real: Tensor, fake: Tensor, kept: Looked, l
     centres = modes_of(real, min(MODES, max(len(real) // 5, 2)), e.options.seed)
     coverage = mode_coverage(real, fake, centres)
     how = f"{len(centres)} kinds of reference pictures by k-means"
-    e.add("diversity", "modes reached", float(coverage["covered"]), n=len(fake), better=1, how=how)  # type: ignore[arg-type]
-    e.add("diversity", "modes: difference of shares", float(coverage["total_variation"]), n=len(fake), better=-1, how="total variation")  # type: ignore[arg-type]
+    for name, key, better, said in (("modes reached", "covered", 1, how), ("modes: difference of shares", "total_variation", -1, "total variation")):
+        e.add("diversity", name, float(coverage[key]), n=len(fake), better=better, how=said, of_count=True)  # type: ignore[arg-type]
     _, rows = nearest(centres, real)
     shares = list(zip(coverage["real"], coverage["fake"], strict=True))  # type: ignore[call-overload]
     order = np.argsort([-r for r, _ in shares])
@@ -412,25 +453,25 @@ def diversity_figures(e: Evaluation, real: Tensor, fake: Tensor, kept: Looked, l
     e.shots.append(Shot("Coverage map", grid(images, columns=12), text))
 
 
-def memorisation_figures(e: Evaluation, real: Tensor, fake: Tensor, kept: Looked) -> None:
-    """The nearest reference picture of each sample, beside what reference pictures keep from each other."""
+def memorisation_figures(e: Evaluation, fake: Tensor, kept: Looked) -> None:
+    """The nearest of all reference pictures of each sample, beside what reference pictures keep from each other."""
     e.start()
-    apart, rows = nearest(fake, real)
-    own = nearest(real, real, same=True)[0]
-    e.mean(
-        "memorisation",
-        "distance to the nearest reference picture",
-        apart.numpy(),
-        better=0,
-        how=f"cosine, mean; theirs to each other {own.mean():.4f}",
-    )
+    rows = evenly(len(e.reference), MOST_SEARCHED)
+    whole, _ = features_of(e.net, e.reference, rows, e.options.resize)
+    apart, found = nearest(fake, whole)
+    own = nearest(whole, whole, same=True)[0]
+    note = "" if len(rows) == len(e.reference) else f"searched among {len(rows):,} of {len(e.reference):,} reference pictures only"
+    how = f"cosine, mean; theirs to each other {own.mean():.4f}; of {len(rows):,}"
+    e.mean("memorisation", "distance to the nearest reference picture", apart.numpy(), better=0, how=how, note=note)
     share = bootstrap(lambda a: (a < float(own.median()) / 2).mean(-1), apart.numpy(), seed=e.options.seed)
     how = "nearer than half of what reference pictures keep from each other; means copying where the reference is what was trained on"
-    e.add("memorisation", "copies", copied(apart, own), n=len(fake), better=-1, interval=share, how=how)
+    e.add("memorisation", "copies", copied(apart, own), n=len(fake), better=-1, interval=share, how=how, note=note)
+    theirs = [rows[i] for i in found.tolist()]
+    e.nearest = [{"sample": i, "reference": e.reference.names[r], "distance": d} for i, r, d in zip(kept.rows, theirs, apart.tolist(), strict=True)]
     small, order = torch.cat(kept.small), torch.argsort(apart)
     for title, chosen in (("Nearest to the reference", order[:SHOWN]), ("Farthest from the reference", order.flip(0)[:SHOWN])):
-        theirs = e.reference.pixels[torch.tensor([e.rows[int(rows[i])] for i in chosen])].float() / 255
-        pairs = zip(to_pil(small[chosen].float() / 127.5 - 1), to_pil(white(theirs) * 2 - 1), strict=True)
+        beside = e.reference.pixels[torch.tensor([theirs[i] for i in chosen.tolist()])].float() / 255
+        pairs = zip(to_pil(small[chosen].float() / 127.5 - 1), to_pil(white(beside) * 2 - 1), strict=True)
         images = [i.resize((KEPT_SIDE, KEPT_SIDE), Image.Resampling.LANCZOS) for pair in pairs for i in pair]
         e.shots.append(Shot(title, grid(images, columns=16), "sample, nearest reference picture"))
 
@@ -443,7 +484,7 @@ def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: LatentDi
     sharp = np.concatenate(kept.sharp)
     e.mean("stability", "sharpness", sharp, looked=False, how=f"variance of the Laplacian; median of the reference {usual.sharpness:.4g}")
     e.mean("stability", "blur", np.concatenate(kept.blurred), better=-1, looked=False, how="0 sharp, 1 wholly blurred (Crete et al. 2007)")
-    if model is None:
+    if model is None or kept.stopped:
         return
     rows = [e.rows[i] for i in evenly(len(e.rows), 64)]
     ask = lambda options: asked_for(model, e.reference, rows, options)  # noqa: E731
@@ -452,23 +493,35 @@ def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: LatentDi
         looked = Looked()
         for batch in drawn(model, requests):
             looked.take(e, batch, usual)
+        failed = float(np.any([np.concatenate(v) for v in looked.failed.values()], axis=0).mean())
+        if looked.count < 2:
+            return {"failed": failed}
         fake = torch.cat(looked.features)
+        pairs = compare_pairs(real, fake, k=min(NEIGHBOURS, len(fake) - 1))
         return {
-            "kernel distance": compare_pairs(real, fake, k=min(5, len(fake) - 1)).kid,
+            "kernel distance": pairs.kid,
+            "precision": pairs.precision,
+            "recall": pairs.recall,
+            "density": pairs.density,
+            "coverage": pairs.coverage,
+            "Gaussian kernel distance": gaussian_distance(real, fake),
             "mean pairwise distance": pairwise_distance(fake),
+            "Vendi score": vendi_score(fake),
+            "distance to the nearest reference picture": float(nearest(fake, real)[0].mean()),
             "sharpness": float(np.concatenate(looked.sharp).mean()),
-            "failed": float(np.any([np.concatenate(v) for v in looked.failed.values()], axis=0).mean()),
+            "blur": float(np.concatenate(looked.blurred).mean()),
+            "failed": failed,
         }
 
     o = e.options
     changes = {
         "seed": [ask(replace(o, seed=o.seed + 10_000 * (i + 1))) for i in range(o.repeats)],
-        "steps": [ask(replace(o, steps=max(1, round(o.steps * f)))) for f in (0.5, 0.8, 1.0, 1.25, 2.0)],
+        "steps": [ask(replace(o, steps=n)) for n in sorted({max(1, round(o.steps * f)) for f in (0.5, 0.8, 1.0, 1.25, 2.0)})],
         "guidance": [ask(replace(o, guidance=o.guidance * f)) for f in (0.67, 0.83, 1.0, 1.2, 1.5)],
     }
     if model.text is not None:
         worded = [lambda p: p, lambda p: f"a picture of {p}", lambda p: f"{p}.", str.upper]
-        changes["words"] = [[replace(r, prompt=w(r.prompt)) if r.prompt else r for r in ask(o)] for w in worded]
+        changes["words"] = [[replace(r, prompt=w(r.prompt)[:LONGEST_PROMPT]) if r.prompt else r for r in ask(o)] for w in worded]
     for change, several in changes.items():
         e.start()
         for name, found in spreads([measure(requests) for requests in several]).items():
@@ -476,52 +529,71 @@ def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: LatentDi
             e.add("stability", f"{name}: spread over {change}", found["std"], n=len(several), better=-1, how=f"standard deviation; {how}")
 
 
-def text_figures(e: Evaluation, real: Tensor, fake: Tensor, rows: Sequence[int], kept: Looked) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What each sample was asked to be: of a model's what it was told, of a folder's what lies beside its pictures."""
+
+    captions: list[str | None]
+    labels: list[str | None]
+    styles: list[str | None]
+
+    def of(self, rows: Sequence[int]) -> Asked:
+        return Asked(*([column[r] for r in rows] for column in (self.captions, self.labels, self.styles)))
+
+
+def told(pictures: PictureSet, rows: Sequence[int], requests: Sequence[GenerateRequest] | None = None) -> Asked:
+    """Of a set's rows; where a model was asked, only what the requests say: words say the label too."""
+    all_of = Asked(pictures.captions, pictures.labels, pictures.styles).of(rows)
+    if requests is None:
+        return all_of
+    labels = [label if r.prompt or r.label else None for label, r in zip(all_of.labels, requests, strict=True)]
+    return Asked([r.prompt for r in requests], labels, [r.style for r in requests])  # type: ignore[misc]
+
+
+def text_figures(e: Evaluation, real: Tensor, fake: Tensor, asked: Asked, kept: Looked) -> None:
     """Whether what was asked for is what is seen: by the nearest reference picture, by a judge, and by CLIP, as far as these are there."""
-    retrieval_figures(e, real, fake, rows)
+    before = len(e.figures)
+    retrieval_figures(e, real, fake, asked)
     if e.judge is not None:
-        judge_figures(e, e.judge, rows, kept)
-    told = [(i, c) for i, r in enumerate(rows) if (c := e.reference.captions[r])]
-    if e.net.texts is not None and told:
-        e.start()
-        words = F.normalize(e.net.texts([c for _, c in told]), dim=1)
-        scores = 100 * (F.normalize(fake[[i for i, _ in told]], dim=1) * words).sum(1).clamp_min(0)
-        e.mean("text and style", "CLIP score", scores.numpy(), better=1, how="100 times the cosine of picture and words, arXiv 2104.08718")
+        judge_figures(e, e.judge, asked, kept)
+    said = [(i, c) for i, c in enumerate(asked.captions) if c]
+    if e.net.texts is not None and said:
+        words = F.normalize(e.net.texts([c for _, c in said]), dim=1)
+        scores = 100 * (F.normalize(fake[[i for i, _ in said]], dim=1) * words).sum(1).clamp_min(0)
+        e.mean("text and style", "CLIP score", scores.numpy(), better=1, how="100 times the cosine of picture and words, 0 at least")
+    if len(e.figures) == before:
+        e.remarks.append("no figures of text and style: the samples have no labels, styles or captions of two kinds that the reference has too")
 
 
-def judge_figures(e: Evaluation, judge: Judge, rows: Sequence[int], kept: Looked) -> None:
-    """What a judge names first in the samples, beside what it names in the reference pictures that were asked for."""
+def judge_figures(e: Evaluation, judge: Judge, asked: Asked, kept: Looked) -> None:
+    """What a judge names first in the samples, beside what it names in the reference pictures; both at the same size."""
     e.start()
     drawn = judge(torch.cat(kept.small).float() / 255)
-    real = [torch.cat(parts) for parts in zip(*(judge(white(b)) for b in e.reference.batches(rows)), strict=True)]
-    for what, names, column, i in (("label", judge.labels, e.reference.labels, 0), ("style", judge.styles, e.reference.styles, 1)):
-        asked = np.array([names.index(v) if (v := column[r]) in names else -1 for r in rows])
-        known = asked >= 0
-        if len(set(asked[known].tolist())) < 2:
+    real = [torch.cat(p) for p in zip(*(judge(reduced(white(b)).float() / 255) for b in e.reference.batches(e.rows)), strict=True)]
+    theirs = told(e.reference, e.rows)
+    for what, names, i in (("label", judge.labels, 0), ("style", judge.styles, 1)):
+        wanted, own = (np.array([names.index(v) if v in names else -1 for v in getattr(a, what + "s")]) for a in (asked, theirs))
+        if len(set(wanted[wanted >= 0].tolist())) < 2:
             continue
-        right, ceiling = ((logits[i].argmax(1).numpy() == asked)[known].astype(float) for logits in (drawn, real))
+        right, ceiling = ((x[i].argmax(1).numpy() == y)[y >= 0].astype(float) for x, y in ((drawn, wanted), (real, own)))
         how = f"named first among {len(names)} by the judge {judge.digest[:10]}; of the reference pictures themselves {ceiling.mean():.3f}"
         e.mean("text and style", f"{what} as asked, by the judge", right, better=1, looked=False, how=how)
 
 
-def retrieval_figures(e: Evaluation, real: Tensor, fake: Tensor, rows: Sequence[int]) -> None:
-    """The nearest reference picture has the asked label, and the asked style."""
+def retrieval_figures(e: Evaluation, real: Tensor, fake: Tensor, asked: Asked) -> None:
+    """The nearest reference picture has the asked label, the asked style, the asked words."""
     e.start()
     _, found = nearest(fake, real)
-    for what, column in (("label", e.reference.labels), ("style", e.reference.styles)):
-        asked, seen = [column[r] for r in rows], [column[e.rows[int(i)]] for i in found]
-        known = [i for i, a in enumerate(asked) if a is not None]
-        if len({asked[i] for i in known}) < 2:
+    theirs = told(e.reference, e.rows)
+    for what in ("label", "style", "caption"):
+        wanted, there = getattr(asked, what + "s"), getattr(theirs, what + "s")
+        known = [i for i, a in enumerate(wanted) if a is not None and a in set(there)]
+        if len({wanted[i] for i in known}) < 2 or (what == "caption" and wanted == asked.labels):
             continue
-        right = np.array([asked[i] == seen[i] for i in known], dtype=float)
-        kinds = len({asked[i] for i in known})
-        e.mean(
-            "text and style",
-            f"{what} as asked",
-            right,
-            better=1,
-            how=f"of the nearest reference picture, among {kinds}; by chance about {1 / kinds:.3f}",
-        )
+        right = np.array([wanted[i] == there[int(found[i])] for i in known], dtype=float)
+        chance = np.mean([there.count(wanted[i]) for i in known]) / len(there)
+        how = f"of the nearest of {len(there):,} reference pictures; of one drawn by chance {chance:.3f}"
+        e.mean("text and style", f"{what} as asked", right, better=1, how=how)
 
 
 def cost_figures(e: Evaluation, model: LatentDiffusion, trained: float | None) -> None:
@@ -577,25 +649,36 @@ def evaluate(
     wanted = [rows[i * len(rows) // count % len(rows)] for i in range(count)]  # from all over them, however few are drawn
     if model:
         e.samples = {"model": name, "hash": model.meta["hash"], "count": count, "steps": options.steps, "guidance": options.guidance}
-        batches = drawn(model, asked_for(model, reference, wanted, options), options.keep)
+        requests = asked_for(model, reference, wanted, options)
+        batches, asked = drawn(model, requests, options.keep), told(reference, wanted, requests)
     else:
         assert isinstance(subject, PictureSet)
         chosen = evenly(len(subject), count)
         e.samples = subject.about(len(chosen))
-        batches = subject.batches(chosen)
+        batches, asked = subject.batches(chosen), told(subject, chosen)
     groups = set(options.groups)
     try:
         if "pairwise" in groups:
-            _pairs(e, subject, real)
+            samples = e.samples
+            _part(e, "pairwise", lambda: _pairs(e, subject, real))
+            e.samples = samples
+        stopped = False
         if groups & {"distribution", "diversity", "memorisation", "stability", "text"}:
             kept = looked_at(e, batches, count, usual)
+            stopped = kept.stopped
             if model:
                 e.samples |= {"count": kept.count, "sha256": kept.digest.hexdigest()}
-            _of_samples(e, groups, real, kept, usual, model, wanted[: kept.count])
-        if "cost" in groups and model:
-            cost_figures(e, model, trained)
+            if kept.count:
+                _of_samples(e, groups, real, kept, usual, model, asked.of(kept.rows))
+        if "cost" in groups and not stopped:
+            if model:
+                cost_figures(e, model, trained)
+            else:
+                e.remarks.append("no figures of cost: they are of models, not of pictures")
     except KeyboardInterrupt:
         e.remarks.append("stopped by hand: what would have come after the last figure is missing")
+    if not e.figures:
+        raise ValueError(f"there is nothing to say: {'; '.join(e.remarks)}")
     about = {"subject": name, "reference": reference.path, "reference pictures": len(rows), "samples": e.samples.get("count")}
     about |= {"features": f"{net.name} ({net.digest})", "resize": options.resize, "seed": options.seed, "version": sfumato.__version__}
     return Report(f"{name} against {reference.path}", e.figures, about | {"command": options.command}, e.remarks, e.curves, e.shots), e
@@ -613,6 +696,7 @@ def _pairs(e: Evaluation, subject: LatentDiffusion | PictureSet, real: Tensor) -
         pairwise_figures(e, both, len(pairs), [e.reference.names[b] for b in theirs], "named alike")
         return
     rows = [e.rows[i] for i in evenly(len(e.rows), MOST)]
+    e.samples = {"model": e.samples["model"], "hash": e.samples["hash"], "count": len(rows), "of": "the reference pictures, through its codec"}
 
     @torch.no_grad()
     def copies() -> Iterator[tuple[Tensor, Tensor]]:
@@ -628,32 +712,37 @@ def _pairs(e: Evaluation, subject: LatentDiffusion | PictureSet, real: Tensor) -
     note = "; ".join(remarks(len(same), len(fake), fake.shape[1]))
     how = "the same crops on both sides, so the distance is of the codec alone"
     name = "rFID" if e.net.name.startswith("Inception") else f"Frechet distance of reconstructions ({e.net.name})"
-    e.add("pairwise (reconstruction by the codec)", name, distance, n=len(fake), better=-1, how=how, note=note)
+    e.add("pairwise (reconstruction by the codec)", name, distance, n=len(fake), better=-1, how=how, note=note, of_count=True)
 
 
-def _of_samples(
-    e: Evaluation, groups: set[str], real: Tensor, kept: Looked, usual: Usual, model: LatentDiffusion | None, rows: Sequence[int]
-) -> None:
+def _of_samples(e: Evaluation, groups: set[str], real: Tensor, kept: Looked, usual: Usual, model: LatentDiffusion | None, asked: Asked) -> None:
     fake = torch.cat(kept.features)
     first = torch.cat(kept.small)[: 2 * SHOWN]
     e.shots.insert(0, Shot("Samples, the first ones as they came", grid(to_pil(first.float() / 127.5 - 1), columns=16)))
-    labels = [e.reference.labels[r] for r in rows] if model else []
     parts: dict[str, Callable[[], None]] = {
         "distribution": lambda: distribution_figures(e, real, fake, torch.cat(kept.logits) if kept.logits else None),
-        "diversity": lambda: diversity_figures(e, real, fake, kept, labels),
-        "memorisation": lambda: memorisation_figures(e, real, fake, kept),
+        "diversity": lambda: diversity_figures(e, real, fake, kept, asked.labels),
+        "memorisation": lambda: memorisation_figures(e, fake, kept),
         "stability": lambda: stability_figures(e, kept, usual, model, real),
-        "text": lambda: text_figures(e, real, fake, rows, kept) if model else None,
+        "text": lambda: text_figures(e, real, fake, asked, kept),
     }
     for name, part in parts.items():
         if name in groups:
-            part()
+            _part(e, name, part)
+
+
+def _part(e: Evaluation, name: str, part: Callable[[], None]) -> None:
+    """One group of figures; where too little is there to say one of them, a remark instead, and the other groups all the same."""
+    try:
+        part()
+    except ValueError as why:
+        e.remarks.append(f"{name}: {why}")
 
 
 def save(report: Report, e: Evaluation, out: Path) -> list[Path]:
     """Writes report.json, index.html and the values of single pictures (for `sfumato compare`) into the folder `out`."""
     write_json(out / "report.json", report.to_json())
-    write_json(out / "values.json", {"values": {k: v.tolist() for k, v in e.values.items()}, "ids": e.ids})
+    write_json(out / "values.json", {"values": {k: v.tolist() for k, v in e.values.items()}, "ids": e.ids, "nearest": e.nearest})
     write_bytes(out / "index.html", to_html(report).encode())
     for i, shot in enumerate(report.shots):
         write_bytes(out / f"{i:02d}.png", png_bytes(shot.image, {"Title": shot.title}))

@@ -38,6 +38,10 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Progress = Callable[[int, int], None]
 
 
+class NotFinite(ValueError):
+    """A network drew what is no number."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """One drawn picture with everything needed to draw it again."""
@@ -279,7 +283,7 @@ class LatentDiffusion:
         """Latents -> images "b c h w" in [-1, 1]."""
         x = self.codec.decode(z.float())
         if not bool(torch.isfinite(x).all()):
-            raise ValueError("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps")
+            raise NotFinite("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps")
         return x
 
     @torch.no_grad()

@@ -19,15 +19,16 @@ from sfumato.metrics.distribution import (
     inception_score,
     kernel_distance,
     kid_subsets,
+    pair_intervals,
     remarks,
     subset_size,
 )
 from sfumato.metrics.diversity import (
     intra_class_distance,
-    labelled_coverage,
     mode_coverage,
     modes_of,
     ms_ssim_diversity,
+    nearest,
     pairwise_distance,
     vendi_score,
 )
@@ -86,8 +87,25 @@ def test_the_limit_is_nearer_to_the_truth_than_the_distance() -> None:
     real, fake = normal(20_000, 16, 0), normal(1_000, 16, 1)
     limit, points = frechet_infinity(real, fake)
     assert len(points) == 15
-    assert points[0][1] > 2 * points[-1][1] > 0
+    assert points[0][1] > 1.5 * points[-1][1] > 0
     assert abs(limit) < points[-1][1] / 2
+
+
+def test_the_limit_of_few_samples_is_that_of_endless_ones() -> None:
+    """As many real ones as fake ones, four times the dimensions: beside the same real ones and a Gaussian known exactly."""
+    d, n, found, truth = 32, 128, [], []
+    for seed in range(12):
+        real, fake = normal(n, d, 2 * seed), normal(n, d, 2 * seed + 1)
+        endless = Moments()
+        endless.n, endless.mean, endless.scatter = 2, torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)
+        limit, points = frechet_infinity(real, fake)
+        found.append((limit, points[-1][1]))
+        truth.append(frechet_distance(Moments().update(real), endless))
+    limit, raw = np.mean(found, axis=0)
+    assert raw > 1.6 * np.mean(truth)
+    assert limit == pytest.approx(np.mean(truth), rel=0.25)
+    with pytest.raises(ValueError, match=r"twice as many samples as feature dimensions \(64\), not 63"):
+        frechet_infinity(normal(100, d, 0), normal(63, d, 1))
 
 
 # --- all pairs ----------------------------------------------------------------------------------------------------------------------------------
@@ -194,7 +212,7 @@ def test_pairwise_and_intra_class_distance_are_the_double_sum() -> None:
     parts = [far[:8, :8], far[8:19, 8:19]]
     wanted = np.mean([p[~np.eye(len(p), dtype=bool)].mean() for p in parts])
     assert intra_class_distance(x, labels) == pytest.approx(wanted, rel=1e-9)
-    with pytest.raises(ValueError, match="two pictures at least"):
+    with pytest.raises(ValueError, match="2 pictures at least"):
         pairwise_distance(x[:1])
 
 
@@ -207,7 +225,6 @@ def test_modes_that_are_never_drawn_are_missed() -> None:
     assert some["covered"] == pytest.approx(0.5)
     assert some["total_variation"] == pytest.approx(0.5)
     assert mode_coverage(real, real, found)["total_variation"] == 0
-    assert labelled_coverage(["cat", "dog", "cat"], ["cat", "dog", "fox", "owl"]) == 0.5
 
 
 def test_ms_ssim_diversity_never_compares_a_picture_with_itself() -> None:
@@ -218,12 +235,11 @@ def test_ms_ssim_diversity_never_compares_a_picture_with_itself() -> None:
 
 
 def test_growing_subsets_are_measured_as_each_would_be_alone() -> None:
-    """Fewer rows than dimensions and more: both ways to a root are the same distance."""
     g = torch.Generator().manual_seed(3)
     real, fake = torch.randn(200, 24, generator=g).double(), (torch.randn(90, 24, generator=g) * 1.2 + 0.1).double()
     _, found = frechet_infinity(real, fake, points=6, seed=5)
     order = torch.from_numpy(np.random.Generator(np.random.PCG64(5)).permutation(90))
-    assert min(n for n, _ in found) < 24 < max(n for n, _ in found)
+    assert [n for n, _ in found] == [45, 54, 63, 72, 81, 90]
     for n, distance in found:
         alone = frechet_distance(Moments().update(real), Moments().update(fake[order[:n]]))
         assert distance == pytest.approx(alone, rel=1e-6)
@@ -252,3 +268,46 @@ def test_subsets_of_the_kernel_distance_are_those_of_single_ones() -> None:
         i, j = rng.choice(60, 20, replace=False), rng.choice(50, 20, replace=False)
         assert value == pytest.approx(kernel_distance(real[torch.from_numpy(i)], fake[torch.from_numpy(j)]), rel=1e-9, abs=1e-12)
     assert (subset_size(60, 50), subset_size(5_000, 3_000)) == (25, 1_000)
+
+
+def test_intervals_do_not_know_how_the_pictures_are_sorted() -> None:
+    """Folders come sorted by kind: blocks of one kind each would differ far more than blocks of all kinds."""
+    g = np.random.Generator(np.random.PCG64(6))
+    kinds = np.sort(g.integers(0, 10, 400))
+    sorted_rows = torch.from_numpy(3 * g.standard_normal((10, 8))[kinds] + g.standard_normal((400, 8)))
+    mixed = torch.from_numpy(g.permutation(400))
+    real = normal(400, 8, 7)
+    wide, narrow = (np.ptp(frechet_interval(real, x)) for x in (sorted_rows, sorted_rows[mixed]))
+    assert wide == pytest.approx(narrow, rel=0.6)
+    of_kid = [np.ptp(compare_pairs(real, x).kid_interval) for x in (sorted_rows, sorted_rows[mixed])]
+    assert of_kid[0] == pytest.approx(of_kid[1], rel=0.6)
+    by_row = [compare_pairs(real, x).inside for x in (sorted_rows, sorted_rows[mixed])]
+    assert np.array_equal(by_row[0][mixed.numpy()], by_row[1]), "each row keeps its own value"
+
+
+def test_intervals_of_neighbourhoods_hold_what_they_should() -> None:
+    """Both sets drawn anew 40 times; a bootstrap over pictures held density and coverage three times in four."""
+    g = np.random.Generator(np.random.PCG64(8))
+    centres = 2 * g.standard_normal((15, 8))
+    draw = lambda: torch.from_numpy(centres[g.integers(0, 15, 200)] + g.standard_normal((200, 8)))  # noqa: E731
+    found = []
+    for _ in range(40):
+        a, b = draw(), draw()
+        pairs = compare_pairs(a, b)
+        found.append((pairs, pair_intervals(a, b, pairs)))
+    for name in ("precision", "recall", "density", "coverage"):
+        mean = np.mean([getattr(p, name) for p, _ in found])
+        assert sum(i[name][0] <= mean <= i[name][1] for _, i in found) >= 36, name
+
+
+def test_what_is_no_number_is_named_by_every_metric() -> None:
+    x, bad = normal(40, 8, 0), normal(40, 8, 1)
+    bad[7, 3] = float("nan")
+    for metric in (compare_pairs, kernel_distance, kid_subsets, gaussian_distance, frechet_interval, nearest):
+        with pytest.raises(ValueError, match="not finite, such as number 7"):
+            metric(x, bad)
+    for alone in (pairwise_distance, vendi_score, inception_score):
+        with pytest.raises(ValueError, match="not finite, such as number 7"):
+            alone(bad)
+    with pytest.raises(ValueError, match="2 pictures at least"):
+        vendi_score(x[:1])

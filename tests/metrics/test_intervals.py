@@ -55,6 +55,8 @@ def test_the_paired_test_finds_what_is_there_only() -> None:
     assert false <= 12
     with pytest.raises(ValueError, match="same length"):
         paired_test(np.zeros(0), np.zeros(0))
+    with pytest.raises(ValueError, match="1 of 3 pairs are not"):
+        paired_test(np.array([1.0, np.nan, 2.0]), np.zeros(3))
 
 
 def test_holm_is_what_it_is() -> None:

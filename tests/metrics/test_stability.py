@@ -53,6 +53,9 @@ def test_spreads() -> None:
 def test_cost_counts_operations_and_says_what_is_real_time() -> None:
     a, b = torch.zeros(8, 16), torch.zeros(16, 4)
     assert cost.flops(lambda: a @ b) == 2 * 8 * 16 * 4
+    q = torch.zeros(1, 2, 70, 16)
+    attention = cost.flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert attention == 2 * 2 * 2 * 70 * 70 * 16, "that of the CPU's fused kernel counts too"
     assert cost.parameters({"x": torch.nn.Linear(3, 4)}) == {"x": 16}
     found = cost.latency(lambda: None, repeats=5)
     assert 0 <= found["median_s"] <= found["p95_s"]

@@ -50,7 +50,8 @@ def test_a_folder_of_samples(own_folder: Path, blurred: Path, tmp_path: Path, ca
         assert len(f["source"]["reference"]["sha256"]) == 64
         assert f["n"] >= 1
     groups = {f["group"].split(" ")[0] for f in report["figures"]}
-    assert groups == {"pairwise", "distribution", "diversity", "memorisation", "stability"}
+    assert groups == {"pairwise", "distribution", "diversity", "memorisation", "stability", "text"}
+    assert 0.5 <= value(report, "label as asked") <= 1, "sub-folders are labels"
     assert value(report, "psnr") < 40
     page = (tmp_path / "a" / "index.html").read_text()
     assert "http" not in page.replace("http-equiv", ""), "it must be readable without a network"
@@ -138,6 +139,114 @@ def test_a_stop_keeps_what_was_seen(own_folder: Path) -> None:
     kept = looked_at(e, until_stopped(), 80, usual)
     assert kept.count == 40
     assert e.remarks == ["stopped by hand after 40 of 80 samples: the figures are of these"]
+
+
+def test_a_stop_before_the_first_sample_keeps_the_pairs(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subject.Looked, "take", stopped)
+    pictures = picture_set(own_folder, 32)
+    report, _ = subject.evaluate(pictures, "own", pictures, feature_net(), Options())
+    assert {f.group.split(" ")[0] for f in report.figures} == {"pairwise"}
+    assert report.remarks[0] == "stopped by hand after 0 of 40 samples: the figures are of these"
+
+
+def test_a_stop_within_a_batch_leaves_whole_batches(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "BATCH", 16)
+    calls = []
+
+    def once(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return torch.zeros(len(x))
+
+    monkeypatch.setattr(subject, "blur", once)
+    pictures = picture_set(own_folder, 32)
+    report, _ = subject.evaluate(pictures, "own", pictures, feature_net(), Options(groups=("distribution", "stability", "memorisation")))
+    assert {f.n for f in report.figures if f.group == "stability"} == {16}
+    assert "memorisation" in {f.group for f in report.figures}
+
+
+def test_pictures_that_are_no_numbers_are_counted_and_left_out(own_folder: Path) -> None:
+    pictures = picture_set(own_folder, 32)
+    broken = next(pictures.batches(list(range(40)))).clone()
+    broken[3] = float("nan")
+    e = Evaluation(Options(), feature_net(), pictures, list(range(40)))
+    kept = looked_at(e, iter([broken]), 40, subject.Usual.of(torch.rand(4, 3, 32, 32)))
+    assert kept.rows == [i for i in range(40) if i != 3]
+    assert len(torch.cat(kept.features)) == len(torch.cat(kept.small)) == 39
+    assert np.concatenate(kept.failed["not_finite"]).nonzero()[0].tolist() == [3]
+    assert "1 of 40 samples are not finite" in e.remarks[0]
+
+
+def test_a_model_that_draws_no_numbers_is_evaluated_all_the_same(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sfumato.pipelines.load import load
+
+    model = load(checkpoints(smoke / "diffusion", "model")[-1])
+    whole = type(model).decode
+
+    def sometimes(self: object, z: torch.Tensor) -> torch.Tensor:
+        if (z.mean((1, 2, 3)) > torch.quantile(seen, 0.75)).any():
+            raise subject.NotFinite("no number")
+        seen_now.append(z)
+        return whole(self, z)  # type: ignore[arg-type]
+
+    seen_now: list[torch.Tensor] = []
+    reference = picture_set("emoji", model.size, set(model.meta["words"]))
+    requests = subject.asked_for(model, reference, list(range(8)), Options(steps=2))
+    monkeypatch.setattr(type(model), "decode", lambda self, z: (seen_now.append(z), whole(self, z))[1])
+    list(subject.drawn(model, requests))
+    seen = torch.cat(seen_now).mean((1, 2, 3))
+    monkeypatch.setattr(type(model), "decode", sometimes)
+    found = torch.cat(list(subject.drawn(model, requests)))
+    assert torch.isnan(found).flatten(1).any(1).sum() == 2
+
+
+def test_a_picture_that_was_renamed_is_looked_at_anew(own_folder: Path, tmp_path: Path) -> None:
+    """Features are kept in the order of names: the same pictures under other names are another set."""
+    folder = tmp_path / "renamed"
+    shutil.copytree(own_folder, folder)
+    net = feature_net()
+    before = picture_set(folder, 32)
+    kept, _ = subject.features_of(net, before, range(40), "antialias")
+    first = next(p for p in sorted(folder.rglob("*.png")))
+    first.rename(first.with_name("zzz.png"))
+    after = picture_set(folder, 32)
+    assert after.digest != before.digest
+    now, _ = subject.features_of(net, after, range(40), "antialias")
+    torch.testing.assert_close(now, look(net, subject.white(next(after.batches(range(40)))))[0])
+    assert not torch.equal(now, kept)
+
+
+def test_copies_of_pictures_that_the_figures_leave_out_are_found(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "MOST", 10)
+    pictures = picture_set(own_folder, 32)
+    report, e = subject.evaluate(pictures, "own", pictures, feature_net(), Options(groups=("memorisation",), count=20))
+    assert value(report.to_json(), "copies") == 1
+    assert [n["reference"] for n in e.nearest] == [pictures.names[i] for i in subject.evenly(40, 20)]
+
+
+def test_few_samples_lose_only_what_they_are_too_few_for(own_folder: Path) -> None:
+    pictures = picture_set(own_folder, 32)
+    report, _ = subject.evaluate(pictures, "own", pictures, feature_net(), Options(count=3))
+    assert {f.group.split(" ")[0] for f in report.figures} >= {"pairwise", "distribution", "memorisation", "stability"}
+
+
+def test_another_number_of_samples_is_no_difference(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same pictures, more or fewer of them: what only their number moves is not called better."""
+    for name, count in (("a", "40"), ("b", "12")):
+        argv = ["evaluate", str(own_folder), "--reference", str(own_folder), "--out", str(tmp_path / name), "--size", "32"]
+        main([*argv, "--count", count, "--metrics", "distribution,diversity"])
+    capsys.readouterr()
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "t.html")])
+    said = capsys.readouterr().out
+    assert "the samples of" in said.splitlines()[0]
+    assert "count (12, not 40)" in said.splitlines()[0]
+    frechet = next(line for line in said.splitlines() if line.strip().startswith("Frechet distance"))
+    assert "not said: another number of samples" in frechet
+    assert "count (12, not 40)" in (tmp_path / "t.html").read_text()
 
 
 def test_a_stop_later_keeps_the_figures_that_are_there(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
