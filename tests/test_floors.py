@@ -18,7 +18,7 @@ FLOORS = (
     ("text", "codecs", "gans", "losses"),
     ("priors", "diffusion", "metrics"),
     ("convert",),
-    ("zoo",),
+    ("zoo", "parts"),
     ("pipelines",),
     ("train",),
     ("apps",),

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,30 @@ def packed(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(out)
 
 
+@pytest.fixture(scope="module")
+def codecs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny runs and a tiny checkpoint for what a reader has by then."""
+    from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
+    from sfumato.codecs.bottlenecks.kl import KLConfig
+    from sfumato.codecs.bottlenecks.vq import VQConfig
+    from sfumato.codecs.convnets import ConvnetConfig
+    from sfumato.codecs.resnets import ResnetConfig
+    from sfumato.convert.taming import write_vqgan
+    from sfumato.train.autoencoder import AutoencoderRecipe, train
+    from sfumato.train.loop import LoopConfig
+
+    out = tmp_path_factory.mktemp("codecs")
+    net = ConvnetConfig(image_channels=3, widths=(16,), encoder_blocks=(0,), decoder_blocks=(0,))
+    base = AutoencoderRecipe(codec=AutoencoderConfig(convnet=net, bottleneck=VQConfig(size=8, channels=4)), size=8, perceptual=0.0, limit=12)
+    vae = replace(base, codec=AutoencoderConfig(convnet=replace(net, vector=4), bottleneck=KLConfig(channels=4)), likelihood=True)
+    for name, recipe in (("doctor", base), ("sample", vae)):
+        train(recipe, LoopConfig(images=16, batch_size=8, warmup=8, save_every=16, sample_every=16, device="cpu"), out / name)
+    small = ResnetConfig(width=32, multipliers=(1, 1), blocks=1, attention=(), resolution=16, z_channels=4)
+    codec = Autoencoder(AutoencoderConfig(convnet=small, bottleneck=VQConfig(size=8, channels=4, cosine=False)))
+    write_vqgan(codec, out / "convert" / "last.ckpt")
+    return {name: out / name for name in ("doctor", "sample", "convert")}
+
+
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The calls of the trainers, which end before they begin."""
@@ -133,6 +158,7 @@ def test_there_is_something_to_check() -> None:
 def test_commands_run_in_order(
     name: str,
     packed: str,
+    codecs: dict[str, Path],
     smoke: Path,
     own_folder: Path,
     tmp_path: Path,
@@ -152,6 +178,11 @@ def test_commands_run_in_order(
             assert {str(v) for k, v in options.items() if k in ("codec", "text")} <= made
             made |= {str(a) for a in args if isinstance(a, Path)}
             continue
+        if argv[0] in ("doctor", "sample"):
+            assert argv[1] in made
+            shutil.copytree(codecs[argv[0]], tmp_path / argv[1], dirs_exist_ok=True)
+        if argv[0] == "convert" and argv[1].endswith("last.ckpt"):
+            shutil.copy(codecs["convert"] / "last.ckpt", tmp_path)
         if argv[0] == "pack":
             assert argv[1] in made
             shutil.copytree(smoke / "diffusion", tmp_path / argv[1])
@@ -174,7 +205,14 @@ def test_every_command_and_flag_that_is_named_exists(name: str, capsys: pytest.C
     named = {part.split()[0] for line in lists for part in line.split("·")} | {argv[0] for argv in commands(name)}
     assert named == set(COMMANDS)
     known: set[str] = set()
-    for argv in (["generate"], ["pack"], ["evaluate"], *(["train", what] for what in ("all", "autoencoder", "text", "diffusion"))):
+    for argv in (
+        ["generate"],
+        ["pack"],
+        ["evaluate"],
+        ["sample"],
+        ["convert"],
+        *(["train", what] for what in ("all", "autoencoder", "text", "diffusion")),
+    ):
         with pytest.raises(SystemExit) as done:
             main([*argv, "--help"])
         assert not done.value.code

@@ -35,6 +35,9 @@ Pictures from words, and the models behind them.
   paths                 where things are kept, and how to be rid of them
   data check DIR        what a folder of one's own pictures is good for; also data show DIR, data shard DIR --out SHARDS
   train WHAT ...        train an autoencoder, a text encoder or a diffusion model; train all --data DIR: everything on your own pictures
+  doctor RUN            what is wrong with a run of train autoencoder, and what helps
+  sample RUN            draw from a VAE, or go from one picture to another in a codec's latents
+  convert FILE OUT      a VQGAN of taming-transformers or diffusers into a model of ours, and back with --to
   pack RUN              make one small file that draws from a finished run
   evaluate WHAT ...     measure a model or a folder of samples:  sfumato evaluate emoji --reference emoji --out report
   compare A B ...       put reports side by side and say which differences are real
@@ -122,12 +125,31 @@ def _measure(name: str) -> Callable[[list[str]], None]:
     return run
 
 
+def _of_codecs(name: str) -> Callable[[list[str]], None]:
+    def run(argv: list[str]) -> None:
+        import tyro
+
+        from sfumato.apps import codecs
+
+        kinds = {
+            "sample": (codecs.Sample, codecs.run_sample),
+            "convert": (codecs.Convert, codecs.run_convert),
+            "doctor": (codecs.Doctor, codecs.run_doctor),
+        }
+        kind, answer = kinds[name]
+        for line in answer(parse(tyro, kind, argv, name)):
+            print(line)
+
+    return run
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
     **{name: _ask(name) for name in ("styles", "concepts", "models", "info", "credits", "paths")},
     "data": data,
     "train": train,
     "pack": pack,
+    **{name: _of_codecs(name) for name in ("doctor", "sample", "convert")},
     **{name: _measure(name) for name in ("evaluate", "compare")},
 }
 

@@ -35,7 +35,7 @@ class Evaluate:
     out: Path = Path("report")
     """The folder of the report: index.html, report.json, values.json."""
     count: int = 0
-    """Samples; 0: as many as there are reference pictures, at most 2,048."""
+    """Samples; 0: as many as there are reference pictures, at most 2,048. Of a model some 10 minutes on two cores, with 64 about two."""
     size: int = 0
     """Pixels of a side; 0: the model's own, 64 for folders."""
     features: Literal["lite0", "inception", "clip", "dinov2"] = "lite0"
@@ -104,12 +104,17 @@ def run_evaluate(asked: Evaluate) -> Iterator[str]:
     judge, lpips = None if asked.judge is None else load_judge(asked.judge), lpips_from(asked.lpips)
     subject, name, side, known = _subject(asked)
     reference = work.picture_set(asked.reference, side, known)
+    for part in (reference, subject):
+        for bad in getattr(part, "skipped", ())[:3]:
+            say(f"warning: {bad}")
     report, found = work.evaluate(subject, name, reference, net, options, judge=judge, lpips=lpips, trained=_training_speed(Path(asked.subject)))
     written = work.save(report, found, asked.out)
     for remark in report.remarks:
         say(f"remark: {remark}")
     yield from lines(report.figures)
     yield str(written[-1])
+    if found.stopped:
+        raise KeyboardInterrupt  # what was seen is written; the exit status says that it is not all
 
 
 def _subject(asked: Evaluate) -> tuple[Any, str, int, set[str] | None]:
@@ -119,6 +124,8 @@ def _subject(asked: Evaluate) -> tuple[Any, str, int, set[str] | None]:
     from sfumato.pipelines.load import load
 
     path = Path(asked.subject)
+    if not path.exists() and asked.subject not in bundled():
+        raise FileError(f"there is no model, folder or zip {asked.subject}; bundled models: {', '.join(bundled())}")
     pictures = path.suffix.lower() in (".zip", ".tar") or (path.is_dir() and not any(path.glob("model-*.safetensors")))
     if pictures and asked.subject not in bundled():
         side = asked.size or SIDE
@@ -175,6 +182,8 @@ def run_compare(asked: Compare) -> Iterator[str]:
 
 
 def _load(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise FileError(f"there is no folder {folder}")
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         return report | json.loads((folder / "values.json").read_text(encoding="utf-8"))
@@ -242,6 +251,8 @@ def _test(first: dict[str, Any], other: dict[str, Any], key: str, f: dict[str, A
         return {"difference": g["value"] - f["value"], "real": None, "how": f"another {unequal[0]}"}
     if f["of_count"] and one["samples"].get("count") != two["samples"].get("count"):
         return {"difference": g["value"] - f["value"], "real": None, "how": "another number of samples"}
+    if key.startswith("pairwise") and first["ids"] != other["ids"]:
+        return {"difference": g["value"] - f["value"], "real": None, "how": "other pairs"}
     a, b = first["values"].get(key), other["values"].get(key)
     if a and b and len(a) == len(b) and _same_pictures(first, other, key):
         return paired(np.array(b), np.array(a)) | {"how": "paired"}

@@ -10,14 +10,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sfumato.codecs.bottlenecks.fsq import FSQ, FSQConfig
+from sfumato.codecs.bottlenecks.gumbel import Gumbel, GumbelConfig
 from sfumato.codecs.bottlenecks.kl import KL, KLConfig, split
+from sfumato.codecs.bottlenecks.lfq import LFQ, LFQConfig
+from sfumato.codecs.bottlenecks.residual import Residual, ResidualConfig
+from sfumato.codecs.bottlenecks.vq import VQ, VQConfig
 from sfumato.codecs.convnets import ConvnetConfig, decoder, encoder
+from sfumato.codecs.resnets import ResnetConfig, ResnetDecoder, ResnetEncoder
 from sfumato.core.seams import Latents, LatentSpec
 
 DEAD_BELOW = 0.1  # a channel whose std is below this fraction of the median carries no information
+BottleneckConfig = KLConfig | VQConfig | FSQConfig | LFQConfig | ResidualConfig | GumbelConfig
+BOTTLENECKS: dict[type, type[nn.Module]] = {
+    KLConfig: KL, VQConfig: VQ, FSQConfig: FSQ, LFQConfig: LFQ, ResidualConfig: Residual, GumbelConfig: Gumbel,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +35,13 @@ class AutoencoderConfig:
     """Networks and bottleneck of a codec."""
 
     kind: str = "autoencoder"
-    convnet: ConvnetConfig = field(default_factory=ConvnetConfig)
-    bottleneck: KLConfig = field(default_factory=KLConfig)
+    convnet: ConvnetConfig | ResnetConfig = field(default_factory=ConvnetConfig)
+    bottleneck: BottleneckConfig = field(default_factory=KLConfig)
+
+    @property
+    def discrete(self) -> bool:
+        """Whether pictures become indices."""
+        return not isinstance(self.bottleneck, KLConfig)
 
 
 class Autoencoder(nn.Module):
@@ -35,39 +50,67 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = encoder(config.convnet, config.bottleneck.encoder_channels)
-        self.bottleneck = KL(config.bottleneck)
-        self.decoder = decoder(config.convnet, config.bottleneck.channels)
-        self.register_buffer("latent_mean", torch.zeros(config.bottleneck.channels))
-        self.register_buffer("latent_std", torch.ones(config.bottleneck.channels))
+        net, bottleneck = config.convnet, config.bottleneck
+        if isinstance(net, ResnetConfig):
+            self.encoder: nn.Module = ResnetEncoder(net, bottleneck.encoder_channels)
+            self.decoder: nn.Module = ResnetDecoder(net, bottleneck.channels)
+        else:
+            self.encoder, self.decoder = encoder(net, bottleneck.encoder_channels), decoder(net, bottleneck.channels)
+        self.bottleneck = BOTTLENECKS[type(bottleneck)](bottleneck)
+        self.register_buffer("latent_mean", torch.zeros(bottleneck.channels))
+        self.register_buffer("latent_std", torch.ones(bottleneck.channels))
 
     @property
     def spec(self) -> LatentSpec:
-        c = self.config
+        net, b = self.config.convnet, self.config.bottleneck
         mean, std = tuple(self.latent_mean.tolist()), tuple(self.latent_std.tolist())
-        return LatentSpec(image_channels=c.convnet.image_channels, latent_channels=c.bottleneck.channels, factor=c.convnet.factor, mean=mean, std=std)
+        codes = {"codebook_size": b.codebook_size, "levels": b.levels} if not isinstance(b, KLConfig) else {}
+        return LatentSpec(image_channels=net.image_channels, latent_channels=b.channels, factor=net.factor, mean=mean, std=std, **codes)
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """The weight of the decoder's last convolution, on which losses are balanced."""
+        return [m for m in self.decoder.modules() if isinstance(m, nn.Conv2d)][-1].weight  # type: ignore[return-value]
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b zc zh zw"] | None = None
+        self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b zc zh zw"] | None = None, *, bypass: bool = False
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, ""], dict[str, Tensor]]:
-        """Reconstruction, bottleneck loss, statistics: what training needs."""
+        """Reconstruction, bottleneck loss, statistics: what training needs. `bypass` leaves a discrete bottleneck out: before it has codes."""
         self._check(x)
-        z, loss, stats = self.bottleneck(self.encoder(x), noise)
+        z_e = self.encoder(x)
+        if bypass:
+            z = self.bottleneck.directed(z_e.movedim(1, -1)).movedim(-1, 1) if isinstance(self.bottleneck, VQ) else z_e
+            return self.decoder(z).float(), z_e.new_zeros(()).float(), {}
+        z, loss, stats = self.bottleneck(z_e, noise)
         return self.decoder(z).float(), loss, stats
 
     def encode(self, x: Float[Tensor, "b c h w"], *, noise: Float[Tensor, "b zc zh zw"] | None = None) -> Latents:
-        """Posterior mean and std "b c h/f w/f" in standardised units; with `noise` the mean is a sample instead."""
+        """Mean and std "b c h/f w/f" in standardised units, with `noise` the mean is a sample; of a discrete codec the codes and their `indices`
+        "b h/f w/f levels".
+        """
         self._check(x)
-        mean, std = split(self.encoder(x))
-        if noise is not None:
-            mean = mean + std * noise
+        z_e = self.encoder(x)
+        if self.config.discrete:
+            indices = self.bottleneck.quantize(z_e)
+            mean, std = self.bottleneck.lookup(indices), None
+        else:
+            indices, (mean, std) = None, split(z_e)
+            if noise is not None:
+                mean = mean + std * noise
         live = (self.latent_std > 0)[:, None, None]
         scale = torch.where(live, self.latent_std[:, None, None], 1.0)
-        return Latents(mean=(mean - self.latent_mean[:, None, None]) / scale * live, std=std / scale * live)
+        mean = (mean - self.latent_mean[:, None, None]) / scale * live
+        return Latents(mean=mean, std=None if std is None else std / scale * live, indices=indices)
 
     def decode(self, z: Float[Tensor, "b zc zh zw"]) -> Float[Tensor, "b c h w"]:
         """Standardised latents -> image in about [-1, 1] (not clamped)."""
         return self.decoder(z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]).float()
+
+    def decode_indices(self, indices: Int[Tensor, "b h w l"]) -> Float[Tensor, "b c h2 w2"]:
+        """Indices -> image, of a discrete codec. Raises ValueError for a continuous one, and for an index outside of the codebook."""
+        if not self.config.discrete:
+            raise ValueError(f"a codec with a {self.config.bottleneck.kind} bottleneck has no indices: decode its latents")
+        return self.decoder(self.bottleneck.lookup(indices)).float()
 
     def _check(self, x: Tensor) -> None:
         c = self.config.convnet
@@ -77,13 +120,15 @@ class Autoencoder(nn.Module):
 
 @torch.no_grad()
 def measure_latents(codec: Autoencoder, batches: Iterable[Float[Tensor, "_ c h w"]]) -> None:
-    """Sets the codec's per-channel statistics from posterior means over `batches` of images.
+    """Sets the codec's per-channel statistics from posterior means, or codes, over `batches` of images.
 
     Dead channels (std below 0.1 of the median) get std 0: they encode to zero and always decode from their mean.
     """
     total, square, n = 0.0, 0.0, 0
     for x in batches:
-        mean = split(codec.encoder(x))[0].cpu().double()
+        z_e = codec.encoder(x)
+        latents = codec.bottleneck.lookup(codec.bottleneck.quantize(z_e)) if codec.config.discrete else split(z_e)[0]
+        mean = latents.cpu().double()
         total, square, n = total + mean.sum((0, 2, 3)), square + mean.square().sum((0, 2, 3)), n + mean.numel() // mean.shape[1]
     if n < 2:
         raise ValueError("measure_latents needs at least two latent cells")

@@ -13,7 +13,8 @@ from sfumato.nn.layers import ResBlock
 class ConvnetConfig:
     """An encoder and a decoder that mirror each other, level 0 at the highest resolution.
 
-    The factor from image to latent is `patch * 2 ** (len(widths) - 1)`.
+    The factor from image to latent is `patch * 2 ** (len(widths) - 1)`; with `vector` n, n x n of its cells become one: with pictures of n cells a
+    side, one vector a picture.
     """
 
     kind: str = "convnet"
@@ -22,18 +23,21 @@ class ConvnetConfig:
     widths: tuple[int, ...] = (64, 128, 256)
     encoder_blocks: tuple[int, ...] = (1, 2, 2)
     decoder_blocks: tuple[int, ...] = (2, 3, 2)
+    vector: int = 0
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.image_channels < 1:
             raise ValueError(f"patch (={self.patch}) and image_channels (={self.image_channels}) must be at least 1")
         if not len(self.widths) == len(self.encoder_blocks) == len(self.decoder_blocks) >= 1:
             raise ValueError(f"widths (={self.widths}), encoder_blocks and decoder_blocks must have the same length, one number a level")
+        if self.vector < 0:
+            raise ValueError(f"vector (={self.vector}) must be at least 0: the cells of a side that become one, 0 leaves the grid")
         if any(w % 16 for w in self.widths):
             raise ValueError(f"widths (={self.widths}) must be multiples of 16: the norms have 16 groups")
 
     @property
     def factor(self) -> int:
-        return self.patch * 2 ** (len(self.widths) - 1)
+        return self.patch * 2 ** (len(self.widths) - 1) * max(self.vector, 1)
 
 
 def encoder(config: ConvnetConfig, out_channels: int) -> nn.Sequential:
@@ -43,12 +47,15 @@ def encoder(config: ConvnetConfig, out_channels: int) -> nn.Sequential:
         if level:
             layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * config.widths[level - 1], width, 1)]
         layers += [ResBlock(width) for _ in range(blocks)]
-    return nn.Sequential(*layers, nn.GroupNorm(16, config.widths[-1]), nn.SiLU(), nn.Conv2d(config.widths[-1], out_channels, 3, padding=1))
+    width, n = config.widths[-1], config.vector
+    last = nn.Conv2d(width, out_channels, n, stride=n) if n else nn.Conv2d(width, out_channels, 3, padding=1)
+    return nn.Sequential(*layers, nn.GroupNorm(16, width), nn.SiLU(), last)
 
 
 def decoder(config: ConvnetConfig, in_channels: int) -> nn.Sequential:
     """Latents "b in_channels h w" -> image "b c h*f w*f"."""
-    layers: list[nn.Module] = [nn.Conv2d(in_channels, config.widths[-1], 3, padding=1)]
+    width, n = config.widths[-1], config.vector
+    layers: list[nn.Module] = [nn.ConvTranspose2d(in_channels, width, n, stride=n) if n else nn.Conv2d(in_channels, width, 3, padding=1)]
     for level in reversed(range(len(config.widths))):
         width = config.widths[level]
         layers += [ResBlock(width) for _ in range(config.decoder_blocks[level])]

@@ -45,6 +45,8 @@ class Codec(Protocol):
 
     def decode(self, z: Tensor) -> Tensor: ...
 
+    def decode_indices(self, indices: Tensor) -> Tensor: ...
+
 
 class Bottleneck(Protocol):
     """Between encoder and decoder: `__call__(z_e) -> (z, loss, stats)`."""

@@ -41,10 +41,10 @@ def remarks(real: int, fake: int, dimensions: int) -> list[str]:
     n = min(real, fake)
     said = []
     if n < FEW:
-        said.append(f"{n} pictures are few for a Frechet distance (below {FEW:,}): it is biased upwards; read the kernel distance (KID)")
+        said.append(f"{n} pictures are few for a Frechet distance (below {FEW:,}): it is biased upwards")
     if n < dimensions:
-        said.append(f"{n} pictures are fewer than the {dimensions} feature dimensions: covariances are singular; read the kernel distance (KID)")
-    return said
+        said.append(f"{n} pictures are fewer than the {dimensions} feature dimensions: covariances are singular")
+    return [*said, "read the kernel distance (KID)"] if said else []
 
 
 def _mixed(n: int) -> Tensor:
@@ -111,7 +111,7 @@ def frechet_distance(real: Moments, fake: Moments, *, real_root: Tensor | None =
     if a.shape != b.shape:
         raise ValueError(f"real and fake features have {len(a)} and {len(b)} dimensions: take both from one network")
     cross = torch.linalg.svdvals((root(a) if real_root is None else real_root) @ root(b).T).sum()
-    return float((real.mean - fake.mean).square().sum() + a.trace() + b.trace() - 2 * cross)
+    return max(0.0, float((real.mean - fake.mean).square().sum() + a.trace() + b.trace() - 2 * cross))
 
 
 def frechet_interval(real: Float[Tensor, "n d"], fake: Float[Tensor, "m _"], *, blocks: int = 10) -> list[float]:

@@ -30,9 +30,18 @@ def bootstrap(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0
 
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """[mean, low, high] of the mean of values "n"."""
+    """[mean, low, high] of the mean of values "n"; of shares (values that are all 0 or 1) Wilson's interval, which is never of no width."""
     values = np.asarray(values, dtype=np.float64)
+    if len(values) and np.isin(values, (0.0, 1.0)).all():
+        return [float(values.mean()), *share_interval(float(values.mean()), len(values))]
     return [float(values.mean()) if len(values) else math.nan, *bootstrap(lambda a: a.mean(-1), values, seed=seed)]
+
+
+def share_interval(share: float, n: int) -> list[float]:
+    """The 95 % interval of a share of n (Wilson 1927)."""
+    z2 = Z95**2 / n
+    middle, half = (share + z2 / 2) / (1 + z2), math.sqrt(z2 * share * (1 - share) + z2**2 / 4) / (1 + z2)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
 def jackknife(whole: float, without: np.ndarray) -> list[float]:

@@ -26,6 +26,7 @@ def ema_update(average: nn.Module, network: nn.Module, *, images: int, half_life
     half_life = max(min(half_life, 0.05 * seen), 1e-8)
     decay = 0.5 ** (images / half_life)
     own, raw = list(average.parameters()), [p.detach() for p in network.parameters()]
-    torch._foreach_lerp_(own, raw, 1 - decay)
+    if own:
+        torch._foreach_lerp_(own, raw, 1 - decay)
     for a, b in zip(average.buffers(), network.buffers(), strict=True):
         a.copy_(b)

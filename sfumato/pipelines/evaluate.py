@@ -57,7 +57,7 @@ from sfumato.metrics.diversity import (
     vendi_score,
 )
 from sfumato.metrics.features import FeatureNet, Resize, look
-from sfumato.metrics.intervals import bootstrap, mean_interval
+from sfumato.metrics.intervals import mean_interval, share_interval
 from sfumato.metrics.judge import Judge
 from sfumato.metrics.pairwise import PAIRWISE, over_both
 from sfumato.metrics.stability import Usual, blur, failures, sharpness, spreads
@@ -70,9 +70,11 @@ EMOJI = "emoji"
 MOST = 2048  # samples, unless asked for more
 BATCH = 64
 SHOWN = 32
+FEWEST_PAIRS = 256  # reference pictures that a codec is tried on, however few samples are drawn
 MODES = 48
 SMALLEST_LPIPS = 32  # pixels: the deepest layers of its backbones see nothing of smaller pictures
-FEWEST_FOR_BLOCKS = 100  # pictures, to leave out tenths of
+FEWEST_FOR_BLOCKS = 30  # pictures, to leave out tenths of
+SAME = 1e-5  # cosine distance of features, below which a sample is a reference picture itself
 KEPT_SIDE = 64  # pixels of pictures that are kept for the page
 MOST_SEARCHED = 100_000  # reference pictures among which the nearest are looked for
 MOST_LEFT_OUT = 10_000  # pictures up to which tenths are left out of neighbourhoods, ten times the work
@@ -101,6 +103,7 @@ class PictureSet:
     labels: list[str | None]
     styles: list[str | None]
     stamp: str = ""
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -141,7 +144,7 @@ def picture_set(where: str | Path, side: int, known: set[str] | None = None) -> 
     pixels = pixels_of(found, entries, side).pixels
     return PictureSet(
         str(where), digest, OPAQUE_CROP, side, pixels, [e.name for e in entries], [e.caption for e in entries],
-        *_columns([e.labels for e in entries]),
+        *_columns([e.labels for e in entries]), skipped=tuple(f"{where}: {b.name} {b.reason}" for b in found.bad),
     )  # fmt: skip
 
 
@@ -196,6 +199,7 @@ class Evaluation:
     curves: list[Curve] = field(default_factory=list)
     shots: list[Shot] = field(default_factory=list)
     nearest: list[dict[str, Any]] = field(default_factory=list)
+    stopped: bool = False
     began: float = 0.0
 
     def start(self) -> None:
@@ -408,7 +412,8 @@ def distribution_figures(e: Evaluation, real: Tensor, fake: Tensor, logits: Tens
     )
     subsets = kid_subsets(real, fake, seed=e.options.seed)
     how = f"standard deviation {subsets.std(ddof=1):.3g}; as it is usually published"
-    name = f"{kid}, mean of {len(subsets)} subsets of {subset_size(len(real), len(fake))}"
+    how = f"of {subset_size(len(real), len(fake))} pictures; {how}"
+    name = f"{kid}, mean of {len(subsets)} subsets"
     e.add(group, name, subsets.mean(), n=len(fake), better=-1, how=how)
     blocks = min(len(real), len(fake)) >= FEWEST_FOR_BLOCKS and max(len(real), len(fake)) <= MOST_LEFT_OUT
     intervals = pair_intervals(real, fake, pairs) if blocks else {}
@@ -417,7 +422,7 @@ def distribution_figures(e: Evaluation, real: Tensor, fake: Tensor, logits: Tens
         how = f"neighbourhoods of {pairs.k}" + ("; interval by leaving out tenths of both sets" if blocks else "")
         e.add(group, label, values.mean(), n=len(values), better=1, interval=intervals.get(label), how=how, of_count=label in ("recall", "coverage"))
     cmmd = "CMMD" if e.net.name.endswith(CMMD_MODEL) and e.options.resize == "bicubic" else f"Gaussian kernel distance ({e.net.name})"
-    how = "sigma 10, times 1000, arXiv 2401.09603"
+    how = "sigma 10, times 1000, each picture's own pair counted: above 0 for few pictures even of one kind; arXiv 2401.09603"
     e.add(group, cmmd, gaussian_distance(real, fake), n=len(fake), better=-1, how=how, of_count=True)
     if inception and logits is not None and len(logits) >= 10:
         mean, deviation = inception_score(logits)
@@ -463,7 +468,7 @@ def memorisation_figures(e: Evaluation, fake: Tensor, kept: Looked) -> None:
     note = "" if len(rows) == len(e.reference) else f"searched among {len(rows):,} of {len(e.reference):,} reference pictures only"
     how = f"cosine, mean; theirs to each other {own.mean():.4f}; of {len(rows):,}"
     e.mean("memorisation", "distance to the nearest reference picture", apart.numpy(), better=0, how=how, note=note)
-    share = bootstrap(lambda a: (a < float(own.median()) / 2).mean(-1), apart.numpy(), seed=e.options.seed)
+    share = share_interval(copied(apart, own), len(fake))
     how = "nearer than half of what reference pictures keep from each other; means copying where the reference is what was trained on"
     e.add("memorisation", "copies", copied(apart, own), n=len(fake), better=-1, interval=share, how=how, note=note)
     theirs = [rows[i] for i in found.tolist()]
@@ -593,7 +598,8 @@ def retrieval_figures(e: Evaluation, real: Tensor, fake: Tensor, asked: Asked) -
         right = np.array([wanted[i] == there[int(found[i])] for i in known], dtype=float)
         chance = np.mean([there.count(wanted[i]) for i in known]) / len(there)
         how = f"of the nearest of {len(there):,} reference pictures; of one drawn by chance {chance:.3f}"
-        e.mean("text and style", f"{what} as asked", right, better=1, how=how)
+        name = f"{what} as asked" if "model" in e.samples else f"{what} like that of the nearest reference picture"
+        e.mean("text and style", name, right, better=1, how=how)
 
 
 def cost_figures(e: Evaluation, model: LatentDiffusion, trained: float | None) -> None:
@@ -641,7 +647,7 @@ def evaluate(
     count = options.count or min(len(reference) if model else len(subject), MOST)  # type: ignore[arg-type]
     rows = evenly(len(reference), max(count, min(len(reference), MOST)))
     if min(len(rows), count) < 2:
-        raise ValueError(f"{reference.path} has {len(rows)} pictures and {count} samples are asked for: two of each are needed at least")
+        raise ValueError(f"{name} gives {count} samples and {reference.path} has {len(rows)} pictures: two of each are needed at least")
     e = Evaluation(options, net, reference, rows, judge, lpips)
     e.start()
     real, _ = features_of(net, reference, rows, options.resize)
@@ -663,9 +669,9 @@ def evaluate(
             _part(e, "pairwise", lambda: _pairs(e, subject, real))
             e.samples = samples
         stopped = False
-        if groups & {"distribution", "diversity", "memorisation", "stability", "text"}:
+        if groups - {"pairwise", "cost"}:
             kept = looked_at(e, batches, count, usual)
-            stopped = kept.stopped
+            stopped = e.stopped = kept.stopped
             if model:
                 e.samples |= {"count": kept.count, "sha256": kept.digest.hexdigest()}
             if kept.count:
@@ -673,10 +679,14 @@ def evaluate(
         if "cost" in groups and not stopped:
             if model:
                 cost_figures(e, model, trained)
-            else:
+            elif groups != set(GROUPS):
                 e.remarks.append("no figures of cost: they are of models, not of pictures")
     except KeyboardInterrupt:
-        e.remarks.append("stopped by hand: what would have come after the last figure is missing")
+        e.stopped = True
+        if e.figures:
+            e.remarks.append(f"stopped by hand in {e.figures[-1].group}: what would have come later is missing")
+    if not e.figures and e.stopped:
+        raise KeyboardInterrupt
     if not e.figures:
         raise ValueError(f"there is nothing to say: {'; '.join(e.remarks)}")
     about = {"subject": name, "reference": reference.path, "reference pictures": len(rows), "samples": e.samples.get("count")}
@@ -691,11 +701,13 @@ def _pairs(e: Evaluation, subject: LatentDiffusion | PictureSet, real: Tensor) -
         if len(pairs) < 2:
             e.remarks.append("no pairwise figures: samples are not named like the reference pictures")
             return
+        if len(pairs) < len(subject):
+            e.remarks.append(f"pairwise figures are of {len(pairs):,} of {len(subject):,} samples: the others are not named like a reference picture")
         ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
         both = zip(e.reference.batches(theirs), subject.batches(ours), strict=True)
         pairwise_figures(e, both, len(pairs), [e.reference.names[b] for b in theirs], "named alike")
         return
-    rows = [e.rows[i] for i in evenly(len(e.rows), MOST)]
+    rows = [e.rows[i] for i in evenly(len(e.rows), min(MOST, max(e.options.count, FEWEST_PAIRS)) if e.options.count else MOST)]
     e.samples = {"model": e.samples["model"], "hash": e.samples["hash"], "count": len(rows), "of": "the reference pictures, through its codec"}
 
     @torch.no_grad()
@@ -706,7 +718,7 @@ def _pairs(e: Evaluation, subject: LatentDiffusion | PictureSet, real: Tensor) -
             yield x, ((y.clamp(-1, 1) + 1) * 127.5).round() / 255
 
     fake = pairwise_figures(e, copies(), len(rows), [e.reference.names[r] for r in rows], "reconstruction by the codec")
-    same = real if len(rows) == len(e.rows) else real[torch.tensor(evenly(len(e.rows), MOST))]
+    same = real if len(rows) == len(e.rows) else real[torch.tensor(evenly(len(e.rows), len(rows)))]
     e.start()
     distance = frechet_distance(*(Moments().update(x) for x in (same, fake)))
     note = "; ".join(remarks(len(same), len(fake), fake.shape[1]))
@@ -717,6 +729,11 @@ def _pairs(e: Evaluation, subject: LatentDiffusion | PictureSet, real: Tensor) -
 
 def _of_samples(e: Evaluation, groups: set[str], real: Tensor, kept: Looked, usual: Usual, model: LatentDiffusion | None, asked: Asked) -> None:
     fake = torch.cat(kept.features)
+    same = float((nearest(fake, real)[0] < SAME).float().mean())
+    if same > 0.05:
+        e.remarks.append(
+            f"{same:.0%} of the samples are reference pictures themselves: kernel distances are below 0 then, and say nothing of other pictures"
+        )
     first = torch.cat(kept.small)[: 2 * SHOWN]
     e.shots.insert(0, Shot("Samples, the first ones as they came", grid(to_pil(first.float() / 127.5 - 1), columns=16)))
     parts: dict[str, Callable[[], None]] = {

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, load_tensors, save_tensors, sweep, thousands, write_json
@@ -41,7 +41,21 @@ from sfumato.nn.ema import ema_copy, ema_update
 
 BAD_STEPS_IN_A_ROW = 5
 HALVINGS = 3  # of a batch that does not fit into memory
-FREE_TO_CHANGE = ("images", "save_every", "sample_every", "log_every", "keep", "keep_every", "trackers", "threads", "device", "compile")
+ROLLBACKS = 3  # of a run that repairs itself
+FREE_TO_CHANGE = (
+    "images",
+    "patience",
+    "auto",
+    "save_every",
+    "sample_every",
+    "log_every",
+    "keep",
+    "keep_every",
+    "trackers",
+    "threads",
+    "device",
+    "compile",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +67,8 @@ class LoopConfig:
     into memory is halved by itself, where one process trains and the loss does not compare the pictures of a batch (text does).
     `clip` 0 clips nothing.
     `dtype` auto is what this machine multiplies matrices faster in, measured once when the run begins (see `settled`).
+    `patience` ends a run after that many looks (`sample_every`) without a better score, 0 never. `auto` lets remedies act: a run that is not finite
+    goes back to its newest checkpoint with half the learning rate, and a task does what its doctor advises.
     `compile` fuses the networks by torch.compile: a minute's start, then faster; rounding differs, so a resume is exact only with the same setting.
     """
 
@@ -76,12 +92,16 @@ class LoopConfig:
     trackers: tuple[str, ...] = ()
     threads: int = 0
     compile: bool = False
+    patience: int = 0
+    auto: bool = False
     device: Device = "auto"
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "accumulate", "save_every", "sample_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1")
+        if self.patience < 0:
+            raise ValueError(f"patience (={self.patience}) must be at least 0: looks without a better score, 0 never ends a run")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay (={self.decay}) must be between 0 and 1: it is the last fraction of the run")
         if self.clip < 0:
@@ -102,17 +122,25 @@ Loss = Callable[[dict[str, nn.Module], Batch, float], tuple[Tensor, dict[str, Te
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimiser: the networks it changes, its loss (networks, batch, progress in [0, 1]) -> (scalar, statistics), and its period in steps."""
+    """One optimiser: the networks it changes, its loss (networks, batch, progress in [0, 1]) -> (scalar, statistics), its period in steps, and
+    from which progress on it works.
+    """
 
     name: str
     networks: tuple[str, ...]
     loss: Loss
     every: int = 1
     lr_scale: float = 1.0
+    begins: float = 0.0
 
 
 class Task(Protocol):
-    """What is trained. `batch` must be a pure function of the positions; `pack` turns averaged weights into what draws."""
+    """What is trained. `batch` must be a pure function of the positions; `pack` turns averaged weights into what draws.
+
+    What a task may have besides: `after_step(averages, images, finite) -> statistics`, once after all phases of a step, for what is not learned by
+    gradients; `remarks(run) -> list of JSON lines`, after each look, which are said and logged; `full_precision`, names of networks that autocast
+    leaves alone; `partly_used`, True where a loss does not reach all parameters; `splittable`, False where a loss compares pictures of a batch.
+    """
 
     kind: str
     networks: dict[str, nn.Module]
@@ -209,7 +237,7 @@ class Trainer:
     """A task, its optimisers and its counters, bound to a run folder."""
 
     def __init__(self, task: Task, loop: LoopConfig, run: Path, config: Any) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         loop = settled(loop, run)
         self.task, self.loop, self.run = task, loop, Path(run)
@@ -221,6 +249,7 @@ class Trainer:
             mixed_precision="bf16" if loop.dtype == "bf16" else "no",
             log_with=list(loop.trackers) or None,
             project_dir=str(run),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=getattr(task, "partly_used", False))],
         )
         self.device = self.accelerator.device
         world = self.accelerator.num_processes
@@ -229,14 +258,24 @@ class Trainer:
         for network in task.networks.values():
             network.to(self.device)
         self.averages = {name: ema_copy(n) for name, n in task.networks.items()}
-        self.prepared = {name: self.accelerator.prepare(n) for name, n in task.networks.items()}
+        self.prepared = {name: self._prepared(name, n) for name, n in task.networks.items()}
         if loop.compile:
             for network in self.prepared.values():
                 network.compile()
         self.optimisers = {p.name: self._optimiser(p) for p in task.phases}
         self.accumulate = loop.accumulate  # doubled where a batch does not fit into memory
-        self.counters = {"images": 0, "steps": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self.counters = {"images": 0, "steps": 0, "skipped": 0, "skipped_in_a_row": 0, "stale": 0, "rollbacks": 0}
         self.best = -math.inf
+
+    def _prepared(self, name: str, network: nn.Module) -> nn.Module:
+        """As accelerate makes it ready; networks that the task wants in full precision without its autocast."""
+        if name not in getattr(self.task, "full_precision", ()):
+            return self.accelerator.prepare(network)
+        before, self.accelerator.native_amp = self.accelerator.native_amp, False
+        try:
+            return self.accelerator.prepare(network)
+        finally:
+            self.accelerator.native_amp = before
 
     def _optimiser(self, phase: Phase) -> torch.optim.Optimizer:
         """AdamW; norms, biases and other vectors are not decayed."""
@@ -260,10 +299,10 @@ class Trainer:
         stats: dict[str, float] = {}
         seen = self.counters["images"]
         progress = seen / self.loop.images
-        lr = self.loop.lr_at(seen)
+        lr = self.loop.lr_at(seen) * 0.5 ** self.counters["rollbacks"]
         finite = True
         for phase in self.task.phases:
-            if self.counters["steps"] % phase.every == 0:
+            if self.counters["steps"] % phase.every == 0 and progress >= phase.begins:
                 ok, found = self._phase(phase, batches, progress, lr)
                 finite &= ok
                 stats |= found
@@ -273,7 +312,8 @@ class Trainer:
         self.counters["steps"] += 1
         for name, average in self.averages.items():
             ema_update(average, self.task.networks[name], images=self.loop.batch_size, half_life=self.loop.ema * self.loop.images, seen=seen)
-        return stats | {"lr": lr}
+        after = getattr(self.task, "after_step", None)
+        return stats | (after(self.averages, self.counters["images"], finite) if after else {}) | {"lr": lr}
 
     def _phase(self, phase: Phase, batches: list[Batch], progress: float, lr: float) -> tuple[bool, dict[str, float]]:
         optimiser, a = self.optimisers[phase.name], self.accelerator
@@ -371,6 +411,8 @@ class Trainer:
             images = self.counters["images"]
             bar.update(loop.batch_size)
             if self.counters["skipped_in_a_row"] >= BAD_STEPS_IN_A_ROW:
+                if self._rolled_back(log, bar):
+                    return self._steps(end, signalled, log, bar)
                 raise Diverged(
                     f"{BAD_STEPS_IN_A_ROW} steps in a row were not finite, last at {images:,} images; the newest checkpoint is intact: "
                     f"begin again in another --out with a lower lr (={loop.lr}) or with dtype fp32"
@@ -384,6 +426,32 @@ class Trainer:
                 self.save()
             if stop:
                 raise Stopped(stop, images)
+            if self.loop.patience and self._any(self.counters["stale"] >= self.loop.patience):
+                if self.accelerator.is_main_process:
+                    said = f"ended at {images:,} images: no better score in {self.loop.patience} looks; the best is in model-best.safetensors"
+                    tqdm.write(translated(said), file=sys.stderr)
+                self.save()
+                return
+
+    def _rolled_back(self, log: RunLog | None, bar: tqdm) -> bool:
+        """Goes back to the newest checkpoint with half the learning rate, where that is wanted and was not done too often."""
+        done, at = self.counters["rollbacks"] + 1, self.counters["images"]
+        if not self.loop.auto or done > ROLLBACKS or not checkpoints(self.run, "state"):
+            return False
+        self.accelerator.wait_for_everyone()
+        self.resume()
+        self.counters["rollbacks"] = done
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
+        images = self.counters["images"]
+        said = f"steps at {at:,} images were not finite: back to {images:,} images with the learning rate at {0.5**done:g} of what was asked for"
+        if log:
+            log = RunLog(log.path, images)
+            log.write(images=images, action="rollback", says=said)
+            tqdm.write(translated(said), file=sys.stderr)
+        bar.n = images
+        self.save()
+        return True
 
     def _report(self, sums: dict[str, list[float]], clock: tuple[float, int], log: RunLog | None, bar: tqdm) -> None:
         """One line of the log: means since the last one, and the speed since `clock` (seconds, images)."""
@@ -392,7 +460,7 @@ class Trainer:
         sums.clear()
         speed = (images - clock[1]) / (time.perf_counter() - clock[0])
         line |= {"images": images, "images_per_s": round(speed, 2), "skipped": self.counters["skipped"]}
-        bar.set_postfix(loss=f"{line.get('loss', math.nan):.4f}")
+        bar.set_postfix(loss=f"{line.get('loss', line.get(f'{self.task.phases[0].name}/loss', math.nan)):.4f}")
         if log:
             log.write(**line)
         if self.loop.trackers:
@@ -446,9 +514,13 @@ class Trainer:
         if log and scores:
             log.write(images=images, **{k: round(v, 5) for k, v in scores.items()})
         score = scores.get("score", math.nan)
+        self.counters["stale"] += 1
         if score > self.best and self.counters["skipped_in_a_row"] == 0:
-            self.best = score
+            self.best, self.counters["stale"] = score, 0
             self._save_pack(self.run / "model-best.safetensors")
+        for line in self.task.remarks(self.run) if log and hasattr(self.task, "remarks") else ():
+            log.write(images=images, **line)  # type: ignore[union-attr]
+            tqdm.write(translated(f"doctor: {line['says']}"), file=sys.stderr)
 
     # --- files --------------------------------------------------------------------------------------------------------------------------------
 
@@ -530,9 +602,10 @@ class Trainer:
                     if name in state:
                         state[name] = {k: torch.empty_like(p, device="cpu").copy_(v) if v.shape == p.shape else v for k, v in state[name].items()}
                 whole = get_optimizer_state_dict(module, optimiser)
-                set_optimizer_state_dict(module, optimiser, {"state": dict(state), "param_groups": whole["param_groups"]})
+                options = StateDictOptions(strict=False)  # a parameter that no loss has reached yet has no state
+                set_optimizer_state_dict(module, optimiser, {"state": dict(state), "param_groups": whole["param_groups"]}, options=options)
         self.best = -math.inf if counters["best"] is None else counters["best"]
-        self.counters = {k: counters[k] for k in self.counters}
+        self.counters = {k: counters.get(k, 0) for k in self.counters}
 
 
 def _check_same(ours: dict, theirs: Any, run: Path) -> None:

@@ -26,8 +26,9 @@ from sfumato.core.rng import numpy_rng, shuffled, torch_rng
 from sfumato.data.emoji import Drawings, art_digest, concepts, credits, drawable, drawings
 from sfumato.data.latents import cached_latents
 from sfumato.losses.perceptual import perceptual
+from sfumato.losses.pixels import pixel_loss
 from sfumato.nn.backbones import efficientnet_lite0, lite0_on, over
-from sfumato.train.autoencoder import pixel_loss, psnr_over_white
+from sfumato.train.autoencoder import psnr_over_white
 from sfumato.train.diffusion import frozen_part
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 

@@ -45,7 +45,7 @@ def test_shapes(convnet: ConvnetConfig, channels: int, factor: int, height: int,
     assert y.shape == x.shape
     assert y.dtype == torch.float32
     assert loss.shape == ()
-    assert set(stats) == {"posterior_std", "latent_std"}
+    assert set(stats) == {"posterior_std", "latent_std", "kl_channels"}
 
 
 def test_config_round_trip_and_refusals() -> None:

@@ -172,8 +172,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ValueError, match="two pictures at least, not 1"):
         _ = Moments().update(x[:1]).covariance
     assert len(remarks(5000, 5000, 1280)) == 0
-    assert len(remarks(2000, 5000, 1280)) == 1
-    assert len(remarks(1000, 5000, 1280)) == 2
+    assert remarks(2000, 5000, 1280)[-1] == "read the kernel distance (KID)"
+    assert len(remarks(2000, 5000, 1280)) == 2
+    assert len(remarks(1000, 5000, 1280)) == 3
 
 
 # --- the others ---------------------------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_a_folder_of_samples(own_folder: Path, blurred: Path, tmp_path: Path, ca
         assert f["n"] >= 1
     groups = {f["group"].split(" ")[0] for f in report["figures"]}
     assert groups == {"pairwise", "distribution", "diversity", "memorisation", "stability", "text"}
-    assert 0.5 <= value(report, "label as asked") <= 1, "sub-folders are labels"
+    assert 0.5 <= value(report, "label like that of the nearest reference picture") <= 1, "sub-folders are labels"
     assert value(report, "psnr") < 40
     page = (tmp_path / "a" / "index.html").read_text()
     assert "http" not in page.replace("http-equiv", ""), "it must be readable without a network"
@@ -329,3 +329,32 @@ def test_numbers_are_shown_as_they_are_meant() -> None:
     assert shown(29.81234, "dB") == "29.81 dB"
     assert plain({"a": float("nan"), "b": [np.float32(1.5)]}) == {"a": None, "b": [1.5]}
     assert Figure("g", "n", 1.0).source == {}
+
+
+def test_few_pairs_are_said_to_be_few_and_are_not_compared(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for i, path in enumerate(sorted(own_folder.rglob("*.png"))):
+        target = other / path.relative_to(own_folder) if i < 3 else other / f"x{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    for name, folder in (("a", own_folder), ("b", other)):
+        main(
+            [
+                "evaluate",
+                str(folder),
+                "--reference",
+                str(own_folder),
+                "--out",
+                str(tmp_path / name),
+                "--size",
+                "32",
+                "--metrics",
+                "pairwise,distribution",
+            ]
+        )
+    assert any("pairwise figures are of 3 of 40 samples" in r for r in report_of(tmp_path / "b")["remarks"])
+    assert any("100% of the samples are reference pictures themselves" in r for r in report_of(tmp_path / "b")["remarks"])
+    capsys.readouterr()
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "not said: other pairs" in capsys.readouterr().out

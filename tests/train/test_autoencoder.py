@@ -21,13 +21,12 @@ from sfumato.core.runlog import read_log
 from sfumato.data.emoji import STYLES, concepts, is_held_out, pairs
 from sfumato.data.folder import scan, split
 from sfumato.data.shards import ShardPictures, split_shards
+from sfumato.losses.pixels import layers_of, pixel_loss
 from sfumato.train.autoencoder import (
     OWN,
     PRESETS,
     AutoencoderRecipe,
     AutoencoderTask,
-    layers_of,
-    pixel_loss,
     preset_smoke,
     psnr_over_white,
     split_pictures,

@@ -385,7 +385,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> Non
         same = all(torch.equal(before[k], v) for k, v in task.networks["net"].state_dict().items())
         assert same == (step in (1, 2))
         assert trainer.counters["skipped_in_a_row"] == (0, 1, 2, 0)[step]
-    assert trainer.counters == {"images": 64, "steps": 4, "skipped": 2, "skipped_in_a_row": 0}
+    assert trainer.counters == {"images": 64, "steps": 4, "skipped": 2, "skipped_in_a_row": 0, "stale": 0, "rollbacks": 0}
 
 
 def test_a_skipped_step_leaves_every_state_finite_and_is_logged(tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ def split(z_e: Float[Tensor, "b k h w"]) -> tuple[Float[Tensor, "b k//2 h w"], F
 
 
 class KL(nn.Module):
-    """z = mean + std * noise (the mean itself where noise is None); loss = KL(posterior || N(0, 1)), mean over elements."""
+    """z = mean + std * noise (the mean itself where noise is None); loss = KL(posterior || N(0, 1)), mean over elements.
+
+    Among the statistics "kl_channels" is its mean by channel.
+    """
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
@@ -39,8 +42,8 @@ class KL(nn.Module):
     ) -> tuple[Float[Tensor, "b k//2 h w"], Float[Tensor, ""], dict[str, Tensor]]:
         mean, std = split(z_e)
         z = mean if noise is None else mean + std * noise
-        loss = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
-        return z, loss, {"posterior_std": std.detach().mean(), "latent_std": mean.detach().std()}
+        kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log())
+        return z, kl.mean(), {"posterior_std": std.detach().mean(), "latent_std": mean.detach().std(), "kl_channels": kl.mean((0, 2, 3))}
 
     def update(self, stats: dict[str, Tensor]) -> None:
         """Nothing to learn outside of the gradient."""

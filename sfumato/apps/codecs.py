@@ -1,0 +1,185 @@
+"""`sfumato sample`, `sfumato convert` and `sfumato doctor`: what a codec draws by itself, foreign checkpoints, and what is wrong with a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sfumato.apps.cli import OUT, say
+from sfumato.core.checkpoint import FileError, write_bytes
+from sfumato.core.language import translated
+from sfumato.core.runlog import read_log
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draws from a VAE (`sfumato train autoencoder --preset vae`), or goes from one picture to another in a codec's latents."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A run folder or a model file with a codec."""
+    count: int = 16
+    """Pictures."""
+    seed: int = 0
+    """Picture i has seed + i."""
+    prior: Literal["fitted", "normal"] = "fitted"
+    """Where latents are drawn from: where pictures were encoded to, or N(0, I)."""
+    between: tuple[Path, Path] | None = None
+    """Two pictures: the way from the first to the second instead."""
+    out: Path | None = None
+    """The PNG to write; without it one in sfumato-out/."""
+    force: bool = False
+    """Overwrite a file that exists."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Reads a VQGAN of taming-transformers or a diffusers VQModel into a model of ours, or writes ours in their layout."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A .ckpt, .pt or .safetensors, a folder of a VQModel, or with --to a model of ours."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """The file to write; with --to diffusers a folder."""
+    to: Literal["sfumato", "taming", "diffusers"] = "sfumato"
+    """The layout to write."""
+    force: bool = False
+    """Overwrite what exists."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Says what is wrong with a run of `sfumato train autoencoder`, finished or still running, and what helps; writes a page to look at."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run folder."""
+    out: Path | None = None
+    """The HTML page; without it doctor.html in the run folder."""
+
+
+def run_sample(asked: Sample) -> Iterator[str]:
+    """Writes one sheet of pictures."""
+    from PIL import Image
+
+    from sfumato.core.images import grid, png_bytes
+    from sfumato.pipelines.codec import load_codec
+
+    if asked.count < 1:
+        raise ValueError(f"count (={asked.count}) must be at least 1")
+    out = asked.out or OUT / f"sample-{asked.seed}.png"
+    if out.exists() and not asked.force and asked.out is not None:
+        raise FileError(f"{out} exists: use --force to overwrite it, or another --out")
+    loaded = load_codec(asked.model)
+    if asked.between:
+        images = loaded.between(*(Image.open(p) for p in asked.between), frames=asked.count)
+    else:
+        images = loaded.draw(asked.count, asked.seed, fitted=asked.prior == "fitted")
+    told = {"model": loaded.hash, "seed": asked.seed, "count": asked.count, "prior": asked.prior, "between": [str(p) for p in asked.between or ()]}
+    write_bytes(out, png_bytes(grid(images, columns=8), {"sfumato-sample": json.dumps(told)}))
+    yield str(out)
+
+
+def run_convert(asked: Convert) -> Iterator[str]:
+    """Converts; says what was found."""
+    if asked.target.exists() and not asked.force:
+        raise FileError(f"{asked.target} exists: use --force to overwrite it, or name another")
+    from sfumato.convert.taming import read_vqgan, to_pack, write_vqgan
+    from sfumato.core.pack import save_pack
+    from sfumato.pipelines.codec import load_codec
+
+    if asked.to == "sfumato":
+        codec = read_vqgan(asked.source)
+        save_pack(asked.target, *to_pack(codec))
+    else:
+        codec = load_codec(asked.source).codec
+        if asked.to == "diffusers" and asked.target.suffix:
+            raise ValueError(f"target (={str(asked.target)!r}) must be a folder: name it without an ending")
+        if asked.to == "taming" and not asked.target.suffix:
+            raise ValueError(f"target (={str(asked.target)!r}) must end in .ckpt or .safetensors")
+        write_vqgan(codec, asked.target)
+    c = codec.config
+    size = sum(p.numel() for p in codec.parameters())
+    codes = f"{codec.spec.codebook_size:,}"
+    say(f"a {c.bottleneck.kind} codec: f{c.convnet.factor}, {codes} codes of {c.bottleneck.channels}, {size / 1e6:.1f} M parameters")
+    yield str(asked.target)
+
+
+# --- the doctor -----------------------------------------------------------------------------------------------------------------------------------
+
+CURVES = (  # titles and the keys of a log that are drawn together
+    ("Held-out pictures: PSNR", ("psnr", "train_psnr")),
+    ("Held-out pictures: SSIM", ("ssim",)),
+    ("Held-out pictures: distance of features, kernel distance", ("distance", "kernel")),
+    ("Detail that copies keep", ("detail",)),
+    ("Codes in use: share, and perplexity as a share", ("usage", "perplexity_share", "held_out_usage")),
+    ("Bits a value (the bound on the likelihood)", ("bits",)),
+    ("Latent channels that say something", ("live_channels",)),
+    ("Loss", ("loss", "codec/loss", "discriminator/loss")),
+    ("Discriminator: share of patches taken for what they are", ("discriminator/real_right", "discriminator/fake_right")),
+    ("Adversarial weight: found on the last layer, and as used", ("codec/adaptive", "codec/adversarial_weight")),
+    ("Pictures a second", ("images_per_s",)),
+)
+
+
+def run_doctor(asked: Doctor) -> Iterator[str]:
+    """The findings as lines, then where the page is."""
+    from sfumato.train.doctor import diagnose, facts_of
+
+    log = asked.run / "log.jsonl"
+    if not log.exists():
+        raise FileError(f"{asked.run} holds no log.jsonl: name a run folder of `sfumato train autoencoder`")
+    lines = read_log(log)
+    findings = diagnose(lines, facts_of(asked.run))
+    for f in findings:
+        yield f"{f.name}: {translated(f.says)}"
+    if not findings:
+        yield translated("nothing is wrong, as far as the log tells")
+    out = asked.out or asked.run / "doctor.html"
+    write_bytes(out, _page(asked.run, lines, [(f.name, f.sees, f.helps) for f in findings]).encode())
+    yield str(out)
+
+
+def _page(run: Path, lines: list[dict[str, Any]], findings: list[tuple[str, str, str]]) -> str:
+    import html
+
+    from PIL import Image
+
+    from sfumato.core.checkpoint import checkpoints
+    from sfumato.core.report import Curve, Shot, facts, page, picture, svg
+
+    parts = [f'<p class="remark"><b>{html.escape(n)}</b>: {html.escape(translated(f"{s}; what helps: {h}"))}</p>' for n, s, h in findings]
+    parts = parts or [f'<p class="remark">{html.escape(translated("nothing is wrong, as far as the log tells"))}</p>']
+    last = {k: v for line in lines for k, v in line.items() if not isinstance(v, str)}
+    parts.append(facts({k: last[k] for k in ("images", "psnr", "ssim", "distance", "kernel", "usage", "perplexity", "bits", "skipped") if k in last}))
+    for title, keys in CURVES:
+        drawn = {k: [(line["images"], line[k]) for line in lines if k in line and "images" in line] for k in keys}
+        drawn = {k: v for k, v in drawn.items() if v}
+        if drawn:
+            parts.append(f"<h2>{html.escape(title)}</h2>{svg(Curve(title, 'images', '', drawn))}")
+    samples = sorted((run / "samples").glob("*.png"))
+    if samples:
+        parts.append(f"<h2>Held-out pictures, each with its copy</h2>{picture(Shot(samples[-1].stem, Image.open(samples[-1])))}")
+    if checkpoints(run, "model"):
+        parts += _codebook(run)
+    said = [f"{line['images']:,}: {line.get('action') or line['says']}" for line in lines if "says" in line]
+    if said:
+        parts.append("<h2>What was said on the way</h2><ul>" + "".join(f"<li>{html.escape(s)}</li>" for s in said) + "</ul>")
+    return page(f"{run.name}: doctor", parts)
+
+
+def _codebook(run: Path) -> list[str]:
+    """The newest codec's codes as pictures, and how often each was chosen."""
+    from sfumato.core.report import Curve, Shot, facts, picture, svg
+    from sfumato.pipelines.codec import load_codec
+
+    found = load_codec(run).codebook()
+    if found is None:
+        return []
+    image, use, counts = found
+    text = "every code as a patch of nothing else, the most used first"
+    some = counts[:: max(1, len(counts) // 256)]
+    curve = svg(Curve("use", "codes, the most used first", "times chosen in 512 pictures", {"": [(float(i), float(c)) for i, c in enumerate(some)]}))
+    return ["<h2>Codebook</h2>", facts({k: round(v, 4) for k, v in use.items()}), picture(Shot("Codebook", image, text)), curve]

@@ -1,0 +1,117 @@
+"""Reads the tensors of a foreign checkpoint without running anything that it holds.
+
+A `.ckpt` is a zip with a pickle, and a pickle is a program. This reader knows a few names (how a tensor is put together, plain containers); every
+other name becomes an empty shell, which is made, filled and thrown away: nothing is imported and nothing is called.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sfumato.core.checkpoint import FileError
+
+DTYPES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}  # fmt: skip
+
+
+class Shell(dict):
+    """What stands for an object of a class that is not known; holds nothing that could act."""
+
+    def __new__(cls, *args: Any, **named: Any) -> Shell:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        """As a list would."""
+
+    def extend(self, items: Any) -> None:
+        """As a list would."""
+
+    def add(self, item: Any) -> None:
+        """As a set would."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset)
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+class _Unpickler(pickle.Unpickler):
+    """Names are looked up here and nowhere else."""
+
+    KNOWN: dict[tuple[str, str], Any] = {  # noqa: RUF012
+        ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+        ("torch._utils", "_rebuild_parameter"): _parameter,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch", "Size"): tuple,
+    }
+
+    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(file)
+        self.archive, self.root = archive, root
+        self.storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        return self.KNOWN.get((module, name), Shell)
+
+    def persistent_load(self, told: Any) -> Tensor:
+        _, dtype, key, _, _ = told
+        if not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError("a storage of an unknown kind")
+        if key not in self.storages:
+            self.storages[key] = torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
+        return self.storages[key]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a `.safetensors` file or of a PyTorch checkpoint, by name; nested `state_dict`s are unwrapped, whatever else it holds is left.
+
+    Raises FileError for what is neither, or is damaged.
+    """
+    if not path.is_file():
+        raise FileError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = _unpickled(path) if zipfile.is_zipfile(path) else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise FileError(f"{path} cannot be read as a checkpoint ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__})") from None
+    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    tensors = {k: v.detach().clone() for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    if not tensors:
+        raise FileError(f"{path} holds no tensors by name: it is no checkpoint of a network")
+    return tensors
+
+
+def _unpickled(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        member = next((n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")), None)
+        if member is None:
+            raise FileError("it is a zip without a PyTorch archive")
+        with archive.open(member) as file:
+            return _Unpickler(file, archive, member.split("/")[0]).load()

@@ -1,0 +1,287 @@
+"""VQGAN checkpoints of taming-transformers, and of diffusers' `VQModel`: into a codec of ours, and back into the same layout.
+
+Each name is used once in each direction; what is left over is an error, except the loss's networks, which no picture needs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
+from sfumato.codecs.bottlenecks.gumbel import GumbelConfig
+from sfumato.codecs.bottlenecks.vq import VQConfig
+from sfumato.codecs.resnets import ResnetConfig
+from sfumato.convert.checkpoint import read_tensors
+from sfumato.core.checkpoint import FileError
+from sfumato.core.config import from_json, to_json
+
+RESOLUTION = 256  # of which attention's resolutions are said where no YAML tells another
+LEFT_OUT = ("loss.", "colorize")
+OWN = ("counts", "unused", "updates")  # of our bottleneck: what it counts while it learns
+
+
+def to_codec(name: str) -> str:
+    """A name of taming-transformers -> ours, without the `codec.` of a pack."""
+    for theirs, ours in (
+        ("quantize.embedding.weight", "bottleneck.codebook"),
+        ("quantize.embedding.cluster_size", "bottleneck.cluster_size"),
+        ("quantize.embedding.embed_avg", "bottleneck.sums"),
+        ("quantize.embed.weight", "bottleneck.codebook"),
+        ("quantize.proj.", "bottleneck.proj."),
+        ("quant_conv.", "encoder.quant_conv."),
+        ("post_quant_conv.", "decoder.post_quant_conv."),
+    ):
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    return name
+
+
+def from_codec(name: str, gumbel: bool) -> str:
+    """The other way round."""
+    for theirs, ours in (
+        ("quantize.embed.weight" if gumbel else "quantize.embedding.weight", "bottleneck.codebook"),
+        ("quantize.embedding.cluster_size", "bottleneck.cluster_size"),
+        ("quantize.embedding.embed_avg", "bottleneck.sums"),
+        ("quantize.proj.", "bottleneck.proj."),
+        ("quant_conv.", "encoder.quant_conv."),
+        ("post_quant_conv.", "decoder.post_quant_conv."),
+    ):
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
+# --- what a checkpoint is -------------------------------------------------------------------------------------------------------------------------
+
+
+def config_of(tensors: dict[str, Tensor], settings: dict[str, Any] | None = None) -> AutoencoderConfig:
+    """The network from the shapes of its tensors; `settings` (`model.params` of a YAML) add what shapes do not say: resolution, dropout, beta."""
+    shape = {k: tuple(v.shape) for k, v in tensors.items()}
+    for needed in ("encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.weight"):
+        if needed not in shape:
+            raise FileError(f"the checkpoint has no tensor {needed}: it is no VQGAN of taming-transformers")
+    params = settings or {}
+    net = params.get("ddconfig", {})
+    width, levels = shape["encoder.conv_in.weight"][0], _count(shape, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    multipliers = tuple(shape[f"encoder.down.{i}.block.0.conv1.weight"][0] // width for i in range(levels))
+    resolution = int(net.get("resolution", RESOLUTION))
+    attention = tuple(resolution // 2**i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shape)
+    convnet = ResnetConfig(
+        image_channels=shape["encoder.conv_in.weight"][1], width=width, multipliers=multipliers, attention=attention, resolution=resolution,
+        blocks=_count(shape, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"), z_channels=shape["decoder.conv_in.weight"][1],
+        double_z=shape["encoder.conv_out.weight"][0] == 2 * shape["decoder.conv_in.weight"][1], dropout=float(net.get("dropout", 0.0)),
+    )  # fmt: skip
+    return AutoencoderConfig(convnet=convnet, bottleneck=_bottleneck(shape, params))
+
+
+def _bottleneck(shape: dict[str, tuple[int, ...]], params: dict[str, Any]) -> VQConfig | GumbelConfig:
+    if "quantize.embed.weight" in shape:
+        size, channels = shape["quantize.embed.weight"]
+        return GumbelConfig(size=size, channels=channels, encoder_channels=shape["quantize.proj.weight"][1])
+    if "quantize.embedding.weight" not in shape:
+        raise FileError("the checkpoint has no codebook (quantize.embedding.weight or quantize.embed.weight): it is no VQGAN")
+    size, channels = shape["quantize.embedding.weight"]
+    ema = "quantize.embedding.embed_avg" in shape
+    return VQConfig(
+        size=size, channels=channels, cosine=False, gradient="straight-through", learn="ema" if ema else "gradient",
+        commitment=float(params.get("beta", 0.25)), restart=0.0, legacy_beta=not ema,
+    )  # fmt: skip
+
+
+def _count(names: dict[str, Any], pattern: str) -> int:
+    found = {int(m[1]) for n in names if (m := re.fullmatch(pattern, n))}
+    if found != set(range(len(found))) or not found:
+        raise FileError(f"the checkpoint has {sorted(found)} of {pattern}: it is no VQGAN of taming-transformers")
+    return len(found)
+
+
+def settings_beside(path: Path) -> dict[str, Any] | None:
+    """`model.params` of the one YAML file that lies beside a checkpoint, or in the `configs` folder of its run; None without one."""
+    try:
+        import yaml
+    except ImportError:
+        return None
+    for folder in (path.parent, path.parent.parent / "configs"):
+        files = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+        projects = [f for f in files if "project" in f.name] or files
+        if len(projects) == 1:
+            try:
+                found = yaml.safe_load(projects[0].read_text(encoding="utf-8"))
+                return found["model"]["params"]
+            except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+                raise FileError(f"{projects[0]} beside {path.name} is no config of a VQGAN: move it away to read the checkpoint without it") from None
+    return None
+
+
+# --- reading and writing ----------------------------------------------------------------------------------------------------------------------------
+
+
+def read_vqgan(path: Path) -> Autoencoder:
+    """The codec of a taming-transformers checkpoint (`.ckpt`, `.pt`, `.safetensors`) or of a diffusers `VQModel` folder, in evaluation mode.
+
+    Raises FileError where tensors are missing or left over.
+    """
+    path = Path(path)
+    if path.is_dir():
+        tensors, settings = _from_diffusers(path)
+    else:
+        tensors, settings = {k.removeprefix("first_stage_model."): v for k, v in read_tensors(path).items()}, settings_beside(path)
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(LEFT_OUT)}
+    codec = Autoencoder(config_of(tensors, settings))
+    ours = {to_codec(k): v.float() for k, v in tensors.items()}
+    own = {k: v for k, v in codec.state_dict().items() if k.startswith("latent_") or k.rpartition(".")[2] in OWN}
+    return _loaded(codec, ours | own, path)
+
+
+def _loaded(codec: Autoencoder, tensors: dict[str, Tensor], path: Path) -> Autoencoder:
+    state = codec.state_dict()
+    missing, foreign = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
+    if missing or foreign:
+        raise FileError(
+            f"{path} does not fit: it lacks {len(missing)} tensors ({missing[:3]}) and has {len(foreign)} that belong nowhere ({foreign[:3]})"
+        )
+    wrong = [k for k, v in tensors.items() if v.shape != state[k].shape]
+    if wrong:
+        raise FileError(f"{path}: {wrong[0]} is {tuple(tensors[wrong[0]].shape)}, not {tuple(state[wrong[0]].shape)}")
+    codec.load_state_dict(tensors)
+    return codec.eval().requires_grad_(False)
+
+
+def to_taming(codec: Autoencoder) -> dict[str, Tensor]:
+    """The tensors of a codec in the layout of taming-transformers. Raises ValueError for one that this layout cannot hold."""
+    config = codec.config
+    gumbel = isinstance(config.bottleneck, GumbelConfig)
+    plain = isinstance(config.bottleneck, VQConfig) and not config.bottleneck.cosine
+    if not isinstance(config.convnet, ResnetConfig) or not (plain or gumbel):
+        raise ValueError(
+            f"a codec of {config.convnet.kind} networks with a {config.bottleneck.kind} bottleneck has no place in that layout: "
+            "it holds resnet networks with vq (cosine false) or gumbel"
+        )
+    kept = {k: v for k, v in codec.state_dict().items() if not k.startswith("latent_") and k.rpartition(".")[2] not in OWN}
+    return {from_codec(k, gumbel): v.detach().clone().contiguous() for k, v in kept.items()}
+
+
+def write_vqgan(codec: Autoencoder, path: Path) -> None:
+    """Writes the layout of taming-transformers: `.safetensors`, else a PyTorch checkpoint of plain tensors; a path without an ending is a folder
+    in the layout of diffusers' `VQModel`.
+    """
+    tensors = to_taming(codec)
+    if not path.suffix:
+        return _to_diffusers(codec, tensors, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        torch.save({"state_dict": tensors}, path)
+
+
+# --- diffusers ------------------------------------------------------------------------------------------------------------------------------------
+
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def diffusers_name(name: str, levels: int) -> str:
+    """A name of taming-transformers -> that of diffusers."""
+    rules = (
+        (r"encoder\.down\.(\d+)\.block\.", lambda m: f"encoder.down_blocks.{m[1]}.resnets."),
+        (r"encoder\.down\.(\d+)\.attn\.", lambda m: f"encoder.down_blocks.{m[1]}.attentions."),
+        (r"encoder\.down\.(\d+)\.downsample\.", lambda m: f"encoder.down_blocks.{m[1]}.downsamplers.0."),
+        (r"decoder\.up\.(\d+)\.block\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.resnets."),
+        (r"decoder\.up\.(\d+)\.attn\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.attentions."),
+        (r"decoder\.up\.(\d+)\.upsample\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.upsamplers.0."),
+        (r"(encoder|decoder)\.mid\.block_(\d)\.", lambda m: f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}."),
+        (r"(encoder|decoder)\.mid\.attn_1\.", lambda m: f"{m[1]}.mid_block.attentions.0."),
+        (r"(encoder|decoder)\.norm_out\.", lambda m: f"{m[1]}.conv_norm_out."),
+    )
+    for pattern, replaced in rules:
+        name = re.sub("^" + pattern, replaced, name)  # type: ignore[arg-type]
+    name = name.replace("nin_shortcut", "conv_shortcut")
+    if "attentions." in name:
+        head, part, kind = name.rsplit(".", 2)
+        name = f"{head}.{ATTENTION[part]}.{kind}"
+    return name
+
+
+def _from_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        levels = len(config["block_out_channels"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FileError(f"{folder} is no folder of a diffusers VQModel: it has no config.json with block_out_channels") from None
+    if config.get("norm_type", "group") != "group" or config.get("norm_num_groups", 32) != 32 or not config.get("mid_block_add_attention", True):
+        raise FileError(f"{folder}: VQModels with spatial norms, other than 32 groups or no attention in the middle cannot be read")
+    files = [p for n in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin") if (p := folder / n).exists()]
+    if not files:
+        raise FileError(f"{folder} has no diffusion_pytorch_model.safetensors")
+    theirs = load_file(files[0]) if files[0].suffix == ".safetensors" else read_tensors(files[0])
+    names = {diffusers_name(n, levels): n for n in _taming_names(config, levels)}
+    found = {}
+    for key, value in theirs.items():
+        key = re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{OLD[m[1]]}.", key)
+        ours = names.get(key, key)
+        found[ours] = value[:, :, None, None] if re.search(r"attn.*\.(q|k|v|proj_out)\.weight$", ours) and value.ndim == 2 else value
+    return found, {"ddconfig": {"resolution": config.get("sample_size", 32)}}
+
+
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _taming_names(config: dict[str, Any], levels: int) -> Iterator[str]:
+    """Every name that a network of that shape could have."""
+    blocks = config.get("layers_per_block", 1)
+    parts = [f"{n}.{k}" for n in ("norm1", "conv1", "norm2", "conv2", "nin_shortcut") for k in ("weight", "bias")]
+    attention = [f"{n}.{k}" for n in ATTENTION for k in ("weight", "bias")]
+    for side, way, more, last in (("encoder", "down", 0, "downsample"), ("decoder", "up", 1, "upsample")):
+        for i in range(levels):
+            for j in range(blocks + more):
+                yield from (f"{side}.{way}.{i}.block.{j}.{p}" for p in parts)
+                yield from (f"{side}.{way}.{i}.attn.{j}.{p}" for p in attention)
+            yield from (f"{side}.{way}.{i}.{last}.conv.{k}" for k in ("weight", "bias"))
+        yield from (f"{side}.mid.block_{b}.{p}" for b in (1, 2) for p in parts)
+        yield from (f"{side}.mid.attn_1.{p}" for p in attention)
+        yield from (f"{side}.norm_out.{k}" for k in ("weight", "bias"))
+
+
+def _to_diffusers(codec: Autoencoder, tensors: dict[str, Tensor], folder: Path) -> None:
+    net, b = codec.config.convnet, codec.config.bottleneck
+    assert isinstance(net, ResnetConfig)
+    if not isinstance(b, VQConfig) or b.learn == "ema":
+        raise ValueError(f"a {b.kind} bottleneck{' that is an average' if isinstance(b, VQConfig) else ''} has no place in a diffusers VQModel")
+    names = [net.attends(i) for i in range(len(net.multipliers))]
+    config = {
+        "_class_name": "VQModel", "in_channels": net.image_channels, "out_channels": net.image_channels, "act_fn": "silu",
+        "block_out_channels": [net.width * m for m in net.multipliers], "layers_per_block": net.blocks, "latent_channels": net.z_channels,
+        "num_vq_embeddings": b.size, "vq_embed_dim": b.channels, "norm_num_groups": 32, "sample_size": net.resolution,
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in names],
+        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(names)],
+    }  # fmt: skip
+    theirs = {diffusers_name(k, len(net.multipliers)): v for k, v in tensors.items()}
+    flat = {k: v[:, :, 0, 0].contiguous() if "attentions." in k and k.endswith("weight") and v.ndim == 4 else v for k, v in theirs.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file(flat, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+# --- packs ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def to_pack(codec: Autoencoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata) of a pack that holds the codec alone."""
+    size = codec.config.convnet.resolution if isinstance(codec.config.convnet, ResnetConfig) else 8 * codec.config.convnet.factor
+    tensors = {f"codec.{k}": v.clone() for k, v in codec.state_dict().items()}
+    return tensors, {"kind": "codec", "codec": to_json(codec.config), "size": size}
+
+
+def from_pack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Autoencoder:
+    """The codec of a pack."""
+    codec = Autoencoder(from_json(AutoencoderConfig, metadata["codec"]))
+    codec.load_state_dict({k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")})
+    return codec.eval().requires_grad_(False)

@@ -1,0 +1,240 @@
+"""taming-transformers and diffusers VQGANs: the same numbers as the code they were written by, back again bit for bit, and nothing is ever run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from taming.modules.diffusionmodules.model import Decoder, Encoder
+from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
+from torch import Tensor, nn
+
+from sfumato.convert.checkpoint import read_tensors
+from sfumato.convert.taming import from_pack, read_vqgan, to_pack, to_taming, write_vqgan
+from sfumato.core.checkpoint import FileError
+
+F16 = {"ch": 32, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": [4], "resolution": 64, "z_channels": 32}
+F8 = {"ch": 32, "ch_mult": (1, 2, 2, 4), "num_res_blocks": 1, "attn_resolutions": [8, 16], "resolution": 64, "z_channels": 16}
+
+
+class EMAQuantizer(VectorQuantizer2):
+    """The published package lacks its later EMA quantizer: the same lookup, with that one's three tensors."""
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__(size, channels, beta=0.25)
+        self.embedding.cluster_size = nn.Parameter(torch.rand(size), requires_grad=False)
+        self.embedding.embed_avg = nn.Parameter(torch.randn(size, channels), requires_grad=False)
+
+
+class Reference(nn.Module):
+    """The first stage as taming-transformers puts it together, without Lightning."""
+
+    def __init__(self, dd: dict, size: int, channels: int, quantizer: str = "vq") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        dd = {**dd, "in_channels": 3, "out_ch": 3, "dropout": 0.0, "double_z": False}
+        self.encoder, self.decoder = Encoder(**dd), Decoder(**dd)
+        z = dd["z_channels"]
+        match quantizer:
+            case "vq":
+                self.quantize = VectorQuantizer2(size, channels, beta=0.25)
+            case "ema":
+                self.quantize = EMAQuantizer(size, channels)
+            case "gumbel":
+                self.quantize = GumbelQuantize(z, channels, n_embed=size, kl_weight=1e-8, temp_init=1.0)
+        self.quant_conv = nn.Conv2d(z, z if quantizer == "gumbel" else channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, z, 1)
+        for p in self.parameters():  # so that no part can be left out unseen
+            nn.init.normal_(p, 0.02, 0.15 if p.ndim > 1 else 0.3)
+        self.eval()
+
+    @torch.no_grad()
+    def indices(self, x: Tensor) -> Tensor:
+        z = self.quant_conv(self.encoder(x))
+        if isinstance(self.quantize, GumbelQuantize):
+            return self.quantize.proj(z).argmax(1).flatten()
+        return self.quantize(z)[2][2].flatten()
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    @property
+    def table(self) -> Tensor:
+        return (self.quantize.embed if isinstance(self.quantize, GumbelQuantize) else self.quantize.embedding).weight
+
+
+class Callback:
+    """As Lightning's checkpoints hold them."""
+
+    def __init__(self) -> None:
+        self.best = torch.tensor(0.5)
+
+
+@pytest.mark.parametrize(("dd", "size", "channels", "kind"), [(F16, 1024, 32, "vq"), (F8, 512, 4, "vq"), (F8, 64, 8, "ema"), (F8, 64, 8, "gumbel")])
+def test_taming_checkpoints_decode_and_encode_as_the_reference_does(dd: dict, size: int, channels: int, kind: str, tmp_path: Path) -> None:
+    reference = Reference(dd, size, channels, kind)
+    state = dict(reference.state_dict())
+    state["loss.discriminator.main.0.weight"] = torch.ones(3)
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": state, "epoch": 3, "callbacks": {Callback: Callback()}, "hyper_parameters": OrderedDict(a=1)}, path)
+    codec = read_vqgan(path)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        indices = codec.encode(x).indices
+        assert indices is not None
+        assert torch.equal(indices.flatten(), reference.indices(x))
+        assert len(indices.unique()) > 3, "one code alone proves nothing"
+        z = reference.table[indices[..., 0]].movedim(-1, 1)
+        theirs = reference.decode(z)
+        assert float(theirs.std()) > 1e-3
+        torch.testing.assert_close(codec.decode_indices(indices), theirs, rtol=0, atol=1e-5)
+    back = to_taming(codec)
+    original = {k: v for k, v in reference.state_dict().items()}
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[k], original[k]) for k in back)
+    write_vqgan(codec, tmp_path / "again.ckpt")
+    again = torch.load(tmp_path / "again.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(again[k], original[k]) for k in original)
+    packed = from_pack(*to_pack(codec))
+    assert torch.equal(packed.decode_indices(indices), codec.decode_indices(indices))
+
+
+def test_the_yaml_says_what_shapes_do_not(tmp_path: Path) -> None:
+    torch.save({"state_dict": Reference(F8, 64, 8).state_dict()}, tmp_path / "last.ckpt")
+    plain = read_vqgan(tmp_path / "last.ckpt").config
+    assert plain.convnet.resolution == 256
+    (tmp_path / "run-project.yaml").write_text(
+        "model:\n  target: taming.models.vqgan.VQModel\n  params:\n    beta: 0.5\n    ddconfig: {resolution: 64, dropout: 0.1}\n"
+    )
+    told = read_vqgan(tmp_path / "last.ckpt").config
+    assert (told.convnet.resolution, told.convnet.dropout, told.convnet.attention) == (64, 0.1, (16, 8))
+    assert told.bottleneck.commitment == 0.5
+    assert told.bottleneck.legacy_beta
+    (tmp_path / "run-project.yaml").write_text("not: a config")
+    with pytest.raises(FileError, match="is no config of a VQGAN"):
+        read_vqgan(tmp_path / "last.ckpt")
+
+
+def test_a_vqmodel_of_diffusers_and_back(tmp_path: Path) -> None:
+    from diffusers import VQModel
+
+    torch.manual_seed(0)
+    theirs = VQModel(
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(32, 64), layers_per_block=2, latent_channels=8, num_vq_embeddings=48, vq_embed_dim=4, sample_size=32,
+    ).eval()  # fmt: skip
+    for p in theirs.parameters():
+        nn.init.normal_(p, 0.02, 0.15 if p.ndim > 1 else 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    codec = read_vqgan(tmp_path / "theirs")
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        latents = theirs.encode(x).latents
+        quantized, _, (_, _, index) = theirs.quantize(latents)
+        indices = codec.encode(x).indices
+        assert indices is not None
+        assert torch.equal(indices.flatten(), index.flatten())
+        torch.testing.assert_close(codec.decode_indices(indices), theirs.decode(latents).sample, rtol=0, atol=1e-5)
+    write_vqgan(codec, tmp_path / "ours")
+    again = VQModel.from_pretrained(tmp_path / "ours")
+    state = theirs.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    state = dict(Reference(F8, 64, 8).state_dict())
+    cases = {
+        "lacks 1 tensors": {k: v for k, v in state.items() if k != "decoder.norm_out.bias"},
+        "belong nowhere": state | {"encoder.more.weight": torch.ones(2)},
+        "no codebook": {k: v for k, v in state.items() if not k.startswith("quantize")},
+        "no tensor encoder.conv_in.weight": {"model.weight": torch.ones(2)},
+    }
+    for message, tensors in cases.items():
+        torch.save({"state_dict": tensors}, tmp_path / "x.ckpt")
+        with pytest.raises(FileError, match=message):
+            read_vqgan(tmp_path / "x.ckpt")
+    (tmp_path / "x.ckpt").write_bytes(b"no zip")
+    with pytest.raises(FileError, match="cannot be read as a checkpoint"):
+        read_vqgan(tmp_path / "x.ckpt")
+    with pytest.raises(FileError, match="there is no file"):
+        read_tensors(tmp_path / "nothing.ckpt")
+
+
+# --- malice -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Call:
+    """An object whose pickle calls a function."""
+
+    def __init__(self, function: object, *args: object) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> tuple:
+        return self.function, self.args  # type: ignore[return-value]
+
+
+def _global(module: str, name: str) -> bytes:
+    return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
+
+
+def _programs(canary: Path) -> list[bytes]:
+    """Twenty pickles that would write a file."""
+    command, code = f"touch {canary}", f"open({str(canary)!r}, 'w')"
+    text = lambda s: b"X" + len(s).to_bytes(4, "little") + s.encode()  # noqa: E731
+    called = [
+        ("os", "system", command), ("posix", "system", command), ("subprocess", "getoutput", command), ("subprocess", "check_output", command),
+        ("builtins", "eval", code), ("builtins", "exec", code), ("__builtin__", "eval", code), ("os", "popen", command), ("timeit", "timeit", code),
+        ("runpy", "run_path", str(canary)), ("pty", "spawn", command), ("code", "interact", code), ("torch.hub", "load", command),
+        ("numpy.testing._private.utils", "runstring", code), ("builtins", "open", str(canary)),
+    ]  # fmt: skip
+    found = [b"\x80\x02" + _global(m, n) + text(a) + b"\x85R." for m, n, a in called]
+    eval_of = _global("builtins", "eval")
+    found.append(b"\x80\x02(" + text(code) + b"ibuiltins\neval\n.")  # INST
+    found.append(b"\x80\x02(" + eval_of + text(code) + b"o.")  # OBJ
+    found.append(b"\x80\x04" + text("builtins") + text("eval") + b"\x93" + text(code) + b"\x85R.")  # STACK_GLOBAL
+    found.append(b"\x80\x02" + eval_of + text(code) + b"\x85\x81.")  # NEWOBJ
+    setstate = _global("collections", "OrderedDict") + b")R}" + text("__setstate__") + eval_of + b"sb" + text(code) + b"b."
+    found.append(b"\x80\x02" + setstate)  # BUILD with a state that is a call
+    return found
+
+
+def test_twenty_malicious_files_run_nothing(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    programs = _programs(canary)
+    assert len(programs) == 20
+    for i, program in enumerate(programs):
+        path = tmp_path / f"{i}.ckpt"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", program)
+            archive.writestr("archive/version", "3\n")
+        with pytest.raises(FileError):
+            read_vqgan(path)
+        assert not canary.exists(), f"program {i} ran"
+        (tmp_path / f"{i}.pt").write_bytes(program)
+        with pytest.raises(FileError):
+            read_vqgan(tmp_path / f"{i}.pt")
+        assert not canary.exists(), f"program {i} ran without a zip"
+    ran = 0
+    for program in programs[:7]:  # the programs are real: Python's own reader runs them
+        try:
+            pickle.loads(program)
+        except Exception:
+            continue
+        ran += canary.exists()
+        canary.unlink(missing_ok=True)
+    assert ran >= 5
+
+
+def test_a_call_beside_good_tensors_is_left_out(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    state = {"a.weight": torch.arange(4.0)}
+    torch.save({"state_dict": state, "extra": Call(os.system, f"touch {canary}")}, tmp_path / "x.ckpt")
+    found = read_tensors(tmp_path / "x.ckpt")
+    assert torch.equal(found["a.weight"], state["a.weight"])
+    assert not canary.exists()
