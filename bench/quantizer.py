@@ -120,8 +120,7 @@ def accuracy(options: Options) -> dict[str, tuple[float, float]]:
             index, apart = nearest_index(z, codes), torch.cdist(z.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
             best, first = apart.min(1)
             mine = apart.gather(1, index[:, None])[:, 0]
-            scale = z.double().square().sum(1) + codes.double().square().sum(1)[first]
-            found[name] = float(((mine - best) / scale).max()), float((index == first).double().mean())
+            found[name] = float(((mine - best) / best.clamp_min(1e-12)).max()), float((index == first).double().mean())
     return found
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sfumato.core.checkpoint import FileError
 
+NESTED = 4  # state_dicts within each other
 DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
@@ -83,7 +84,8 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("a storage of an unknown kind")
         if key not in self.storages:
-            self.storages[key] = torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
+            data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return self.storages[key]
 
 
@@ -100,9 +102,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         found = _unpickled(path) if zipfile.is_zipfile(path) else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise FileError(f"{path} cannot be read as a checkpoint ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__})") from None
-    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    tensors = {k: v.detach().clone() for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    for _ in range(NESTED):
+        if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+            found = found["state_dict"]
+    named = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    claimed = next((k for k, v in named.items() if v.numel() > v.untyped_storage().nbytes() // v.element_size()), None)
+    if claimed:
+        raise FileError(f"{path}: {claimed} says it has {named[claimed].numel():,} values, more than the file holds")
+    tensors = {k: v.detach().clone() for k, v in named.items()}
     if not tensors:
         raise FileError(f"{path} holds no tensors by name: it is no checkpoint of a network")
     return tensors

@@ -24,7 +24,8 @@ from sfumato.core.checkpoint import FileError
 from sfumato.core.config import from_json, to_json
 
 RESOLUTION = 256  # of which attention's resolutions are said where no YAML tells another
-LEFT_OUT = ("loss.", "colorize")
+LEFT_OUT = ("loss.", "colorize", "model_ema.")
+FIRST_STAGE = "first_stage_model."
 OWN = ("counts", "unused", "updates")  # of our bottleneck: what it counts while it learns
 
 
@@ -133,7 +134,9 @@ def read_vqgan(path: Path) -> Autoencoder:
     if path.is_dir():
         tensors, settings = _from_diffusers(path)
     else:
-        tensors, settings = {k.removeprefix("first_stage_model."): v for k, v in read_tensors(path).items()}, settings_beside(path)
+        tensors, settings = read_tensors(path), settings_beside(path)
+        if any(k.startswith(FIRST_STAGE) for k in tensors):  # of a whole model: its first stage alone
+            tensors = {k.removeprefix(FIRST_STAGE): v for k, v in tensors.items() if k.startswith(FIRST_STAGE)}
     tensors = {k: v for k, v in tensors.items() if not k.startswith(LEFT_OUT)}
     codec = Autoencoder(config_of(tensors, settings))
     ours = {to_codec(k): v.float() for k, v in tensors.items()}
@@ -228,7 +231,8 @@ def _from_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         key = re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{OLD[m[1]]}.", key)
         ours = names.get(key, key)
         found[ours] = value[:, :, None, None] if re.search(r"attn.*\.(q|k|v|proj_out)\.weight$", ours) and value.ndim == 2 else value
-    return found, {"ddconfig": {"resolution": config.get("sample_size", 32)}}
+    side = config.get("sample_size")
+    return found, {"ddconfig": {"resolution": side if isinstance(side, int) and side % 2 ** (levels - 1) == 0 else RESOLUTION}}
 
 
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -43,8 +43,8 @@ def r1_penalty(scores: Float[Tensor, " *patches"], x: Float[Tensor, " *rest"]) -
 
 
 def lecam_penalty(real: Float[Tensor, " *rest"], fake: Float[Tensor, " *rest"], average: Float[Tensor, " 2"]) -> Float[Tensor, ""]:
-    """(E real - average of fake)^2 + (E fake - average of real)^2, with running averages (real, fake) of the scores (arXiv 2104.03310, eq. 7)."""
-    return (real.mean() - average[1]).square() + (fake.mean() - average[0]).square()
+    """E (real - average of fake)^2 + E (fake - average of real)^2, with running averages (real, fake) of the scores (arXiv 2104.03310, eq. 7)."""
+    return (real - average[1]).square().mean() + (fake - average[0]).square().mean()
 
 
 def adaptive_weight(

@@ -19,7 +19,8 @@ ON_GPU = 2**26
 def nearest_index(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k _"]) -> Int[Tensor, " n"]:
     """For each row of z the row of the codebook that is nearest by Euclidean distance, int64; of equally near ones the first.
 
-    In fp32 whatever the inputs' dtype. Raises ValueError where the widths differ, the codebook is empty, or a value is not finite.
+    In fp32 whatever the inputs' dtype; a row that is not finite gets some index. Raises ValueError where the widths differ, or the codebook is empty
+    or not finite.
     """
     if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1] or not len(codebook):
         raise ValueError(f"vectors (={tuple(z.shape)}) and codebook (={tuple(codebook.shape)}) must be 'n d' and 'k d' with the same d and k >= 1")

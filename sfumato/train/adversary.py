@@ -79,6 +79,7 @@ class Adversary:
     def __init__(self, config: AdversaryConfig, controls: Controls) -> None:
         self.config, self.controls = config, controls
         self.network = PatchDiscriminator(config.discriminator)
+        self.seen: list[Tensor] = []  # mean scores (real, generated) of this step
 
     def hear(self, y: Tensor, weight: Tensor, reconstruction: Any, share: float) -> tuple[Tensor, dict[str, Tensor]]:
         """(a scalar with the gradient and the value of reconstruction(y) + w * adversarial, statistics) for pictures y; `weight`: the last layer's.
@@ -105,19 +106,28 @@ class Adversary:
         c = self.config
         if c.r1:
             real = real.detach().requires_grad_()
-        scores = network(torch.cat([real, fake.to(real)])).float()
-        of_real, of_fake = scores.chunk(2)
+        fake = fake.to(real)
+        if c.discriminator.norm == "batch":  # each with statistics of its own, as when the codec is judged
+            of_real, of_fake = network(real).float(), network(fake).float()
+        else:
+            of_real, of_fake = network(torch.cat([real, fake])).float().chunk(2)
         loss = discriminator_loss(c.loss, of_real, of_fake)
         if c.lecam:
             loss = loss + c.lecam * lecam_penalty(of_real, of_fake, self.controls.scores.clone())
         if c.r1:
             loss = loss + c.r1 * r1_penalty(of_real, real)
         with torch.no_grad():
-            means = mean_of_processes(torch.stack([of_real.mean(), of_fake.mean()]))
-            self.controls.scores.lerp_(means, 1 - MEMORY)
+            self.seen.append(mean_of_processes(torch.stack([of_real.mean(), of_fake.mean()])))
         middle = self.controls.scores.mean() if c.loss == "least-squares" else torch.zeros((), device=real.device)
         found = {"real_right": (of_real > middle).float().mean(), "fake_right": (of_fake < middle).float().mean()}
         return loss, found | {"real_score": of_real.detach().mean(), "fake_score": of_fake.detach().mean()}
+
+    @torch.no_grad()
+    def settle(self, finite: bool) -> None:
+        """Takes the scores of a step into the running averages, unless the step was not finite."""
+        seen, self.seen = self.seen, []
+        if seen and finite:
+            self.controls.scores.lerp_(torch.stack(seen).mean(0), 1 - MEMORY)
 
 
 def mean_of_processes(t: Tensor) -> Tensor:

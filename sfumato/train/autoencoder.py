@@ -57,6 +57,7 @@ STILL = Variety(place=0.0, scale=(1.0, 1.0), angle=0.0, recolour=0.0)
 LOOKED_AT = 512  # held-out pictures, and as many of the training, that every look measures
 FIT_LATENTS = 32_768  # from which k-means makes a codebook, or 8 a code where that is more
 COUNTED = 512  # pictures whose codes a pack counts
+ENCODED = 2_048  # pictures to whose encodings a prior is fitted
 SMALLEST_SSIM = 7
 
 
@@ -67,8 +68,9 @@ class AutoencoderRecipe:
     `data` is "emoji", the embedded drawings, or a folder, a zip or shards of one's own pictures; `init` a pack whose codec it begins from, of which
     `only` decoder trains that part alone. `features` is what the perceptual term looks with: Lite0, or LPIPS where a backbone's weights are;
     it joins after the fraction `perceptual_from` of the run, at `perceptual_size` pixels. With `kmeans` a learned codebook is left out until
-    `codebook_from`, and made then; every `refit` pictures k-means moves it once more (0: never). `kl` weighs the KL term, after it has risen over `kl_warmup` of the run, and
-    `free_bits` (nats a latent channel) are not counted. `likelihood`: the loss is a bound on the likelihood, pixels and features are left out.
+    `codebook_from`, and made then; every `refit` pictures k-means moves it once more (0: never). `kl` weighs the KL term, after it has risen over
+    `kl_warmup` of the run, and `free_bits` (nats a latent channel) are not counted. `likelihood`: the loss is a bound on the likelihood, pixels and
+    features are left out.
     """
 
     kind: str = "train-autoencoder"
@@ -111,6 +113,8 @@ class AutoencoderRecipe:
             raise ValueError("only (='decoder') needs init: the pack whose encoder and codebook stay as they are")
         if self.likelihood and self.codec.discrete:
             raise ValueError(f"likelihood needs a kl bottleneck, not {self.codec.bottleneck.kind}: codes have no density")
+        if self.likelihood and self.adversary.weight:
+            raise ValueError(f"likelihood has no place for an adversary (weight={self.adversary.weight}): leave one of them out")
         if self.adversary.weight and self.adversary.discriminator.image_channels != self.codec.convnet.image_channels:
             raise ValueError(
                 f"adversary.discriminator.image_channels (={self.adversary.discriminator.image_channels}) must be those of the codec "
@@ -226,11 +230,11 @@ class Likelihood(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.full((channels, 1, 1), -2.0))
+        self.log_scale = nn.Parameter(torch.full((channels,), -2.0))
 
     def forward(self, x: Tensor, mean: Tensor) -> Tensor:
         """-log p in nats, "b"."""
-        return logistic_nll(x, mean, self.log_scale)
+        return logistic_nll(x, mean, self.log_scale[:, None, None])
 
 
 class AutoencoderTask:
@@ -394,6 +398,8 @@ class AutoencoderTask:
         """The codebook's own learning, once a step; its making by k-means; what an epoch used of it."""
         seen, self.seen = self.seen, []
         codec, r = self.networks["codec"], self.recipe
+        if self.adversary is not None:
+            self.adversary.settle(finite)
         if not r.codec.discrete or not finite or r.only == "decoder":
             return {}
         if seen:
@@ -442,7 +448,7 @@ class AutoencoderTask:
         ]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             if self.lpips is not None:
-                return self.lpips.to(x.device)(*flat).mean(), {}
+                return self.lpips.to(x.device)(*((v + 1) / 2 for v in flat)).mean(), {}  # which takes pictures in [0, 1]
             return perceptual(network, *flat)
 
     def reconstruct(self, codec: nn.Module, x: Tensor) -> Tensor:
@@ -467,11 +473,11 @@ class AutoencoderTask:
             found["ssim"] = over_both(ssim, pictures[1], pictures[0]).mean().item()
         flat = [over(p) if p.shape[1] == 4 else p for p in pictures]
         found["detail"] = float(sharpness(flat[1]).mean() / sharpness(flat[0]).mean().clamp_min(1e-9))
-        if self.recipe.perceptual or self.recipe.codec.discrete or self.recipe.likelihood:
+        if self.recipe.perceptual or self.recipe.codec.discrete or self.recipe.likelihood or self.adversary is not None:
             found |= self._distances(*flat)
             own = self._exact(self.train, min(LOOKED_AT, len(x)))
             found["train_psnr"] = psnr_over_white(self.reconstruct(codec, own), own).mean().item()
-        found |= self._codes(codec, few[0])
+        found |= self._codes(networks, few[0])
         return found | {"score": -found["distance"] if self.adversary is not None else -found["bits"] if "bits" in found else found["psnr"]}
 
     def _distances(self, real: Tensor, copy: Tensor) -> dict[str, float]:
@@ -480,7 +486,8 @@ class AutoencoderTask:
         kernel = kernel_distance(look(net, real)[0], look(net, copy)[0]) if len(real) > 1 else math.nan
         return {"distance": float(np.mean(distance)), "kernel": kernel}
 
-    def _codes(self, codec: nn.Module, x: Tensor) -> dict[str, float]:
+    def _codes(self, networks: dict[str, nn.Module], x: Tensor) -> dict[str, float]:
+        codec = networks["codec"]
         device = next(codec.parameters()).device
         z_e = torch.cat([codec.encoder(part.to(device)) for part in x.split(64)])
         if self.recipe.codec.discrete:
@@ -492,13 +499,14 @@ class AutoencoderTask:
             noise = torch.randn(mean.shape, generator=torch_rng(self.seed, "evaluate/posterior")).to(device)
             y = torch.cat([codec.decoder(part).float() for part in (mean + std * noise).split(64)])
             kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).flatten(1).sum(1)
-            nll = self.networks["likelihood"](x.to(device), y)
+            nll = networks["likelihood"](x.to(device), y)
             found["bits"] = float((nll + kl).mean()) / x[0].numel() / math.log(2)
         return found
 
     def remarks(self, run: Path) -> list[dict[str, Any]]:
         """What the doctor sees that it did not say before; where it may, it acts."""
         self.doctor.save(run)
+        self.doctor.remember(run / "log.jsonl")
         lines = self.doctor.look(run / "log.jsonl")
         for line in lines if self.auto else ():
             if line["finding"] in ("discriminator-too-strong", "discriminator-too-fast", "weight-at-cap", "collapse") and self.adversary is not None:
@@ -520,9 +528,19 @@ class AutoencoderTask:
             for quantizer, count in zip(_quantizers(codec), counts.reshape(len(_quantizers(codec)), -1), strict=True):  # type: ignore[union-attr]
                 quantizer.counts.copy_(count)
         if self.recipe.codec.convnet.vector:
-            extra = fit_mixture(torch.cat([codec.encode(x).mean.flatten(1) for x in some]), seed=self.seed)
+            extra = fit_mixture(self._encodings(codec), seed=self.seed)
         tensors = {f"codec.{k}": v for k, v in codec.state_dict().items()} | {f"prior.{k}": v for k, v in extra.items()}
         return tensors, {"kind": "codec", "codec": to_json(self.recipe.codec), "size": self.recipe.size}
+
+    def _encodings(self, codec: nn.Module) -> Tensor:
+        """Samples of the posteriors of training pictures, on the CPU: where they lie, and how wide each of them is."""
+        device = next(codec.parameters()).device
+        found = []
+        for i in range(0, ENCODED, 64):
+            latents = codec.encode(self.pictures(np.arange(i, i + 64), "prior").to(device))
+            noise = torch.randn(latents.mean.shape, generator=torch_rng(self.seed, "prior/posterior", i)).to(device)
+            found.append((latents.mean + latents.std * noise).flatten(1).cpu())
+        return torch.cat(found)
 
 
 def _together(seen: list[dict[str, Tensor]]) -> dict[str, Tensor]:

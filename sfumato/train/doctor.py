@@ -260,6 +260,13 @@ class Doctor:
         self.said = {f.name for f in found}
         return [{"finding": f.name, "says": f.says} for f in new]
 
+    def remember(self, log: Path) -> None:
+        """What was said before the run was stopped and gone on with: it is not said, and not acted on, once more."""
+        if not self.said and log.exists():
+            looks = [line["images"] for line in read_log(log) if "psnr" in line]
+            before = looks[-2] if len(looks) > 1 else None
+            self.said = {f.name for f in diagnose([line for line in read_log(log) if line["images"] <= before], self.facts)} if before else set()
+
     def save(self, run: Path) -> None:
         """Writes the facts beside the log, for `sfumato doctor`."""
         (run / "facts.json").write_text(json.dumps(self.facts, indent=2), encoding="utf-8")

@@ -269,6 +269,8 @@ class Trainer:
 
     def _prepared(self, name: str, network: nn.Module) -> nn.Module:
         """As accelerate makes it ready; networks that the task wants in full precision without its autocast."""
+        if not any(p.requires_grad for p in network.parameters()):
+            return network.to(self.device)
         if name not in getattr(self.task, "full_precision", ()):
             return self.accelerator.prepare(network)
         before, self.accelerator.native_amp = self.accelerator.native_amp, False
@@ -411,6 +413,7 @@ class Trainer:
             images = self.counters["images"]
             bar.update(loop.batch_size)
             if self.counters["skipped_in_a_row"] >= BAD_STEPS_IN_A_ROW:
+                self._report(sums, clock, log, bar)
                 if self._rolled_back(log, bar):
                     return self._steps(end, signalled, log, bar)
                 raise Diverged(
@@ -503,6 +506,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._look_here(log)
         self.accelerator.wait_for_everyone()
+        if self.loop.auto and self.accelerator.num_processes > 1:  # what a remedy changed in the main process
+            for network in self.task.networks.values():
+                for value in (*network.parameters(), *network.buffers()):
+                    torch.distributed.broadcast(value.detach(), 0)
 
     def _look_here(self, log: RunLog | None) -> None:
         with torch.no_grad():

@@ -89,7 +89,7 @@ def test_a_codec_decodes_its_indices_and_its_standardised_codes_alike() -> None:
         Autoencoder(AutoencoderConfig(bottleneck=KLConfig())).decode_indices(found.indices)
 
 
-# --- vq ----------------------------------------------------------------------------------------------------------------------------------------------
+# --- vq -----------------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_commitment_is_on_the_latent_and_the_rest_on_the_code() -> None:
@@ -193,7 +193,7 @@ def test_the_entropy_term_is_lowest_for_sure_and_even_choices() -> None:
     assert values == pytest.approx([-1.0, 0.0, 0.0], abs=1e-3)
 
 
-# --- fsq, lfq, residual, gumbel -----------------------------------------------------------------------------------------------------------------------
+# --- fsq, lfq, residual, gumbel -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [(8, 5, 5, 5), (4, 4, 4), (3, 7)])

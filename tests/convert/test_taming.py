@@ -95,7 +95,7 @@ def test_taming_checkpoints_decode_and_encode_as_the_reference_does(dd: dict, si
         assert float(theirs.std()) > 1e-3
         torch.testing.assert_close(codec.decode_indices(indices), theirs, rtol=0, atol=1e-5)
     back = to_taming(codec)
-    original = {k: v for k, v in reference.state_dict().items()}
+    original = dict(reference.state_dict())
     assert back.keys() == original.keys()
     assert all(torch.equal(back[k], original[k]) for k in back)
     write_vqgan(codec, tmp_path / "again.ckpt")
@@ -136,7 +136,7 @@ def test_a_vqmodel_of_diffusers_and_back(tmp_path: Path) -> None:
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         latents = theirs.encode(x).latents
-        quantized, _, (_, _, index) = theirs.quantize(latents)
+        _, _, (_, _, index) = theirs.quantize(latents)
         indices = codec.encode(x).indices
         assert indices is not None
         assert torch.equal(indices.flatten(), index.flatten())
@@ -238,3 +238,22 @@ def test_a_call_beside_good_tensors_is_left_out(tmp_path: Path) -> None:
     found = read_tensors(tmp_path / "x.ckpt")
     assert torch.equal(found["a.weight"], state["a.weight"])
     assert not canary.exists()
+
+
+def test_a_checkpoint_that_lies_about_itself_is_refused(tmp_path: Path) -> None:
+    round_: dict = {"a": torch.ones(2)}
+    round_["state_dict"] = round_
+    torch.save(round_, tmp_path / "round.ckpt")
+    assert set(read_tensors(tmp_path / "round.ckpt")) == {"a"}
+    torch.save({"empty": torch.empty(0), "a": torch.ones(2)}, tmp_path / "empty.ckpt")
+    assert read_tensors(tmp_path / "empty.ckpt")["empty"].numel() == 0
+    torch.save({"giant": torch.ones(1).as_strided((1 << 40,), (0,))}, tmp_path / "giant.ckpt")
+    with pytest.raises(FileError, match="more than the file holds"):
+        read_tensors(tmp_path / "giant.ckpt")
+
+
+def test_the_first_stage_of_a_whole_model_is_taken_alone(tmp_path: Path) -> None:
+    reference = Reference(F8, 64, 8)
+    state = {f"first_stage_model.{k}": v for k, v in reference.state_dict().items()} | {"transformer.tok_emb.weight": torch.ones(3)}
+    torch.save({"state_dict": state}, tmp_path / "net2net.ckpt")
+    assert read_vqgan(tmp_path / "net2net.ckpt").spec.codebook_size == 64

@@ -44,7 +44,7 @@ def test_r1_of_a_linear_network_is_half_its_squared_weight() -> None:
 
 
 def test_lecam_is_its_formula() -> None:
-    assert float(lecam_penalty(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]), torch.tensor([5.0, -1.0]))) == 9 + 25
+    assert float(lecam_penalty(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]), torch.tensor([5.0, -1.0]))) == (4 + 16) / 2 + 25
 
 
 def test_the_adaptive_weight_is_a_ratio_with_a_cap() -> None:

@@ -24,10 +24,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sfumato.core.checkpoint import FileError, load_tensors
+from sfumato.codecs.autoencoder import AutoencoderConfig
+from sfumato.codecs.bottlenecks.vq import VQConfig
+from sfumato.codecs.convnets import ConvnetConfig
+from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors
 from sfumato.core.runlog import read_log
+from sfumato.gans.discriminators import PatchConfig
 from sfumato.train import autoencoder
 from sfumato.train import loop as loop_module
+from sfumato.train.adversary import AdversaryConfig
 from sfumato.train.loop import Batch, Diverged, LoopConfig, Phase, Stopped, Trainer, checkpoint_name, checkpoints, faster_dtype, settled
 
 ROOT = Path(__file__).parent.parent.parent
@@ -640,6 +645,32 @@ def test_two_processes_are_one_with_the_same_global_batch(tmp_path: Path, what: 
     assert_same(tmp_path / "one", tmp_path / "two", 1e-5)
 
 
+def vqgan() -> tuple[autoencoder.AutoencoderRecipe, LoopConfig]:
+    """A codebook made by k-means, then a discriminator; nothing that differs by process on purpose (restarts, a weight that is a mean of ratios)."""
+    adversary = AdversaryConfig(weight=0.1, begins=0.3, joins=0.5, adaptive=False, discriminator=PatchConfig(width=16, layers=1))
+    net = ConvnetConfig(image_channels=3, widths=(16,), encoder_blocks=(0,), decoder_blocks=(0,))
+    codec = AutoencoderConfig(convnet=net, bottleneck=VQConfig(size=16, channels=4, restart=0.0, learn="ema", cosine=False))
+    recipe = autoencoder.AutoencoderRecipe(codec=codec, size=8, perceptual=0.0, limit=12, adversary=adversary)
+    return recipe, LoopConfig(images=96, batch_size=8, warmup=8, save_every=96, sample_every=96, log_every=8, device="cpu")
+
+
+def test_two_processes_share_a_codebook_and_a_discriminator(tmp_path: Path) -> None:
+    """Both end with the same networks, bit for bit; one process with the whole batch sees the same losses until k-means chooses by the last digits."""
+    digests = set()
+    for process in two("vqgan", tmp_path / "two"):
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        digests |= {line for line in said.splitlines() if line.startswith("networks")}
+    assert len(digests) == 1
+    recipe, loop = vqgan()
+    autoencoder.train(recipe, loop, tmp_path / "one")
+    one, both = ([line for line in read_log(tmp_path / n / "log.jsonl") if "images_per_s" in line] for n in ("one", "two"))
+    for i, (a, b) in enumerate(zip(one, both, strict=True)):
+        for name in ("codec/l1", "codec/commitment", "codec/grad_norm", "discriminator/real_score"):
+            assert (name in a) == (name in b)
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-5 if i < 2 else 0.1), (i, name)
+
+
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
     both = two("toy-slow", tmp_path / "run")
     stdout = both[1].stdout
@@ -681,6 +712,9 @@ def drive(what: str, out: str) -> None:
             bad = BAD_ON_ONE_RANK if what == "toy-bad" else range(0)
             done = fit(Path(out), task=Loud(pause=0.2) if what == "toy-slow" else Toy(bad=bad))
             print(f"{done.accelerator.num_processes} processes, {done.counters['skipped']} skipped")
+        elif what == "vqgan":
+            done = autoencoder.train(*vqgan(), Path(out))
+            print("networks", hash_tensors({f"{n}.{k}": v for n, net in done.task.networks.items() for k, v in net.state_dict().items()}))
         else:
             recipe, loop = smoke()
             Trainer(Slow(recipe, loop.seed), loop, Path(out), recipe).train()

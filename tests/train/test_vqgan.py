@@ -164,11 +164,48 @@ def test_every_loss_reaches_what_it_should(only: dict) -> None:
     assert reached == wanted
 
 
+def test_a_bad_step_leaves_no_trace_in_the_scores() -> None:
+    adversary = Adversary(replace(ADVERSARY, lecam=0.1), Controls())
+    good, bad = torch.rand(2, 3, 16, 16), torch.full((2, 3, 16, 16), float("nan"))
+    adversary.judge(adversary.network, good, bad)
+    adversary.settle(False)
+    assert adversary.controls.scores.tolist() == [0, 0]
+    adversary.judge(adversary.network, good, good)
+    adversary.settle(True)
+    assert torch.isfinite(adversary.controls.scores).all()
+    assert float(adversary.controls.scores.abs().max()) > 0
+
+
+def test_lpips_looks_at_pictures_in_its_own_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = AutoencoderTask(replace(VQGAN, perceptual=1.0, perceptual_from=0.0, perceptual_size=32, adversary=AdversaryConfig()), seed=0).begin(LOOP)
+    seen: list[torch.Tensor] = []
+
+    class Looks(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            seen.extend((a, b))
+            return (a - b).square().mean((1, 2, 3))
+
+    task.lpips = Looks()  # type: ignore[assignment]
+    task.controls.fitted.fill_(True)
+    loss, _ = task.loss(task.networks, task.batch(np.arange(4)), 0.9)
+    loss.backward()
+    assert float(seen[1].min()) >= 0
+    assert float(seen[1].max()) <= 1
+    assert all(p.grad is not None for p in task.networks["codec"].decoder.parameters())
+
+
+def test_an_adversary_of_a_kl_codec_needs_no_features(tmp_path: Path) -> None:
+    recipe = replace(VQGAN, codec=AutoencoderConfig(convnet=NET, bottleneck=KLConfig(channels=4)))
+    train(recipe, replace(LOOP, images=64, save_every=64, sample_every=32), tmp_path)
+    assert "distance" in next(line for line in read_log(tmp_path / "log.jsonl") if "psnr" in line)
+
+
 def test_what_a_recipe_cannot_be_is_said() -> None:
     cases = (
         ({"codec": VQGAN.codec, "likelihood": True}, "likelihood needs a kl bottleneck, not vq"),
         ({"codec": replace(VQGAN.codec, convnet=replace(NET, image_channels=4))}, "must be those of the codec"),
         ({"codebook_from": 1.5}, "fractions of the run"),
+        ({"codec": AutoencoderConfig(convnet=NET, bottleneck=KLConfig()), "likelihood": True}, "no place for an adversary"),
     )
     for change, message in cases:
         with pytest.raises(ValueError, match=message):

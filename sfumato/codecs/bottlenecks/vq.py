@@ -148,7 +148,7 @@ class VQ(nn.Module):
     def _restart(self, z: Tensor) -> None:
         dead = (self.unused >= self.config.restart * self.config.size).nonzero().flatten()
         if len(dead):
-            self.place(dead, some_of(z, len(dead), int(self.updates)))
+            self.place(dead, of_first(some_of(z, len(dead), int(self.updates))))
 
     def place(self, which: Int[Tensor, " k"], at: Float[Tensor, "k c"]) -> None:
         """Puts codes to latents; they count as just used."""
@@ -200,13 +200,17 @@ def all_sum(t: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *shape"]:
 
 
 def some_of(z: Float[Tensor, "n c"], k: int, seed: int) -> Float[Tensor, "k c"]:
-    """k of the rows by chance, those of the first process for all; where there are fewer, some twice."""
+    """k of the rows by chance; where there are fewer, some twice."""
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(z), generator=rng)[:k] if len(z) >= k else torch.randint(len(z), (k,), generator=rng)
-    found = z[rows.to(z.device)].clone()
+    return z[rows.to(z.device)].clone()
+
+
+def of_first(t: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *shape"]:
+    """That of the first process for all of a launcher, in place; alone as it is."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(found, 0)
-    return found
+        torch.distributed.broadcast(t, 0)
+    return t
 
 
 def k_means(z: Float[Tensor, "n c"], k: int, *, seed: int = 0, rounds: int = 10, begin: Float[Tensor, "k c"] | None = None) -> Float[Tensor, "k c"]:
