@@ -655,7 +655,9 @@ def vqgan() -> tuple[autoencoder.AutoencoderRecipe, LoopConfig]:
 
 
 def test_two_processes_share_a_codebook_and_a_discriminator(tmp_path: Path) -> None:
-    """Both end with the same networks, bit for bit; one process with the whole batch sees the same losses until k-means chooses by the last digits."""
+    """Both end with the same networks, bit for bit; one process with the whole batch sees the same losses until
+    k-means chooses by the last digits.
+    """
     digests = set()
     for process in two("vqgan", tmp_path / "two"):
         said, _ = process.communicate(timeout=120)
