@@ -270,7 +270,7 @@ class AutoencoderTask:
         if recipe.codec.discrete or recipe.adversary.weight:
             self.networks["controls"] = self.controls
         every = recipe.adversary.steps if recipe.adversary.weight else 1
-        self.phases = [Phase("codec", of_codec, self.loss, every)]
+        self.phases = [Phase("codec", of_codec, self.loss, every, thinned=recipe.adversary.begins)]
         if recipe.adversary.weight:
             self.adversary = Adversary(recipe.adversary, self.controls)
             self.networks["discriminator"] = self.adversary.network
@@ -477,7 +477,11 @@ class AutoencoderTask:
             found |= self._distances(*flat)
             own = self._exact(self.train, min(LOOKED_AT, len(x)))
             found["train_psnr"] = psnr_over_white(self.reconstruct(codec, own), own).mean().item()
+        if self.lpips is not None:
+            found["lpips"] = float(np.mean([float(self.lpips.cpu()(b, a).mean()) for a, b in zip(flat[0].split(64), flat[1].split(64), strict=True)]))
         found |= self._codes(networks, few[0])
+        if self.fits and not self.controls.fitted and not self.recipe.init:
+            return found  # a codebook that is not made yet says nothing of the run
         return found | {"score": -found["distance"] if self.adversary is not None else -found["bits"] if "bits" in found else found["psnr"]}
 
     def _distances(self, real: Tensor, copy: Tensor) -> dict[str, float]:

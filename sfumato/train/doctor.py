@@ -86,7 +86,7 @@ def _too_many_codes(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) 
     return Finding(
         "too-many-codes",
         f"{facts['codes']:,} codes for {facts['pictures']:,} pictures: {each:.1f} latents a code",
-        f"more pictures, or about {right:,} codes (--recipe.codec.bottleneck.size)",
+        f"more pictures, or about {right:,} codes (--recipe.codec.bottleneck.{'steps' if facts.get('bottleneck') == 'fsq' else 'size'})",
     )
 
 

@@ -122,8 +122,8 @@ Loss = Callable[[dict[str, nn.Module], Batch, float], tuple[Tensor, dict[str, Te
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimiser: the networks it changes, its loss (networks, batch, progress in [0, 1]) -> (scalar, statistics), its period in steps, and
-    from which progress on it works.
+    """One optimiser: the networks it changes, its loss (networks, batch, progress in [0, 1]) -> (scalar, statistics), its period in steps (every
+    step until the progress `thinned`), and from which progress on it works.
     """
 
     name: str
@@ -132,6 +132,7 @@ class Phase:
     every: int = 1
     lr_scale: float = 1.0
     begins: float = 0.0
+    thinned: float = 0.0
 
 
 class Task(Protocol):
@@ -304,7 +305,8 @@ class Trainer:
         lr = self.loop.lr_at(seen) * 0.5 ** self.counters["rollbacks"]
         finite = True
         for phase in self.task.phases:
-            if self.counters["steps"] % phase.every == 0 and progress >= phase.begins:
+            every = phase.every if progress >= phase.thinned else 1
+            if self.counters["steps"] % every == 0 and progress >= phase.begins:
                 ok, found = self._phase(phase, batches, progress, lr)
                 finite &= ok
                 stats |= found
@@ -521,7 +523,7 @@ class Trainer:
         if log and scores:
             log.write(images=images, **{k: round(v, 5) for k, v in scores.items()})
         score = scores.get("score", math.nan)
-        self.counters["stale"] += 1
+        self.counters["stale"] += "score" in scores
         if score > self.best and self.counters["skipped_in_a_row"] == 0:
             self.best, self.counters["stale"] = score, 0
             self._save_pack(self.run / "model-best.safetensors")

@@ -101,6 +101,19 @@ def test_a_stop_and_a_resume_change_nothing(bottleneck: object, tmp_path: Path) 
     same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_more_discriminator_steps_begin_with_the_discriminator() -> None:
+    """Before it learns the codec learns in every step."""
+    recipe = replace(VQGAN, adversary=replace(ADVERSARY, steps=3))
+    task = AutoencoderTask(recipe, seed=0).begin(LOOP)
+    trainer = Trainer(task, LOOP, Path("nowhere"), recipe)
+    stepped = []
+    for i in range(14):
+        found = trainer.step([task.batch(np.arange(16 * i, 16 * i + 16))])
+        stepped.append(("codec/loss" in found, "discriminator/loss" in found))
+    assert stepped[:8] == [(True, False)] * 8
+    assert stepped[8:] == [(i % 3 == 0, True) for i in range(8, 14)]
+
+
 def test_only_the_decoder_learns_where_it_is_said(vqgan: tuple[Trainer, Path], tmp_path: Path) -> None:
     pack = checkpoints(vqgan[1], "model")[-1]
     recipe = replace(VQGAN, init=str(pack), only="decoder")
