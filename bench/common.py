@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import operator
@@ -27,6 +28,21 @@ from sfumato.pipelines.generate import LatentDiffusion
 ROOT = Path(__file__).resolve().parents[1]
 TOGETHER = 16  # pictures drawn in one batch, as many as the model itself draws together
 GOALS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
+
+
+def added_memory(work: Callable[[], Any]) -> float:
+    """MiB that one piece of work adds to what is in use before it (Linux): the peak is set back first, so that nothing earlier hides it."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(what: str) -> float:
+    """MiB, as Linux counts them of this process."""
+    told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(told[what].split()[0]) / 1024
 
 
 # --- the report -------------------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from common import claim, emit, report
+from common import added_memory, claim, emit, report
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -204,17 +203,7 @@ def peak_of(name: str, options: Options) -> float:
 
     a, b = sets(options)
     scipy.linalg.sqrtm(np.eye(8))
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = _status("VmRSS")
-    WAYS[name](a, b)
-    return _status("VmHWM") - before
-
-
-def _status(what: str) -> float:
-    """MiB, as Linux counts them of this process."""
-    told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(told[what].split()[0]) / 1024
+    return added_memory(lambda: WAYS[name](a, b))
 
 
 # --- how the Frechet distance moves -------------------------------------------------------------------------------------------------------------

@@ -6,20 +6,18 @@ fp64 minimum, of random codes, of trained ones, and of codes that are there twic
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from common import claim, emit, report
+from common import added_memory, claim, emit, report
 from torch import Tensor
 from tqdm import tqdm
 
@@ -97,16 +95,7 @@ def used(options: Options, name: str, case: str) -> float:
 def peak_of(options: Options) -> float:
     z, e = vectors(options, options.case)
     WAYS[options.memory](z[:64], e[:64])  # what is loaded at the first call is not the lookup's
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = _status("VmRSS")
-    WAYS[options.memory](z, e)
-    return _status("VmHWM") - before
-
-
-def _status(what: str) -> float:
-    told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(told[what].split()[0]) / 1024
+    return added_memory(lambda: WAYS[options.memory](z, e))
 
 
 @torch.no_grad()

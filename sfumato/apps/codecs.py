@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sfumato.apps.cli import OUT, say
+from sfumato.apps.draw import check_targets
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.language import translated
 from sfumato.core.runlog import read_log
@@ -62,19 +63,16 @@ class Doctor:
 
 def run_sample(asked: Sample) -> Iterator[str]:
     """Writes one sheet of pictures."""
-    from PIL import Image
-
-    from sfumato.core.images import grid, png_bytes
+    from sfumato.core.images import decode, grid, png_bytes
     from sfumato.pipelines.codec import load_codec
 
     if asked.count < 1:
         raise ValueError(f"count (={asked.count}) must be at least 1")
     out = asked.out or OUT / f"sample-{asked.seed}.png"
-    if out.exists() and not asked.force and asked.out is not None:
-        raise FileError(f"{out} exists: use --force to overwrite it, or another --out")
+    check_targets([out], asked.force or asked.out is None)
     loaded = load_codec(asked.model)
     if asked.between:
-        images = loaded.between(*(Image.open(p) for p in asked.between), frames=asked.count)
+        images = loaded.between(*(decode(p.read_bytes()) for p in asked.between), frames=asked.count)
     else:
         images = loaded.draw(asked.count, asked.seed, fitted=asked.prior == "fitted")
     told = {"model": loaded.hash, "seed": asked.seed, "count": asked.count, "prior": asked.prior, "between": [str(p) for p in asked.between or ()]}

@@ -18,7 +18,7 @@ def fit_mixture(z: Float[Tensor, "n d"], parts: int = PARTS, seed: int = 0) -> d
     """{"weights": "k", "means": "k d", "factors": "k d d"} of the k-means parts of z; covariances are shrunk, of few points to their diagonal."""
     z = z.cpu()
     parts = max(1, min(parts, len(z) // (4 * z.shape[1]) or 1))
-    centres = k_means(z.float(), parts, seed=seed)  # in one process: others may not be asked
+    centres = k_means(z.float(), parts, seed=seed)
     own = nearest_index(z, centres)
     counts = torch.bincount(own, minlength=parts)
     means, factors = [], []

@@ -29,35 +29,26 @@ FIRST_STAGE = "first_stage_model."
 OWN = ("counts", "unused", "updates")  # of our bottleneck: what it counts while it learns
 
 
+NAMES = (  # beginnings of names: theirs, ours
+    ("quantize.embedding.weight", "bottleneck.codebook"),
+    ("quantize.embedding.cluster_size", "bottleneck.cluster_size"),
+    ("quantize.embedding.embed_avg", "bottleneck.sums"),
+    ("quantize.embed.weight", "bottleneck.codebook"),  # of Gumbel
+    ("quantize.proj.", "bottleneck.proj."),
+    ("quant_conv.", "encoder.quant_conv."),
+    ("post_quant_conv.", "decoder.post_quant_conv."),
+)
+
+
 def to_codec(name: str) -> str:
     """A name of taming-transformers -> ours, without the `codec.` of a pack."""
-    for theirs, ours in (
-        ("quantize.embedding.weight", "bottleneck.codebook"),
-        ("quantize.embedding.cluster_size", "bottleneck.cluster_size"),
-        ("quantize.embedding.embed_avg", "bottleneck.sums"),
-        ("quantize.embed.weight", "bottleneck.codebook"),
-        ("quantize.proj.", "bottleneck.proj."),
-        ("quant_conv.", "encoder.quant_conv."),
-        ("post_quant_conv.", "decoder.post_quant_conv."),
-    ):
-        if name.startswith(theirs):
-            return ours + name[len(theirs) :]
-    return name
+    return next((ours + name[len(theirs) :] for theirs, ours in NAMES if name.startswith(theirs)), name)
 
 
 def from_codec(name: str, gumbel: bool) -> str:
     """The other way round."""
-    for theirs, ours in (
-        ("quantize.embed.weight" if gumbel else "quantize.embedding.weight", "bottleneck.codebook"),
-        ("quantize.embedding.cluster_size", "bottleneck.cluster_size"),
-        ("quantize.embedding.embed_avg", "bottleneck.sums"),
-        ("quantize.proj.", "bottleneck.proj."),
-        ("quant_conv.", "encoder.quant_conv."),
-        ("post_quant_conv.", "decoder.post_quant_conv."),
-    ):
-        if name.startswith(ours):
-            return theirs + name[len(ours) :]
-    return name
+    table = reversed(NAMES) if gumbel else NAMES  # a Gumbel codebook is the later of the two
+    return next((theirs + name[len(ours) :] for theirs, ours in table if name.startswith(ours)), name)
 
 
 # --- what a checkpoint is -------------------------------------------------------------------------------------------------------------------------

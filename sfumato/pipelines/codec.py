@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from sfumato.core.checkpoint import FileError
 from sfumato.core.images import grid, to_pil, to_tensor
 from sfumato.core.pack import load_pack
 from sfumato.core.rng import torch_rng
+from sfumato.data.folder import framed
 from sfumato.pipelines.find import find
 from sfumato.pipelines.generate import slerp
 
@@ -66,11 +66,8 @@ class LoadedCodec:
         return [to_pil(self.codec.decode(slerp(*ends, i / (frames - 1))))[0] for i in range(frames)]  # type: ignore[arg-type]
 
     def tensor(self, image: Image.Image) -> Float[Tensor, "1 c h w"]:
-        """A picture as the codec takes it: a square of its side, cut to the middle."""
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        small = image.crop((left, top, left + side, top + side)).resize((self.size, self.size), Image.Resampling.LANCZOS)
-        return to_tensor(small, self.codec.spec.image_channels)
+        """A picture as the codec takes it, framed as those that it learned from."""
+        return to_tensor(framed(image, self.size), self.codec.spec.image_channels)
 
     @torch.no_grad()
     def codebook(self) -> tuple[Image.Image, dict[str, float], list[int]] | None:
@@ -98,8 +95,3 @@ def load_codec(model: str | Path) -> LoadedCodec:
     codec: Any = zoo.load_into(zoo.make(meta["codec"]), tensors, "codec.")
     prior = {k.removeprefix("prior."): v for k, v in tensors.items() if k.startswith("prior.")}
     return LoadedCodec(codec, int(meta["size"]), prior, str(model), meta["hash"])
-
-
-def side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    """Originals with their copies to the right of them."""
-    return grid([image for pair in pairs for image in pair], columns=8)

@@ -555,10 +555,12 @@ def told(pictures: PictureSet, rows: Sequence[int], requests: Sequence[GenerateR
     return Asked([r.prompt for r in requests], labels, [r.style for r in requests])  # type: ignore[misc]
 
 
-def text_figures(e: Evaluation, real: Tensor, fake: Tensor, asked: Asked, kept: Looked) -> None:
-    """Whether what was asked for is what is seen: by the nearest reference picture, by a judge, and by CLIP, as far as these are there."""
+def text_figures(e: Evaluation, found: Tensor, fake: Tensor, asked: Asked, kept: Looked) -> None:
+    """Whether what was asked for is what is seen: by the nearest reference picture (`found` says which), by a judge, and by CLIP, as far as these
+    are there.
+    """
     before = len(e.figures)
-    retrieval_figures(e, real, fake, asked)
+    retrieval_figures(e, found, asked)
     if e.judge is not None:
         judge_figures(e, e.judge, asked, kept)
     said = [(i, c) for i, c in enumerate(asked.captions) if c]
@@ -585,10 +587,9 @@ def judge_figures(e: Evaluation, judge: Judge, asked: Asked, kept: Looked) -> No
         e.mean("text and style", f"{what} as asked, by the judge", right, better=1, looked=False, how=how)
 
 
-def retrieval_figures(e: Evaluation, real: Tensor, fake: Tensor, asked: Asked) -> None:
+def retrieval_figures(e: Evaluation, found: Tensor, asked: Asked) -> None:
     """The nearest reference picture has the asked label, the asked style, the asked words."""
     e.start()
-    _, found = nearest(fake, real)
     theirs = told(e.reference, e.rows)
     for what in ("label", "style", "caption"):
         wanted, there = getattr(asked, what + "s"), getattr(theirs, what + "s")
@@ -668,15 +669,14 @@ def evaluate(
             samples = e.samples
             _part(e, "pairwise", lambda: _pairs(e, subject, real))
             e.samples = samples
-        stopped = False
         if groups - {"pairwise", "cost"}:
             kept = looked_at(e, batches, count, usual)
-            stopped = e.stopped = kept.stopped
+            e.stopped = kept.stopped
             if model:
                 e.samples |= {"count": kept.count, "sha256": kept.digest.hexdigest()}
             if kept.count:
                 _of_samples(e, groups, real, kept, usual, model, asked.of(kept.rows))
-        if "cost" in groups and not stopped:
+        if "cost" in groups and not e.stopped:
             if model:
                 cost_figures(e, model, trained)
             elif groups != set(GROUPS):
@@ -729,7 +729,8 @@ def _pairs(e: Evaluation, subject: LatentDiffusion | PictureSet, real: Tensor) -
 
 def _of_samples(e: Evaluation, groups: set[str], real: Tensor, kept: Looked, usual: Usual, model: LatentDiffusion | None, asked: Asked) -> None:
     fake = torch.cat(kept.features)
-    same = float((nearest(fake, real)[0] < SAME).float().mean())
+    apart, found = nearest(fake, real)
+    same = float((apart < SAME).float().mean())
     if same > 0.05:
         e.remarks.append(
             f"{same:.0%} of the samples are reference pictures themselves: kernel distances are below 0 then, and say nothing of other pictures"
@@ -741,7 +742,7 @@ def _of_samples(e: Evaluation, groups: set[str], real: Tensor, kept: Looked, usu
         "diversity": lambda: diversity_figures(e, real, fake, kept, asked.labels),
         "memorisation": lambda: memorisation_figures(e, fake, kept),
         "stability": lambda: stability_figures(e, kept, usual, model, real),
-        "text": lambda: text_figures(e, real, fake, asked, kept),
+        "text": lambda: text_figures(e, found, fake, asked, kept),
     }
     for name, part in parts.items():
         if name in groups:

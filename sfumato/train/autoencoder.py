@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from sfumato import zoo
 from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig, measure_latents
-from sfumato.codecs.bottlenecks.kl import KLConfig, split
+from sfumato.codecs.bottlenecks.kl import KLConfig, divergence, split
 from sfumato.codecs.bottlenecks.residual import Residual
 from sfumato.codecs.bottlenecks.vq import VQ, VQConfig, use_of
 from sfumato.codecs.convnets import ConvnetConfig
@@ -294,6 +295,11 @@ class AutoencoderTask:
             "variety": float(some.std(0).mean()) if len(some) > 1 else 0.0, "adversary": r.adversary.weight > 0, "most": r.adversary.most,
         }  # fmt: skip
 
+    @cached_property
+    def own(self) -> Tensor:
+        """As many training pictures as held-out ones are looked at."""
+        return self._exact(self.train, min(LOOKED_AT, len(self.exact)))
+
     @property
     def fits(self) -> bool:
         """Whether k-means makes the codebook."""
@@ -412,7 +418,7 @@ class AutoencoderTask:
                 average.codebook[rows] = mine.codebook[rows]
             mine.placed = []
         epoch = max(min(len(self.train), 20_000), 1)
-        if seen and images // epoch > (images - self.batch_size) // epoch:
+        if seen and self._passed(epoch, images):
             use = use_of(codec.bottleneck.counts.flatten())  # type: ignore[union-attr]
             codec.bottleneck.forget()  # type: ignore[operator]
             return use
@@ -422,7 +428,11 @@ class AutoencoderTask:
         """Whether the codebook is to be made now, or made once more."""
         if not self.controls.fitted:
             return images >= self.recipe.codebook_from * self.images
-        return bool(self.recipe.refit) and images // self.recipe.refit > (images - self.batch_size) // self.recipe.refit
+        return bool(self.recipe.refit) and self._passed(self.recipe.refit, images)
+
+    def _passed(self, every: int, images: int) -> bool:
+        """Whether this step went past a multiple of `every` pictures."""
+        return images // every > (images - self.batch_size) // every
 
     def _fit(self, codec: nn.Module, *, fresh: bool) -> None:
         cells = (self.recipe.size // self.recipe.codec.convnet.factor) ** 2
@@ -475,8 +485,7 @@ class AutoencoderTask:
         found["detail"] = float(sharpness(flat[1]).mean() / sharpness(flat[0]).mean().clamp_min(1e-9))
         if self.recipe.perceptual or self.recipe.codec.discrete or self.recipe.likelihood or self.adversary is not None:
             found |= self._distances(*flat)
-            own = self._exact(self.train, min(LOOKED_AT, len(x)))
-            found["train_psnr"] = psnr_over_white(self.reconstruct(codec, own), own).mean().item()
+            found["train_psnr"] = psnr_over_white(self.reconstruct(codec, self.own), self.own).mean().item()
         if self.lpips is not None:
             found["lpips"] = float(np.mean([float(self.lpips.cpu()(b, a).mean()) for a, b in zip(flat[0].split(64), flat[1].split(64), strict=True)]))
         found |= self._codes(networks, few[0])
@@ -502,7 +511,7 @@ class AutoencoderTask:
         if self.recipe.likelihood:
             noise = torch.randn(mean.shape, generator=torch_rng(self.seed, "evaluate/posterior")).to(device)
             y = torch.cat([codec.decoder(part).float() for part in (mean + std * noise).split(64)])
-            kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).flatten(1).sum(1)
+            kl = divergence(mean, std).flatten(1).sum(1)
             nll = networks["likelihood"](x.to(device), y)
             found["bits"] = float((nll + kl).mean()) / x[0].numel() / math.log(2)
         return found
@@ -510,7 +519,6 @@ class AutoencoderTask:
     def remarks(self, run: Path) -> list[dict[str, Any]]:
         """What the doctor sees that it did not say before; where it may, it acts."""
         self.doctor.save(run)
-        self.doctor.remember(run / "log.jsonl")
         lines = self.doctor.look(run / "log.jsonl")
         for line in lines if self.auto else ():
             if line["finding"] in ("discriminator-too-strong", "discriminator-too-fast", "weight-at-cap", "collapse") and self.adversary is not None:

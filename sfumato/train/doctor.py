@@ -251,21 +251,14 @@ class Doctor:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.said: set[str] = set()
 
     def look(self, log: Path) -> list[dict[str, Any]]:
-        """JSON lines of what is new."""
-        found = diagnose(read_log(log), self.facts)
-        new = [f for f in found if f.name not in self.said]
-        self.said = {f.name for f in found}
-        return [{"finding": f.name, "says": f.says} for f in new]
-
-    def remember(self, log: Path) -> None:
-        """What was said before the run was stopped and gone on with: it is not said, and not acted on, once more."""
-        if not self.said and log.exists():
-            looks = [line["images"] for line in read_log(log) if "psnr" in line]
-            before = looks[-2] if len(looks) > 1 else None
-            self.said = {f.name for f in diagnose([line for line in read_log(log) if line["images"] <= before], self.facts)} if before else set()
+        """JSON lines of what was not found at the look before; the log says what that was, also to a run that was gone on with."""
+        lines = read_log(log)
+        looks = [line["images"] for line in lines if "psnr" in line]
+        before = [line for line in lines if line["images"] <= looks[-2]] if len(looks) > 1 else []
+        said = {f.name for f in diagnose(before, self.facts)} if before else set()
+        return [{"finding": f.name, "says": f.says} for f in diagnose(lines, self.facts) if f.name not in said]
 
     def save(self, run: Path) -> None:
         """Writes the facts beside the log, for `sfumato doctor`."""

@@ -36,6 +36,10 @@ def report_of(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+def evaluated(folder: Path, reference: Path, out: Path) -> None:
+    main(["evaluate", str(folder), "--reference", str(reference), "--out", str(out), "--size", "32", "--metrics", "pairwise,distribution"])
+
+
 def value(report: dict, name: str) -> float:
     return next(f["value"] for f in report["figures"] if f["name"] == name)
 
@@ -100,20 +104,7 @@ def test_compare_says_which_differences_are_real(own_folder: Path, blurred: Path
         (worse / path.relative_to(blurred)).parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).filter(ImageFilter.GaussianBlur(3)).save(worse / path.relative_to(blurred))
     for name, folder in (("a", blurred), ("b", twice), ("c", worse)):
-        main(
-            [
-                "evaluate",
-                str(folder),
-                "--reference",
-                str(own_folder),
-                "--out",
-                str(tmp_path / name),
-                "--size",
-                "32",
-                "--metrics",
-                "pairwise,distribution",
-            ]
-        )
+        evaluated(folder, own_folder, tmp_path / name)
     capsys.readouterr()
     main(["compare", *(str(tmp_path / n) for n in "abc"), "--out", str(tmp_path / "table.html")])
     said = capsys.readouterr().out
@@ -339,20 +330,7 @@ def test_few_pairs_are_said_to_be_few_and_are_not_compared(own_folder: Path, tmp
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     for name, folder in (("a", own_folder), ("b", other)):
-        main(
-            [
-                "evaluate",
-                str(folder),
-                "--reference",
-                str(own_folder),
-                "--out",
-                str(tmp_path / name),
-                "--size",
-                "32",
-                "--metrics",
-                "pairwise,distribution",
-            ]
-        )
+        evaluated(folder, own_folder, tmp_path / name)
     assert any("pairwise figures are of 3 of 40 samples" in r for r in report_of(tmp_path / "b")["remarks"])
     assert any("100% of the samples are reference pictures themselves" in r for r in report_of(tmp_path / "b")["remarks"])
     capsys.readouterr()

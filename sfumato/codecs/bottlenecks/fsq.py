@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from sfumato.codecs.bottlenecks.vq import all_sum, check_indices
+from sfumato.codecs.bottlenecks.vq import Codes, Counted, check_indices
 
 EPS = 1e-3  # keeps the outermost levels within reach of tanh
 
 
 @dataclass(frozen=True, kw_only=True)
-class FSQConfig:
+class FSQConfig(Codes):
     """`steps` of each channel: (8, 5, 5, 5) are 1,000 codes, (4, 4, 4, 4, 4) are 1,024."""
 
     kind: str = "fsq"
@@ -31,26 +31,17 @@ class FSQConfig:
         return len(self.steps)
 
     @property
-    def encoder_channels(self) -> int:
-        return self.channels
-
-    @property
     def codebook_size(self) -> int:
         return math.prod(self.steps)
 
-    @property
-    def levels(self) -> int:
-        return 1
 
-
-class FSQ(nn.Module):
+class FSQ(Counted):
     """z_q in [-1, 1] per channel, straight through. The first channel is the lowest digit of the index."""
 
     def __init__(self, config: FSQConfig) -> None:
-        super().__init__()
+        super().__init__(config.codebook_size)
         self.config = config
         steps = torch.tensor(config.steps)
-        self.register_buffer("counts", torch.zeros(config.codebook_size, dtype=torch.int64))
         self.register_buffer("steps", steps, persistent=False)
         self.register_buffer("place_values", torch.cumprod(torch.cat([torch.ones(1, dtype=torch.int64), steps[:-1]]), 0), persistent=False)
 
@@ -79,12 +70,3 @@ class FSQ(nn.Module):
         check_indices(indices, self.config.codebook_size)
         digits = indices // self.place_values % self.steps
         return rearrange((digits - self.steps // 2) / (self.steps // 2), "b h w c -> b c h w")
-
-    @torch.no_grad()
-    def update(self, stats: dict[str, Tensor]) -> None:
-        """Counts what a step chose."""
-        self.counts += all_sum(torch.bincount(stats["indices"].flatten(), minlength=self.config.codebook_size))
-
-    def forget(self) -> None:
-        """Begins to count anew."""
-        self.counts.zero_()

@@ -9,25 +9,17 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sfumato.codecs.bottlenecks.vq import check_indices
+from sfumato.codecs.bottlenecks.vq import Codes, check_indices
 
 
 @dataclass(frozen=True, kw_only=True)
-class GumbelConfig:
+class GumbelConfig(Codes):
     """`size` codes of `channels` numbers, chosen by a projection of `encoder_channels`. For importing: new codebooks learn better as vq or fsq."""
 
     kind: str = "gumbel"
     size: int = 1024
     channels: int = 256
     encoder_channels: int = 256
-
-    @property
-    def codebook_size(self) -> int:
-        return self.size
-
-    @property
-    def levels(self) -> int:
-        return 1
 
 
 class Gumbel(nn.Module):

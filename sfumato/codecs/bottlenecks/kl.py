@@ -27,6 +27,11 @@ def split(z_e: Float[Tensor, "b k h w"]) -> tuple[Float[Tensor, "b k//2 h w"], F
     return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
 
+def divergence(mean: Float[Tensor, " *shape"], std: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
+    """KL(N(mean, std^2) || N(0, 1)) of every element, in nats (arXiv 1312.6114, appendix B)."""
+    return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log())
+
+
 class KL(nn.Module):
     """z = mean + std * noise (the mean itself where noise is None); loss = KL(posterior || N(0, 1)), mean over elements.
 
@@ -42,7 +47,7 @@ class KL(nn.Module):
     ) -> tuple[Float[Tensor, "b k//2 h w"], Float[Tensor, ""], dict[str, Tensor]]:
         mean, std = split(z_e)
         z = mean if noise is None else mean + std * noise
-        kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log())
+        kl = divergence(mean, std)
         return z, kl.mean(), {"posterior_std": std.detach().mean(), "latent_std": mean.detach().std(), "kl_channels": kl.mean((0, 2, 3))}
 
     def update(self, stats: dict[str, Tensor]) -> None:

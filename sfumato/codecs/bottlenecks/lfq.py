@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.codecs.bottlenecks.vq import all_sum, check_indices
+from sfumato.codecs.bottlenecks.vq import Codes, Counted, check_indices
 
 GROUP = 8  # channels whose codes the entropy term looks at together
 
 
 @dataclass(frozen=True, kw_only=True)
-class LFQConfig:
+class LFQConfig(Codes):
     """2^channels codes. `entropy` weighs (mean entropy of the soft choice - entropy of the mean choice), per channel; `temperature` softens it."""
 
     kind: str = "lfq"
@@ -34,25 +34,16 @@ class LFQConfig:
             )
 
     @property
-    def encoder_channels(self) -> int:
-        return self.channels
-
-    @property
     def codebook_size(self) -> int:
         return 2**self.channels
 
-    @property
-    def levels(self) -> int:
-        return 1
 
-
-class LFQ(nn.Module):
+class LFQ(Counted):
     """z_q in {-1, 1} per channel, straight through; the index has the first channel as its lowest bit."""
 
     def __init__(self, config: LFQConfig) -> None:
-        super().__init__()
+        super().__init__(config.codebook_size)
         self.config = config
-        self.register_buffer("counts", torch.zeros(config.codebook_size, dtype=torch.int64))
         self.register_buffer("bits", 2 ** torch.arange(config.channels), persistent=False)
 
     def forward(self, z_e: Float[Tensor, "b c h w"], noise: None = None) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, ""], dict[str, Tensor]]:
@@ -87,12 +78,3 @@ class LFQ(nn.Module):
         """The signs of indices. Raises ValueError for one outside of the codebook."""
         check_indices(indices, self.config.codebook_size)
         return rearrange(((indices & self.bits) > 0).float() * 2 - 1, "b h w c -> b c h w")
-
-    @torch.no_grad()
-    def update(self, stats: dict[str, Tensor]) -> None:
-        """Counts what a step chose."""
-        self.counts += all_sum(torch.bincount(stats["indices"].flatten(), minlength=self.config.codebook_size))
-
-    def forget(self) -> None:
-        """Begins to count anew."""
-        self.counts.zero_()

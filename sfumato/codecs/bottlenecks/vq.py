@@ -23,8 +23,47 @@ SPREAD = 4096  # codes up to which k-means begins far apart
 ENTROPY_ROWS = 1024  # latents on which the entropy term looks at all codes
 
 
+class Codes:
+    """What the configs of discrete bottlenecks have in common, where they do not say otherwise: one index a latent."""
+
+    @property
+    def encoder_channels(self) -> int:
+        return self.channels  # type: ignore[attr-defined]
+
+    @property
+    def codebook_size(self) -> int:
+        return self.size  # type: ignore[attr-defined]
+
+    @property
+    def levels(self) -> int:
+        return 1
+
+
+class Counted(nn.Module):
+    """A discrete bottleneck: `counts` are how often each code was chosen since `forget`, over all processes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(size, dtype=torch.int64))
+
+    def count(self, indices: Int[Tensor, " *shape"]) -> Int[Tensor, " size"]:
+        """How often each code is among the indices of all processes."""
+        found = all_sum(torch.bincount(indices.flatten(), minlength=len(self.counts)))
+        self.counts += found
+        return found
+
+    @torch.no_grad()
+    def update(self, stats: dict[str, Tensor]) -> None:
+        """Counts what a step chose."""
+        self.count(stats["indices"])
+
+    def forget(self) -> None:
+        """Begins to count anew."""
+        self.counts.zero_()
+
+
 @dataclass(frozen=True, kw_only=True)
-class VQConfig:
+class VQConfig(Codes):
     """`size` codes of `channels` numbers. Few channels (8) use many codes better than hundreds: the encoder's last layer is the factorisation of
     arXiv 2110.04627, as are `cosine` codes, which are compared by direction.
 
@@ -51,29 +90,16 @@ class VQConfig:
         if self.commitment < 0 or self.entropy < 0 or self.restart < 0:
             raise ValueError(f"commitment (={self.commitment}), entropy (={self.entropy}) and restart (={self.restart}) must be at least 0")
 
-    @property
-    def encoder_channels(self) -> int:
-        return self.channels
 
-    @property
-    def codebook_size(self) -> int:
-        return self.size
-
-    @property
-    def levels(self) -> int:
-        return 1
-
-
-class VQ(nn.Module):
-    """See `sfumato.core.seams.Bottleneck`. `counts` are how often each code was chosen since `forget`; `unused` for how many latents it was not;
-    `placed` which codes were put somewhere else by something other than learning: averages of weights are to follow them at once.
+class VQ(Counted):
+    """See `sfumato.core.seams.Bottleneck`. `unused` is for how many latents each code was not chosen; `placed` which codes were put somewhere else by
+    something other than learning: averages of weights are to follow them at once.
     """
 
     def __init__(self, config: VQConfig) -> None:
-        super().__init__()
+        super().__init__(config.size)
         self.config = config
         self.codebook = nn.Parameter(torch.randn(config.size, config.channels), requires_grad=config.learn == "gradient")
-        self.register_buffer("counts", torch.zeros(config.size, dtype=torch.int64))
         self.register_buffer("unused", torch.zeros(config.size, dtype=torch.int64))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.placed: list[Tensor] = []
@@ -124,12 +150,8 @@ class VQ(nn.Module):
     def update(self, stats: dict[str, Tensor]) -> None:
         """Counts what a step chose, moves an EMA codebook, and restarts codes that are dead; over all processes, the same in each."""
         z, index = stats["latents"], stats["indices"].flatten()
-        counted = torch.bincount(index, minlength=self.config.size)
-        total = torch.tensor(len(z), device=z.device)
-        for t in (counted, total):
-            all_sum(t)
-        self.counts += counted
-        self.unused += total
+        counted = self.count(index)
+        self.unused += counted.sum()
         self.unused[counted > 0] = 0
         self.updates += 1
         if self.config.learn == "ema":
@@ -164,10 +186,6 @@ class VQ(nn.Module):
         z = self.directed(rearrange(z_e.float(), "b c h w -> (b h w) c"))
         found = k_means(z, self.config.size, seed=seed, rounds=rounds, begin=None if fresh else self.codes)
         self.place(torch.arange(self.config.size, device=z.device), found)
-
-    def forget(self) -> None:
-        """Begins to count anew."""
-        self.counts.zero_()
 
 
 # --- functions that other bottlenecks share ------------------------------------------------------------------------------------------------------
