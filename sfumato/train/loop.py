@@ -555,8 +555,9 @@ class Trainer:
     def _save_here(self) -> None:
         images = self.counters["images"]
         counters = self.counters | {"best": self.best if math.isfinite(self.best) else None}
+        stateless = {p.name: self._stateless(p) for p in self.task.phases}
         self._save_pack(self.run / checkpoint_name("model", images))
-        save_tensors(self.run / checkpoint_name("state", images), self.state(), {"run": self.config, "counters": counters})
+        save_tensors(self.run / checkpoint_name("state", images), self.state(), {"run": self.config, "counters": counters, "stateless": stateless})
         for kind in ("state", "model"):
             for old in checkpoints(self.run, kind)[: -self.loop.keep]:
                 number = round(float(re.findall(r"[\d.]+(?=k)", old.name)[0]) * 1000)
@@ -579,7 +580,7 @@ class Trainer:
             if not {"run", "counters"} <= metadata.keys():
                 raise FileError(f"{path} is not the state of a run: move it away, or use another --out")
             _check_same(self.config, self._completed(metadata["run"]), self.run)
-            self._load(tensors, metadata["counters"])
+            self._load(tensors, metadata["counters"], metadata.get("stateless", {}), path)
             return
         if states:
             raise FileError(
@@ -593,7 +594,12 @@ class Trainer:
         except ValueError:
             return saved
 
-    def _load(self, tensors: dict[str, Tensor], counters: Any) -> None:
+    def _stateless(self, phase: Phase) -> list[str]:
+        """Parameters that no loss has reached yet: their optimiser has nothing to remember of them."""
+        known = self.optimisers[phase.name].state
+        return sorted(n for n, p in self._module(phase).named_parameters() if p.requires_grad and p not in known)
+
+    def _load(self, tensors: dict[str, Tensor], counters: Any, stateless: Any, path: Path) -> None:
         for prefix, networks in (("raw", self.task.networks), ("ema", self.averages)):
             for name, network in networks.items():
                 start = f"{prefix}.{name}."
@@ -607,11 +613,16 @@ class Trainer:
                     state[parameter][what] = v
             if state:
                 module, optimiser = self._module(phase), self.optimisers[phase.name]
+                missing = {n for n, p in module.named_parameters() if p.requires_grad} - state.keys()
+                if missing != set(stateless.get(phase.name, ())):
+                    raise FileError(
+                        f"{path} lacks the optimiser's state of {len(missing)} parameters, such as {min(missing, default='')}: it is damaged"
+                    )
                 for name, p in module.named_parameters():  # in the parameter's own memory format: the fused optimiser walks memory, not indices
                     if name in state:
                         state[name] = {k: torch.empty_like(p, device="cpu").copy_(v) if v.shape == p.shape else v for k, v in state[name].items()}
                 whole = get_optimizer_state_dict(module, optimiser)
-                options = StateDictOptions(strict=False)  # a parameter that no loss has reached yet has no state
+                options = StateDictOptions(strict=False)  # what may be missing was looked at above
                 set_optimizer_state_dict(module, optimiser, {"state": dict(state), "param_groups": whole["param_groups"]}, options=options)
         self.best = -math.inf if counters["best"] is None else counters["best"]
         self.counters = {k: counters.get(k, 0) for k in self.counters}

@@ -20,7 +20,7 @@ from sfumato.codecs.bottlenecks.vq import VQConfig
 from sfumato.codecs.convnets import ConvnetConfig
 from sfumato.codecs.gaussians import draw_mixture, fit_mixture
 from sfumato.codecs.resnets import ResnetConfig
-from sfumato.core.checkpoint import checkpoints, load_tensors
+from sfumato.core.checkpoint import FileError, checkpoints, load_tensors, save_tensors
 from sfumato.core.config import from_json, to_json
 from sfumato.core.runlog import read_log
 from sfumato.gans.discriminators import PatchConfig
@@ -99,6 +99,20 @@ def test_a_stop_and_a_resume_change_nothing(bottleneck: object, tmp_path: Path) 
     for stop in (16, 80, None):
         train(recipe, loop, tmp_path / "parts", stop_at=stop)
     same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_state_that_lost_a_part_of_the_optimiser_is_refused(vqgan: tuple[Trainer, Path], tmp_path: Path) -> None:
+    """What no loss had reached is said by the state itself; anything else that is missing is damage."""
+    loop = replace(LOOP, save_every=16)
+    train(VQGAN, loop, tmp_path, stop_at=16)
+    (path,) = checkpoints(tmp_path, "state")
+    tensors, metadata = load_tensors(path)
+    assert metadata["stateless"]["codec"] == ["codec.bottleneck.codebook"], "the codebook is not made yet"
+    lost = {k: v for k, v in tensors.items() if not k.startswith("optimiser.codec.codec.encoder.1.weight")}
+    assert len(lost) < len(tensors)
+    save_tensors(path, lost, metadata)
+    with pytest.raises(FileError, match=r"lacks the optimiser's state of 2 parameters, such as codec\.bottleneck\.codebook: it is damaged"):
+        train(VQGAN, loop, tmp_path)
 
 
 def test_more_discriminator_steps_begin_with_the_discriminator() -> None:
