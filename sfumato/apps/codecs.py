@@ -162,10 +162,15 @@ def _page(run: Path, lines: list[dict[str, Any]], findings: list[tuple[str, str,
         parts.append(f"<h2>Held-out pictures, each with its copy</h2>{picture(Shot(samples[-1].stem, Image.open(samples[-1])))}")
     if checkpoints(run, "model"):
         parts += _codebook(run)
-    said = [f"{line['images']:,}: {line.get('action') or line['says']}" for line in lines if "says" in line]
+    said = [f"{line['images']:,}: {translated(line['says'])}" + _acted(line) for line in lines if "says" in line]
     if said:
         parts.append("<h2>What was said on the way</h2><ul>" + "".join(f"<li>{html.escape(s)}</li>" for s in said) + "</ul>")
     return page(f"{run.name}: doctor", parts)
+
+
+def _acted(line: dict[str, Any]) -> str:
+    """What a remedy did, where one did something that the words do not say themselves."""
+    return f" → {translated(line['action'])}" if "finding" in line and "action" in line else ""
 
 
 def _codebook(run: Path) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sfumato.nn.layers import ResBlock
+from sfumato.nn.layers import Activation, Norm, ResBlock, activation_of, norm_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class ConvnetConfig:
     encoder_blocks: tuple[int, ...] = (1, 2, 2)
     decoder_blocks: tuple[int, ...] = (2, 3, 2)
     vector: int = 0
+    norm: Norm = "group"
+    activation: Activation = "silu"
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.image_channels < 1:
@@ -46,10 +48,10 @@ def encoder(config: ConvnetConfig, out_channels: int) -> nn.Sequential:
     for level, (width, blocks) in enumerate(zip(config.widths, config.encoder_blocks, strict=True)):
         if level:
             layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * config.widths[level - 1], width, 1)]
-        layers += [ResBlock(width) for _ in range(blocks)]
+        layers += [ResBlock(width, config.norm, config.activation) for _ in range(blocks)]
     width, n = config.widths[-1], config.vector
     last = nn.Conv2d(width, out_channels, n, stride=n) if n else nn.Conv2d(width, out_channels, 3, padding=1)
-    return nn.Sequential(*layers, nn.GroupNorm(16, width), nn.SiLU(), last)
+    return nn.Sequential(*layers, norm_of(config.norm, width), activation_of(config.activation), last)
 
 
 def decoder(config: ConvnetConfig, in_channels: int) -> nn.Sequential:
@@ -58,8 +60,8 @@ def decoder(config: ConvnetConfig, in_channels: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.ConvTranspose2d(in_channels, width, n, stride=n) if n else nn.Conv2d(in_channels, width, 3, padding=1)]
     for level in reversed(range(len(config.widths))):
         width = config.widths[level]
-        layers += [ResBlock(width) for _ in range(config.decoder_blocks[level])]
+        layers += [ResBlock(width, config.norm, config.activation) for _ in range(config.decoder_blocks[level])]
         if level:
             layers += [nn.Conv2d(width, 4 * config.widths[level - 1], 1), nn.PixelShuffle(2)]
     out = nn.Conv2d(config.widths[0], config.image_channels * config.patch**2, 3, padding=1)
-    return nn.Sequential(*layers, nn.GroupNorm(16, config.widths[0]), nn.SiLU(), out, nn.PixelShuffle(config.patch))
+    return nn.Sequential(*layers, norm_of(config.norm, config.widths[0]), activation_of(config.activation), out, nn.PixelShuffle(config.patch))

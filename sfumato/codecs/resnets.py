@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.nn.layers import Activation, Norm, activation_of, norm_of
+
 GROUPS, EPS = 32, 1e-6
 
 
@@ -31,6 +33,8 @@ class ResnetConfig:
     z_channels: int = 256
     double_z: bool = False
     dropout: float = 0.0
+    norm: Norm = "group"
+    activation: Activation = "silu"
 
     def __post_init__(self) -> None:
         if self.width % GROUPS or not self.multipliers or min(self.multipliers) < 1:
@@ -51,34 +55,33 @@ class ResnetConfig:
     def attends(self, level: int) -> bool:
         return self.resolution // 2**level in self.attention
 
-
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=EPS)
+    def normed(self, channels: int) -> nn.Module:
+        return norm_of(self.norm, channels, GROUPS, EPS)
 
 
 class ResnetBlock(nn.Module):
-    """x + conv2(dropout(silu(norm2(conv1(silu(norm1(x))))))); a 1 x 1 convolution where the width changes."""
+    """x + conv2(dropout(act(norm2(conv1(act(norm1(x))))))); a 1 x 1 convolution where the width changes."""
 
-    def __init__(self, cin: int, cout: int, dropout: float = 0.0) -> None:
+    def __init__(self, config: ResnetConfig, cin: int, cout: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
-        self.dropout = dropout
+        self.norm1, self.conv1 = config.normed(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = config.normed(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.act, self.dropout = activation_of(config.activation), config.dropout
         if cin != cout:
             self.nin_shortcut = nn.Conv2d(cin, cout, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.dropout(F.silu(self.norm2(h)), self.dropout, self.training))
+        h = self.conv1(self.act(self.norm1(x)))
+        h = self.conv2(F.dropout(self.act(self.norm2(h)), self.dropout, self.training))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
 class AttnBlock(nn.Module):
     """Single-head attention over all positions, by 1 x 1 convolutions."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, config: ResnetConfig, width: int) -> None:
         super().__init__()
-        self.norm = norm(width)
+        self.norm = config.normed(width)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -115,8 +118,8 @@ class Level(nn.Module):
 
     def __init__(self, config: ResnetConfig, cin: int, cout: int, blocks: int, attends: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(cin if i == 0 else cout, cout, config.dropout) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(cout) for _ in range(blocks if attends else 0))
+        self.block = nn.ModuleList(ResnetBlock(config, cin if i == 0 else cout, cout) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(config, cout) for _ in range(blocks if attends else 0))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
         for i, block in enumerate(self.block):
@@ -127,9 +130,10 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, config: ResnetConfig, width: int) -> None:
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResnetBlock(width, width, dropout), AttnBlock(width), ResnetBlock(width, width, dropout)
+        self.block_1, self.block_2 = (ResnetBlock(config, width, width) for _ in range(2))
+        self.attn_1 = AttnBlock(config, width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -148,9 +152,10 @@ class ResnetEncoder(nn.Module):
             if i < len(widths) - 1:
                 level.downsample = Downsample(cout)
             self.down.append(level)
-        self.mid = Middle(widths[-1], config.dropout)
+        self.mid = Middle(config, widths[-1])
         z = config.z_channels * (2 if config.double_z else 1)
-        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], z, 3, padding=1)
+        self.norm_out, self.act = config.normed(widths[-1]), activation_of(config.activation)
+        self.conv_out = nn.Conv2d(widths[-1], z, 3, padding=1)
         self.quant_conv = nn.Conv2d(z, out_channels, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z zh zw"]:
@@ -159,7 +164,7 @@ class ResnetEncoder(nn.Module):
             x = level(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+        return self.quant_conv(self.conv_out(self.act(self.norm_out(self.mid(x)))))
 
 
 class ResnetDecoder(nn.Module):
@@ -170,7 +175,7 @@ class ResnetDecoder(nn.Module):
         widths = [config.width * m for m in config.multipliers]
         self.post_quant_conv = nn.Conv2d(in_channels, config.z_channels, 1)
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.dropout)
+        self.mid = Middle(config, widths[-1])
         levels = []
         for i in reversed(range(len(widths))):
             cin = widths[min(i + 1, len(widths) - 1)]
@@ -179,7 +184,8 @@ class ResnetDecoder(nn.Module):
                 level.upsample = Upsample(widths[i])
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out, self.conv_out = norm(widths[0]), nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
+        self.norm_out, self.act = config.normed(widths[0]), activation_of(config.activation)
+        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
     def forward(self, z: Float[Tensor, "b z zh zw"]) -> Float[Tensor, "b c h w"]:
         x = self.mid(self.conv_in(self.post_quant_conv(z)))
@@ -187,4 +193,4 @@ class ResnetDecoder(nn.Module):
             x = level(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.act(self.norm_out(x)))

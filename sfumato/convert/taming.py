@@ -131,6 +131,7 @@ def read_vqgan(path: Path) -> Autoencoder:
     tensors = {k: v for k, v in tensors.items() if not k.startswith(LEFT_OUT)}
     codec = Autoencoder(config_of(tensors, settings))
     ours = {to_codec(k): v.float() for k, v in tensors.items()}
+    codec.latent_std.fill_(1 / (settings or {}).get("scaling_factor", 1.0))
     own = {k: v for k, v in codec.state_dict().items() if k.startswith("latent_") or k.rpartition(".")[2] in OWN}
     return _loaded(codec, ours | own, path)
 
@@ -154,11 +155,14 @@ def to_taming(codec: Autoencoder) -> dict[str, Tensor]:
     config = codec.config
     gumbel = isinstance(config.bottleneck, GumbelConfig)
     plain = isinstance(config.bottleneck, VQConfig) and not config.bottleneck.cosine
-    if not isinstance(config.convnet, ResnetConfig) or not (plain or gumbel):
+    net = config.convnet
+    if not isinstance(net, ResnetConfig) or not (plain or gumbel):
         raise ValueError(
-            f"a codec of {config.convnet.kind} networks with a {config.bottleneck.kind} bottleneck has no place in that layout: "
+            f"a codec of {net.kind} networks with a {config.bottleneck.kind} bottleneck has no place in that layout: "
             "it holds resnet networks with vq (cosine false) or gumbel"
         )
+    if (net.norm, net.activation) != ("group", "silu"):
+        raise ValueError(f"norm (={net.norm!r}) and activation (={net.activation!r}) must be group and silu: that layout has no others")
     kept = {k: v for k, v in codec.state_dict().items() if not k.startswith("latent_") and k.rpartition(".")[2] not in OWN}
     return {from_codec(k, gumbel): v.detach().clone().contiguous() for k, v in kept.items()}
 
@@ -223,9 +227,14 @@ def _from_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ours = names.get(key, key)
         found[ours] = value[:, :, None, None] if re.search(r"attn.*\.(q|k|v|proj_out)\.weight$", ours) and value.ndim == 2 else value
     side = config.get("sample_size")
-    return found, {"ddconfig": {"resolution": side if isinstance(side, int) and side % 2 ** (levels - 1) == 0 else RESOLUTION}}
+    scale = config.get("scaling_factor", SCALE)
+    if not isinstance(scale, int | float) or not scale > 0:
+        raise FileError(f"{folder}: scaling_factor (={scale!r}) in config.json must be a number above 0")
+    resolution = side if isinstance(side, int) and side % 2 ** (levels - 1) == 0 else RESOLUTION
+    return found, {"ddconfig": {"resolution": resolution}, "scaling_factor": scale}
 
 
+SCALE = 0.18215  # diffusers' own where a config does not say it
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -255,6 +264,7 @@ def _to_diffusers(codec: Autoencoder, tensors: dict[str, Tensor], folder: Path) 
         "_class_name": "VQModel", "in_channels": net.image_channels, "out_channels": net.image_channels, "act_fn": "silu",
         "block_out_channels": [net.width * m for m in net.multipliers], "layers_per_block": net.blocks, "latent_channels": net.z_channels,
         "num_vq_embeddings": b.size, "vq_embed_dim": b.channels, "norm_num_groups": 32, "sample_size": net.resolution,
+        "scaling_factor": float(f"{1 / codec.latent_std[codec.latent_std > 0].mean():.6g}"),
         "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in names],
         "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(names)],
     }  # fmt: skip

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from sfumato.nn.layers import Norm, norm_of
+
 
 @dataclass(frozen=True, kw_only=True)
 class PatchConfig:
@@ -19,14 +21,12 @@ class PatchConfig:
     image_channels: int = 3
     width: int = 64
     layers: int = 3
-    norm: str = "group"
+    norm: Norm = "group"
     spectral: bool = False
 
     def __post_init__(self) -> None:
         if self.width % 16 or self.layers < 1:
             raise ValueError(f"width (={self.width}) must be a multiple of 16 and layers (={self.layers}) at least 1")
-        if self.norm not in ("group", "batch", "none"):
-            raise ValueError(f"norm (={self.norm!r}) must be group, batch or none")
 
     @property
     def sees(self) -> int:
@@ -49,10 +49,8 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, config.layers + 1):
             wider = config.width * min(2**i, 8)
             layers.append(made(nn.Conv2d(width, wider, 4, 2 if i < config.layers else 1, 1, bias=config.norm == "none")))
-            if config.norm == "group":
-                layers.append(nn.GroupNorm(16, wider))
-            elif config.norm == "batch":
-                layers.append(nn.BatchNorm2d(wider))
+            if config.norm != "none":
+                layers.append(norm_of(config.norm, wider))
             layers.append(nn.LeakyReLU(0.2))
             width = wider
         self.layers = nn.Sequential(*layers, made(nn.Conv2d(width, 1, 4, 1, 1)))

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Activation = Literal["silu", "relu", "gelu", "leaky-relu"]
+Norm = Literal["group", "batch", "none"]
+
+
+def activation_of(kind: Activation) -> nn.Module:
+    """Raises ValueError for another kind."""
+    known = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "leaky-relu": lambda: nn.LeakyReLU(0.2)}
+    if kind not in known:
+        raise ValueError(f"activation (={kind!r}) must be one of {', '.join(known)}")
+    return known[kind]()
+
+
+def norm_of(kind: Norm, width: int, groups: int = 16, eps: float = 1e-5) -> nn.Module:
+    """group: of each picture alone; batch: of all pictures of a batch, and of averages of them when it draws; none: the identity.
+
+    Raises ValueError for another kind.
+    """
+    known = {"group": lambda: nn.GroupNorm(groups, width, eps=eps), "batch": lambda: nn.BatchNorm2d(width, eps=eps), "none": nn.Identity}
+    if kind not in known:
+        raise ValueError(f"norm (={kind!r}) must be one of {', '.join(known)}")
+    return known[kind]()
+
 
 class ResBlock(nn.Module):
-    """x + conv(silu(conv(silu(norm(x))))): a pre-activation residual block with a single norm (arXiv 1603.05027).
+    """x + conv(act(conv(act(norm(x))))): a pre-activation residual block with a single norm (arXiv 1603.05027).
 
     The last convolution starts at zero, so that a new network is the identity along its trunk.
     """
 
-    def __init__(self, width: int, groups: int = 16) -> None:
+    def __init__(self, width: int, norm: Norm = "group", activation: Activation = "silu") -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width)
+        self.norm, self.act = norm_of(norm, width), activation_of(activation)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        h = self.conv1(F.silu(self.norm(x)))
-        return x + self.conv2(F.silu(h))
+        h = self.conv1(self.act(self.norm(x)))
+        return x + self.conv2(self.act(h))
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,7 @@ from sfumato.nn.lpips import lpips_from
 from sfumato.pipelines.find import find
 from sfumato.train.adversary import Adversary, AdversaryConfig, Controls
 from sfumato.train.doctor import Doctor
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, begun_with, main_first, settled
 
 OWN = Variety(place=0.9, scale=(1.0, 1.35), angle=0.0, recolour=0.0)
 WIDE = Variety(place=0.6, scale=(0.6, 1.25), angle=20.0, recolour=0.15, count=0.05, pair=0.05, scene=0.1)
@@ -66,12 +66,12 @@ SMALLEST_SSIM = 7
 class AutoencoderRecipe:
     """Everything that decides what a codec becomes. Weights are relative to the mean absolute error.
 
-    `data` is "emoji", the embedded drawings, or a folder, a zip or shards of one's own pictures; `init` a pack whose codec it begins from, of which
-    `only` decoder trains that part alone. `features` is what the perceptual term looks with: Lite0, or LPIPS where a backbone's weights are;
-    it joins after the fraction `perceptual_from` of the run, at `perceptual_size` pixels. With `kmeans` a learned codebook is left out until
-    `codebook_from`, and made then; every `refit` pictures k-means moves it once more (0: never). `kl` weighs the KL term, after it has risen over
-    `kl_warmup` of the run, and `free_bits` (nats a latent channel) are not counted. `likelihood`: the loss is a bound on the likelihood, pixels and
-    features are left out.
+    `data` is "emoji", the embedded drawings, or a folder, a zip or shards of one's own pictures; `init` a pack whose codec it begins from, of
+    which `only` decoder trains that part alone. `features` is what the perceptual term looks with: Lite0, LPIPS, or auto: LPIPS where a
+    backbone's weights are (see `seen_with`); it joins after the fraction `perceptual_from` of the run, at `perceptual_size` pixels. With `kmeans`
+    a learned codebook is left out until `codebook_from`, and made then; every `refit` pictures k-means moves it once more (0: never). `kl` weighs
+    the KL term, after it has risen over `kl_warmup` of the run, and `free_bits` (nats a latent channel) are not counted. `likelihood`: the loss
+    is a bound on the likelihood, pixels and features are left out.
     """
 
     kind: str = "train-autoencoder"
@@ -95,7 +95,7 @@ class AutoencoderRecipe:
     perceptual: float = 0.3
     perceptual_from: float = 0.67
     perceptual_size: int = 128
-    features: Literal["lite0", "lpips"] = "lite0"
+    features: Literal["auto", "lite0", "lpips"] = "lite0"
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     variety: Variety = WIDE
     mixed_channels: float = 0.2
@@ -154,7 +154,9 @@ def preset_vqvae() -> tuple[AutoencoderRecipe, LoopConfig]:
     `sfumato train autoencoder --preset vqvae --data DIR --out runs/vqvae`
     """
     net = ConvnetConfig(image_channels=3, patch=2, widths=(48, 96, 192), encoder_blocks=(1, 2, 2), decoder_blocks=(2, 2, 2))
-    recipe = AutoencoderRecipe(codec=AutoencoderConfig(convnet=net, bottleneck=VQConfig()), variety=OWN, mixed_channels=0.0, perceptual_from=0.5)
+    recipe = AutoencoderRecipe(
+        codec=AutoencoderConfig(convnet=net, bottleneck=VQConfig()), variety=OWN, mixed_channels=0.0, perceptual_from=0.5, features="auto"
+    )
     return recipe, LoopConfig(images=60_000, batch_size=32, lr=1e-3, warmup=2_000, dtype="auto", save_every=10_000, sample_every=10_000)
 
 
@@ -165,7 +167,7 @@ def preset_vqgan() -> tuple[AutoencoderRecipe, LoopConfig]:
     """
     recipe, loop = preset_vqvae()
     adversary = AdversaryConfig(weight=0.5, discriminator=PatchConfig(width=32, layers=2))
-    return AutoencoderRecipe(**{**vars(recipe), "adversary": adversary}), loop
+    return replace(recipe, adversary=adversary), loop
 
 
 def preset_vae() -> tuple[AutoencoderRecipe, LoopConfig]:
@@ -246,7 +248,7 @@ class AutoencoderTask:
 
     def __init__(self, recipe: AutoencoderRecipe, seed: int, bf16: bool = False, auto: bool = False) -> None:
         self.recipe, self.seed, self.bf16, self.auto = recipe, seed, bf16, auto
-        self.lpips = lpips_from() if recipe.features == "lpips" and recipe.perceptual else None
+        self.lpips = lpips_from() if recipe.features != "lite0" and recipe.perceptual else None
         if recipe.features == "lpips" and recipe.perceptual and self.lpips is None:
             raise ValueError(
                 "features (='lpips') need a torchvision backbone that torch has downloaded before: use lite0, which comes with the extra data"
@@ -265,6 +267,7 @@ class AutoencoderTask:
             codec.bottleneck.requires_grad_(False)
         self.networks: dict[str, nn.Module] = {"codec": codec}
         self.controls, self.adversary = Controls(), None
+        self.controls.fitted.fill_(bool(recipe.init))  # a codec that it begins from has its codebook
         of_codec: tuple[str, ...] = ("codec",)
         if recipe.likelihood:
             self.networks["likelihood"], of_codec = Likelihood(recipe.codec.convnet.image_channels), ("codec", "likelihood")
@@ -301,9 +304,21 @@ class AutoencoderTask:
         return self._exact(self.train, min(LOOKED_AT, len(self.exact)))
 
     @property
+    def learns_codes(self) -> bool:
+        """Whether it has a codebook that may move."""
+        return isinstance(self.networks["codec"].bottleneck, (VQ, Residual)) and self.recipe.only == "all"
+
+    @property
     def fits(self) -> bool:
         """Whether k-means makes the codebook."""
-        return isinstance(self.networks["codec"].bottleneck, (VQ, Residual)) and self.recipe.only == "all" and self.recipe.kmeans
+        return self.learns_codes and self.recipe.kmeans
+
+    @property
+    def complete_from(self) -> float:
+        """The progress from which on the codebook, the features and the whole adversarial weight are there."""
+        r = self.recipe
+        adversary = min(r.adversary.joins + r.adversary.ramp, 1.0) if r.adversary.weight else 0.0
+        return max(r.codebook_from if self.fits else 0.0, r.perceptual_from if r.perceptual else 0.0, adversary)
 
     def pictures(self, positions: np.ndarray, purpose: str = "train") -> Tensor:
         """Augmented training pictures "b 4 size size" in [-1, 1] at positions of the data order."""
@@ -340,7 +355,7 @@ class AutoencoderTask:
 
     def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         r, x = self.recipe, batch["x"]
-        bypass = {"bypass": True} if self.fits and not self.controls.fitted and not r.init else {}
+        bypass = {"bypass": True} if self.fits and not self.controls.fitted else {}
         y, bottleneck, stats = networks["codec"](x, batch.get("noise"), **bypass)
         if "indices" in stats and torch.is_grad_enabled():
             self.seen.append({k: stats.pop(k) for k in ("latents", "indices") if k in stats})
@@ -410,7 +425,7 @@ class AutoencoderTask:
             return {}
         if seen:
             codec.bottleneck.update(_together(seen))  # type: ignore[operator]
-        if self.fits and not r.init and self._due(images):
+        if self.fits and self._due(images):
             self._fit(codec, fresh=not bool(self.controls.fitted))
             self.controls.fitted.fill_(True)
         for mine, average in zip(_quantizers(codec), _quantizers(averages["codec"]), strict=True):
@@ -489,7 +504,7 @@ class AutoencoderTask:
         if self.lpips is not None:
             found["lpips"] = float(np.mean([float(self.lpips.cpu()(b, a).mean()) for a, b in zip(flat[0].split(64), flat[1].split(64), strict=True)]))
         found |= self._codes(networks, few[0])
-        if self.fits and not self.controls.fitted and not self.recipe.init:
+        if self.fits and not self.controls.fitted:
             return found  # a codebook that is not made yet says nothing of the run
         return found | {"score": -found["distance"] if self.adversary is not None else -found["bits"] if "bits" in found else found["psnr"]}
 
@@ -524,7 +539,7 @@ class AutoencoderTask:
             if line["finding"] in ("discriminator-too-strong", "discriminator-too-fast", "weight-at-cap", "collapse") and self.adversary is not None:
                 self.controls.lowered.mul_(0.5)
                 line["action"] = f"the adversarial weight is {float(self.controls.lowered):g} of what was asked for"
-            if line["finding"] == "dead-codes" and self.fits:
+            if line["finding"] == "dead-codes" and self.learns_codes:
                 self._fit(self.networks["codec"], fresh=False)
                 line["action"] = "k-means moved the codebook to the latents"
         return lines
@@ -539,7 +554,7 @@ class AutoencoderTask:
             counts = sum(_counts(codec, codec.encoder(x)) for x in some)
             for quantizer, count in zip(_quantizers(codec), counts.reshape(len(_quantizers(codec)), -1), strict=True):  # type: ignore[union-attr]
                 quantizer.counts.copy_(count)
-        if self.recipe.codec.convnet.vector:
+        if getattr(self.recipe.codec.convnet, "vector", 0):
             extra = fit_mixture(self._encodings(codec), seed=self.seed)
         tensors = {f"codec.{k}": v for k, v in codec.state_dict().items()} | {f"prior.{k}": v for k, v in extra.items()}
         return tensors, {"kind": "codec", "codec": to_json(self.recipe.codec), "size": self.recipe.size}
@@ -575,9 +590,19 @@ def _counts(codec: nn.Module, z_e: Tensor) -> Tensor:
     return torch.cat([torch.bincount(indices[..., i].flatten(), minlength=size) for i in range(indices.shape[-1])])
 
 
+def seen_with(recipe: AutoencoderRecipe, run: Path) -> AutoencoderRecipe:
+    """`features` auto decided: what the run was begun with, else LPIPS where a backbone's weights are, else Lite0."""
+    if recipe.features != "auto":
+        return recipe
+    begun = begun_with(Path(run))
+    if begun is not None:
+        return replace(recipe, features=begun["config"].get("features", "lite0"))
+    return replace(recipe, features="lite0" if lpips_from() is None else "lpips")
+
+
 def train(recipe: AutoencoderRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the codec in the run folder `out`."""
-    loop = settled(loop, out)
+    loop, recipe = settled(loop, out), seen_with(recipe, out)
     if recipe.data != EMOJI:
         same_source(Path(out), recipe.data, words=False)
     trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed, loop.dtype == "bf16", loop.auto).begin(loop)), loop, out, recipe)

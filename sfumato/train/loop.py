@@ -36,6 +36,7 @@ from sfumato.core.images import save_png
 from sfumato.core.language import translated
 from sfumato.core.pack import save_pack
 from sfumato.core.request import Device
+from sfumato.core.rng import derive
 from sfumato.core.runlog import RunLog, is_out_of_memory
 from sfumato.nn.ema import ema_copy, ema_update
 
@@ -67,8 +68,8 @@ class LoopConfig:
     into memory is halved by itself, where one process trains and the loss does not compare the pictures of a batch (text does).
     `clip` 0 clips nothing.
     `dtype` auto is what this machine multiplies matrices faster in, measured once when the run begins (see `settled`).
-    `patience` ends a run after that many looks (`sample_every`) without a better score, 0 never. `auto` lets remedies act: a run that is not finite
-    goes back to its newest checkpoint with half the learning rate, and a task does what its doctor advises.
+    `patience` ends a run after that many looks (`sample_every`) without a better score once all its parts work, 0 never. `auto` lets remedies
+    act: a run that is not finite goes back to its newest checkpoint with half the learning rate, and a task does what its doctor advises.
     `compile` fuses the networks by torch.compile: a minute's start, then faster; rounding differs, so a resume is exact only with the same setting.
     """
 
@@ -140,7 +141,8 @@ class Task(Protocol):
 
     What a task may have besides: `after_step(averages, images, finite) -> statistics`, once after all phases of a step, for what is not learned by
     gradients; `remarks(run) -> list of JSON lines`, after each look, which are said and logged; `full_precision`, names of networks that autocast
-    leaves alone; `partly_used`, True where a loss does not reach all parameters; `splittable`, False where a loss compares pictures of a batch.
+    leaves alone; `partly_used`, True where a loss does not reach all parameters; `splittable`, False where a loss compares pictures of a batch;
+    `complete_from`, the progress from which on all its parts work, before which a run is not ended for want of a better score.
     """
 
     kind: str
@@ -302,6 +304,7 @@ class Trainer:
         stats: dict[str, float] = {}
         seen = self.counters["images"]
         progress = seen / self.loop.images
+        torch.manual_seed(derive(self.loop.seed, "step", seen) + self.accelerator.process_index)  # for dropout: a resume draws what a whole run draws
         lr = self.loop.lr_at(seen) * 0.5 ** self.counters["rollbacks"]
         finite = True
         for phase in self.task.phases:
@@ -523,13 +526,15 @@ class Trainer:
         if log and scores:
             log.write(images=images, **{k: round(v, 5) for k, v in scores.items()})
         score = scores.get("score", math.nan)
-        self.counters["stale"] += "score" in scores
+        self.counters["stale"] += "score" in scores and images >= getattr(self.task, "complete_from", 0.0) * self.loop.images
         if score > self.best and self.counters["skipped_in_a_row"] == 0:
             self.best, self.counters["stale"] = score, 0
             self._save_pack(self.run / "model-best.safetensors")
         for line in self.task.remarks(self.run) if log and hasattr(self.task, "remarks") else ():
             log.write(images=images, **line)  # type: ignore[union-attr]
             tqdm.write(translated(f"doctor: {line['says']}"), file=sys.stderr)
+            if "action" in line:
+                tqdm.write(translated(line["action"]), file=sys.stderr)
 
     # --- files --------------------------------------------------------------------------------------------------------------------------------
 

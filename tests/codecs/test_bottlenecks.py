@@ -206,7 +206,7 @@ def test_fsq_is_that_of_the_package(steps: tuple[int, ...]) -> None:
     torch.testing.assert_close(ours(z_e)[0], values, rtol=0, atol=1e-6)
     every = torch.arange(math.prod(steps)).reshape(1, 1, -1, 1)
     assert len(ours.lookup(every).flatten(2)[0].T.unique(dim=0)) == math.prod(steps)
-    with pytest.raises(ValueError, match=r"steps \(=\[8, 1, 5\]\) must all be at least 2: one step carries no bits"):
+    with pytest.raises(ValueError, match=r"steps \(=\[8, 1, 5\]\) must all be at least 3"):
         FSQConfig(steps=(8, 1, 5))
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import Tensor, nn
 
+from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
+from sfumato.codecs.bottlenecks.vq import VQConfig
+from sfumato.codecs.resnets import ResnetConfig
 from sfumato.convert.checkpoint import read_tensors
 from sfumato.convert.taming import from_pack, read_vqgan, to_pack, to_taming, write_vqgan
 from sfumato.core.checkpoint import FileError
@@ -127,7 +131,7 @@ def test_a_vqmodel_of_diffusers_and_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = VQModel(
         down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(32, 64), layers_per_block=2, latent_channels=8, num_vq_embeddings=48, vq_embed_dim=4, sample_size=32,
+        block_out_channels=(32, 64), layers_per_block=2, latent_channels=8, num_vq_embeddings=48, vq_embed_dim=4, sample_size=32, scaling_factor=0.3,
     ).eval()  # fmt: skip
     for p in theirs.parameters():
         nn.init.normal_(p, 0.02, 0.15 if p.ndim > 1 else 0.3)
@@ -142,9 +146,19 @@ def test_a_vqmodel_of_diffusers_and_back(tmp_path: Path) -> None:
         assert torch.equal(indices.flatten(), index.flatten())
         torch.testing.assert_close(codec.decode_indices(indices), theirs.decode(latents).sample, rtol=0, atol=1e-5)
     write_vqgan(codec, tmp_path / "ours")
+    assert codec.latent_std.tolist() == pytest.approx([1 / 0.3] * 4), "what a generator sees has been scaled by it"
     again = VQModel.from_pretrained(tmp_path / "ours")
+    assert again.config.scaling_factor == 0.3
     state = theirs.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+
+
+def test_networks_that_the_layout_cannot_hold_are_refused(tmp_path: Path) -> None:
+    net = ResnetConfig(width=32, multipliers=(1, 1), attention=(), resolution=16, z_channels=4)
+    for change in ({"norm": "batch"}, {"activation": "gelu"}):
+        codec = Autoencoder(AutoencoderConfig(convnet=replace(net, **change), bottleneck=VQConfig(size=8, channels=4, cosine=False)))
+        with pytest.raises(ValueError, match="must be group and silu"):
+            write_vqgan(codec, tmp_path / "x.ckpt")
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:

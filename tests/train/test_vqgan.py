@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from sfumato.apps.cli import main
-from sfumato.codecs.autoencoder import AutoencoderConfig
+from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.codecs.bottlenecks.fsq import FSQConfig
 from sfumato.codecs.bottlenecks.kl import KLConfig
 from sfumato.codecs.bottlenecks.residual import ResidualConfig
@@ -24,9 +25,12 @@ from sfumato.core.checkpoint import FileError, checkpoints, load_tensors, save_t
 from sfumato.core.config import from_json, to_json
 from sfumato.core.runlog import read_log
 from sfumato.gans.discriminators import PatchConfig
+from sfumato.losses.adversarial import Kind
+from sfumato.nn.layers import Activation, Norm
+from sfumato.nn.lpips import LPIPS
 from sfumato.pipelines.codec import load_codec
 from sfumato.train.adversary import Adversary, AdversaryConfig, Controls
-from sfumato.train.autoencoder import PRESETS, AutoencoderRecipe, AutoencoderTask, train
+from sfumato.train.autoencoder import PRESETS, AutoencoderRecipe, AutoencoderTask, seen_with, train
 from sfumato.train.loop import LoopConfig, Trainer
 
 NET = ConvnetConfig(image_channels=3, patch=2, widths=(16, 32), encoder_blocks=(1, 0), decoder_blocks=(0, 1))
@@ -89,6 +93,7 @@ def test_k_means_makes_the_codebook_and_averages_follow(vqgan: tuple[Trainer, Pa
         VQConfig(size=32, channels=4, learn="ema", cosine=False, restart=2.0),
         ResidualConfig(levels=2, code=VQConfig(size=16, channels=4, cosine=False, gradient="straight-through")),
         FSQConfig(steps=(4, 4, 4)),
+        VQConfig(size=16, channels=4, entropy=0.1),
     ],
 )
 def test_a_stop_and_a_resume_change_nothing(bottleneck: object, tmp_path: Path) -> None:
@@ -97,6 +102,19 @@ def test_a_stop_and_a_resume_change_nothing(bottleneck: object, tmp_path: Path) 
     loop = replace(LOOP, images=160, save_every=16, sample_every=80)
     train(recipe, loop, tmp_path / "whole")
     for stop in (16, 80, None):
+        train(recipe, loop, tmp_path / "parts", stop_at=stop)
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_resume_drops_what_a_whole_run_drops(tmp_path: Path) -> None:
+    """And networks may have other norms and activations, whose statistics are in the state."""
+    net = ResnetConfig(
+        width=32, multipliers=(1, 2), blocks=1, attention=(), resolution=16, z_channels=4, dropout=0.5, norm="batch", activation="gelu"
+    )
+    recipe = replace(VQGAN, codec=replace(VQGAN.codec, convnet=net), adversary=AdversaryConfig())
+    loop = replace(LOOP, images=96, save_every=16, sample_every=96)
+    train(recipe, loop, tmp_path / "whole")
+    for stop in (48, None):
         train(recipe, loop, tmp_path / "parts", stop_at=stop)
     same(tmp_path / "whole", tmp_path / "parts")
 
@@ -169,7 +187,7 @@ def test_the_gradient_is_that_of_the_plain_sum() -> None:
     "only",
     [
         {"l1": 1.0}, {"mse": 1.0}, {"charbonnier": 1.0}, {"edges": 1.0}, {"perceptual": 1.0, "perceptual_from": 0.0, "perceptual_size": 32},
-        {"adversary": replace(ADVERSARY, begins=0.0, joins=0.0, ramp=0.0, adaptive=False)},
+        *({"adversary": replace(ADVERSARY, begins=0.0, joins=0.0, ramp=0.0, adaptive=False, loss=kind)} for kind in get_args(Kind)),
         {"codebook": 1.0},
     ],
 )  # fmt: skip
@@ -201,6 +219,23 @@ def test_a_bad_step_leaves_no_trace_in_the_scores() -> None:
     adversary.settle(True)
     assert torch.isfinite(adversary.controls.scores).all()
     assert float(adversary.controls.scores.abs().max()) > 0
+
+
+def test_the_gradient_of_lpips_reaches_the_decoder() -> None:
+    """Through the real network, with random weights."""
+    recipe = replace(
+        VQGAN, l1=0.0, mse=0.0, edges=0.0, codebook=0.0, perceptual=1.0, perceptual_from=0.0, perceptual_size=32, adversary=AdversaryConfig()
+    )
+    task = AutoencoderTask(recipe, seed=0).begin(LOOP)
+    torch.manual_seed(0)
+    task.lpips = LPIPS("squeeze").eval().requires_grad_(False)
+    for head in task.lpips.heads:
+        head.fill_(1.0)
+    task.controls.fitted.fill_(True)
+    loss, found = task.loss(task.networks, task.batch(np.arange(4)), 0.9)
+    loss.backward()
+    assert float(loss) == pytest.approx(float(found["perceptual"]))
+    assert float(task.networks["codec"].last_weight.grad.abs().max()) > 0  # type: ignore[union-attr]
 
 
 def test_lpips_looks_at_pictures_in_its_own_range(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +287,38 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     assert trainer.counters["images"] < 640
     assert (tmp_path / "model-best.safetensors").exists()
     assert checkpoints(tmp_path, "state")
+
+
+def test_patience_waits_until_all_parts_work(tmp_path: Path) -> None:
+    trainer = train(VQGAN, replace(LOOP, images=1_600, lr=1e-12, sample_every=32, save_every=1_600, patience=2), tmp_path)
+    assert 0.7 * 1_600 <= trainer.counters["images"] < 0.7 * 1_600 + 160, "the adversarial weight is whole at 0.7"
+
+
+def test_auto_looks_with_lpips_where_a_backbone_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(VQGAN, features="auto")
+    assert seen_with(recipe, tmp_path / "run").features == "lite0"
+    monkeypatch.setattr("sfumato.train.autoencoder.lpips_from", lambda: LPIPS("squeeze"))
+    assert seen_with(recipe, tmp_path / "run").features == "lpips"
+    train(VQGAN, replace(LOOP, images=16), tmp_path / "run")
+    assert seen_with(recipe, tmp_path / "run").features == "lite0", "as the run was begun"
+    assert seen_with(replace(recipe, features="lite0"), tmp_path / "none").features == "lite0"
+
+
+@pytest.mark.parametrize("norm", ["group", "batch", "none"])
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "leaky-relu"])
+@pytest.mark.parametrize("net", [NET, ResnetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(8,), resolution=16, z_channels=4)])
+def test_norms_and_activations_are_those_asked_for(net: ConvnetConfig | ResnetConfig, norm: Norm, activation: Activation) -> None:
+    codec = Autoencoder(replace(VQGAN.codec, convnet=replace(net, norm=norm, activation=activation)))
+    kinds = {type(m) for m in codec.modules()}
+    norms = {"group": torch.nn.GroupNorm, "batch": torch.nn.BatchNorm2d}
+    acts = {"silu": torch.nn.SiLU, "relu": torch.nn.ReLU, "gelu": torch.nn.GELU, "leaky-relu": torch.nn.LeakyReLU}
+    assert kinds & set(norms.values()) == ({norms[norm]} if norm in norms else set())
+    assert kinds & set(acts.values()) == {acts[activation]}
+    codec(torch.zeros(2, 3, 16, 16))[0].sum().backward()
+    with pytest.raises(ValueError, match=r"norm \(='layer'\) must be one of"):
+        Autoencoder(replace(VQGAN.codec, convnet=replace(net, norm="layer")))
+    with pytest.raises(ValueError, match=r"activation \(='tanh'\) must be one of"):
+        Autoencoder(replace(VQGAN.codec, convnet=replace(net, activation="tanh")))
 
 
 # --- a VAE ----------------------------------------------------------------------------------------------------------------------------------------

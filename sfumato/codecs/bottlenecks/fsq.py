@@ -23,8 +23,8 @@ class FSQConfig(Codes):
     steps: tuple[int, ...] = (8, 5, 5, 5)
 
     def __post_init__(self) -> None:
-        if not self.steps or min(self.steps) < 2:
-            raise ValueError(f"steps (={list(self.steps)}) must all be at least 2: one step carries no bits")
+        if not self.steps or min(self.steps) < 3:
+            raise ValueError(f"steps (={list(self.steps)}) must all be at least 3: for two a channel there is kind lfq")
 
     @property
     def channels(self) -> int:
