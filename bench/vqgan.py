@@ -2,6 +2,7 @@
 
 - codecs: nearest neighbour, moving average, k-means, our presets, FSQ, the VAE; with and without discriminator, without the first stages, without
   augmentation; held-out pictures, averaged weights, evaluation mode;
+- pictures (of finished runs alone): reconstructions.png and codebook.png in `--out`;
 - step: encoder, quantizer, decoder, discriminator of the same shapes and weights on both sides, by turns.
 
 `--data emoji` are the embedded drawings; a folder with IDX files is Fashion-MNIST (Debian's `dataset-fashion-mnist` has them).
@@ -29,6 +30,7 @@ from sfumato.codecs.autoencoder import AutoencoderConfig
 from sfumato.codecs.bottlenecks.fsq import FSQConfig
 from sfumato.codecs.bottlenecks.vq import VQ, VQConfig, use_of
 from sfumato.codecs.resnets import ResnetConfig, ResnetDecoder, ResnetEncoder
+from sfumato.core.images import grid, to_pil
 from sfumato.core.runlog import read_log
 from sfumato.gans.discriminators import PatchConfig, PatchDiscriminator
 from sfumato.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
@@ -37,10 +39,11 @@ from sfumato.metrics.features import feature_net, look
 from sfumato.metrics.intervals import jackknife, mean_interval
 from sfumato.metrics.pairwise import ssim
 from sfumato.metrics.stability import sharpness
+from sfumato.pipelines.codec import load_codec
 from sfumato.train.autoencoder import STILL, AutoencoderRecipe, AutoencoderTask, preset_vae, preset_vqgan, preset_vqvae, psnr_over_white, train
 from sfumato.train.loop import LoopConfig, Trainer
 
-PARTS = ("codecs", "step")
+PARTS = ("codecs", "pictures", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +162,14 @@ def measured(trainer: Trainer, task: AutoencoderTask, run: Path) -> dict[str, An
     return found
 
 
+def run_of(options: Options, name: str) -> Path:
+    return options.out / ("quick" if options.quick else "") / f"{Path(options.data).name}-{options.images}-{name.replace(' ', '-')}"
+
+
 def codecs(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, (recipe, loop) in variants(options).items():
-        run = options.out / ("quick" if options.quick else "") / f"{Path(options.data).name}-{options.images}-{name.replace(' ', '-')}"
+        run = run_of(options, name)
         print(f"--- {name}", file=sys.stderr)
         trainer = train(recipe, loop, run)
         found[name] = measured(trainer, trainer.task, run)  # type: ignore[arg-type]
@@ -188,6 +195,24 @@ def difference(real: Tensor, a: Tensor, b: Tensor, blocks: int = 10) -> tuple[fl
     of = lambda rows: kernel_distance(real[rows], a[rows]) - kernel_distance(real[rows], b[rows])  # noqa: E731
     whole = of(order)
     return whole, jackknife(whole, np.array([of(rows) for rows in kept]))
+
+
+SHOWN = ("preset vqvae", "preset vqgan", "preset vae")  # rows, below the originals
+
+
+def pictures(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Twelve held-out pictures, below them what each codec makes of them, and a codebook."""
+    made = variants(replace(options, variants=";".join(SHOWN)))
+    rows: list[Image.Image] = []
+    for name, (recipe, loop) in made.items():
+        run = run_of(options, name)
+        task = AutoencoderTask(recipe, loop.seed)
+        x, loaded = task.exact[:: max(len(task.exact) // 12, 1)][:12], load_codec(run)
+        rows += (to_pil(x) if not rows else []) + to_pil(task.reconstruct(loaded.codec, x))
+        if (codebook := loaded.codebook()) is not None:
+            codebook[0].save(options.out / "codebook.png")
+    grid(rows, columns=12).save(options.out / "reconstructions.png", optimize=True)
+    return [], {"rows": ["originals", *made]}
 
 
 # --- one step, beside taming-transformers ----------------------------------------------------------------------------------------------------
@@ -308,7 +333,7 @@ def run(options: Options) -> dict[str, Any]:
     claims: list[dict[str, Any]] = []
     details: dict[str, Any] = {}
     for name in (part.strip() for part in options.only.split(",")):
-        found, details[name] = {"codecs": codecs, "step": step}[name](options)
+        found, details[name] = {"codecs": codecs, "pictures": pictures, "step": step}[name](options)
         claims += found
     return report(started, options.seed, claims, details)
 

@@ -25,6 +25,8 @@ def test_quick_compares_codecs_and_a_step(tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     found = json.loads(out[out.index("{") :])
     assert set(found["details"]["codecs"]) == {"preset vqvae", "fsq", "preset vqgan"}
+    assert found["details"]["pictures"]["rows"] == ["originals", "preset vqvae", "preset vqgan"]
+    assert {"codebook.png", "reconstructions.png"} <= {p.name for p in (tmp_path / "bench-vqgan-quick").iterdir()}
     assert all(len(v["kid"]) == 3 for v in found["details"]["codecs"].values())
     assert {"Ours", "Taming"} == set(found["details"]["step"]["f16, 1,024 codes"])
 
