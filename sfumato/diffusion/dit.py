@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sfumato.core.config import nearest
 from sfumato.core.seams import Cond
 from sfumato.nn.attention import Attention
-from sfumato.nn.embeddings import grid_positions, sinusoidal
+from sfumato.nn.embeddings import Memory, grid_positions, sinusoidal
 from sfumato.nn.layers import MLP
 
 Modulation = Literal["single", "block"]
@@ -28,7 +28,7 @@ class DiTConfig:
     """A denoiser of latents; in every `cross_every`-th block tokens attend to the text.
 
     `modulation`: one adaptive norm for all blocks ("single") or one for each ("block"). `memory`: how many known things the pooled text is
-    compared with (see `Memory`). `text_width`, `styles`, `labels` or `memory` 0: no such input.
+    compared with (see `sfumato.nn.embeddings.Memory`). `text_width`, `styles`, `labels` or `memory` 0: no such input.
     """
 
     kind: str = "dit"
@@ -85,27 +85,6 @@ class DiTBlock(nn.Module):
             assert self.cross_norm is not None
             x = x + self.cross(self.cross_norm(x), context, mask)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-
-
-class Memory(nn.Module):
-    """What each known thing looks like, found by what the text says: attention of a pooled text over one key and one value per thing.
-
-    A network learns a value as fast as a class's own embedding, and other words for the thing find it too. Keys start at the texts of the
-    things' names, sharpness at 20, where names recall almost only their own thing. A pooled text of zeros (nothing was said)
-    recalls nothing.
-    """
-
-    def __init__(self, things: int, text_width: int, width: int) -> None:
-        super().__init__()
-        self.keys = nn.Parameter(torch.randn(things, text_width))
-        self.values = nn.Parameter(torch.randn(things, width) * 0.02)
-        self.log_sharpness = nn.Parameter(torch.tensor(20.0).log())
-
-    def forward(self, pooled: Float[Tensor, "b e"]) -> Float[Tensor, "b d"]:
-        nearness = nn.functional.normalize(pooled, dim=-1) @ nn.functional.normalize(self.keys, dim=-1).to(pooled).T
-        weight = (nearness * self.log_sharpness.exp()).float().softmax(-1)
-        said = (pooled != 0).any(-1, keepdim=True)
-        return (weight * said).to(self.values.dtype) @ self.values
 
 
 class DiT(nn.Module):
@@ -191,31 +170,3 @@ class DiT(nn.Module):
             return context, mask
         token = (styles @ self.style_token.weight)[:, None]
         return torch.cat([context, token.to(context.dtype)], dim=1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-
-
-def without_text(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
-    """The condition with the text of `rows` taken away: as if nothing had been said."""
-    if cond.text is None or cond.pooled is None:
-        return cond
-    keep = ~rows
-    given = torch.ones(cond.text.shape[:2], dtype=torch.bool, device=cond.text.device) if cond.mask is None else cond.mask
-    empty = torch.zeros_like(given)
-    empty[:, 0] = True  # one zero token stands for silence
-    mask = torch.where(keep[:, None], given, empty)
-    values = cond.__dict__ | {"text": cond.text * keep[:, None, None], "mask": mask, "pooled": cond.pooled * keep[:, None]}
-    return Cond(**values)
-
-
-def without_style(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
-    """The condition with the style of `rows` taken away."""
-    return cond if cond.style is None else Cond(**(cond.__dict__ | {"style": cond.style * (~rows)[:, None]}))
-
-
-def without_label(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
-    """The condition with the label of `rows` taken away."""
-    return cond if cond.label is None else Cond(**(cond.__dict__ | {"label": cond.label.masked_fill(rows, -1)}))
-
-
-def silent(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
-    """The condition with text and label of `rows` taken away: what guidance leans on."""
-    return without_label(without_text(cond, rows), rows)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.nn.embeddings import turned
 from sfumato.nn.layers import RMSNorm
 
 SHORT = 64 * 64  # queries x keys up to which plain matrix products beat the CPU's fused kernel, whose backward is slow on short sequences
@@ -41,8 +42,23 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], context: Float[Tensor, "b m e"] | None = None, mask: Bool[Tensor, "b m"] | None = None
     ) -> Float[Tensor, "b n d"]:
-        context = x if context is None else context
-        q, k, v = (rearrange(f(s), "b n (h d) -> b h n d", h=self.heads) for f, s in ((self.q, x), (self.k, context), (self.v, context)))
-        allowed = None if mask is None else mask[:, None, None, :]
-        y = attend(self.q_norm(q), self.k_norm(k), v, allowed)
+        return self.look(x, *self.seen(x if context is None else context), None if mask is None else mask[:, None, None, :])
+
+    def seen(self, context: Float[Tensor, "b m e"], angles: Float[Tensor, "m d2"] | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values "b heads m d" of what is attended to; `angles` turn the keys by their positions. Worth keeping where queries follow."""
+        k, v = (rearrange(f(context), "b m (h d) -> b h m d", h=self.heads) for f in (self.k, self.v))
+        k = self.k_norm(k)
+        return (k if angles is None else turned(k, angles)), v
+
+    def look(
+        self,
+        x: Float[Tensor, "b n d"],
+        k: Float[Tensor, "b heads m e"],
+        v: Float[Tensor, "b heads m e"],
+        allowed: Bool[Tensor, "#b #heads #n m"] | None = None,
+        angles: Float[Tensor, "n d2"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """What x finds in keys and values; `angles` turn its queries."""
+        q = self.q_norm(rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads))
+        y = attend(q if angles is None else turned(q, angles), k, v, allowed)
         return self.out(rearrange(y, "b h n d -> b n (h d)"))

@@ -25,11 +25,11 @@ from sfumato.core.request import METADATA_KEY, SOURCE_KEY, GenerateRequest, meta
 from sfumato.core.rng import numpy_rng, torch_rng
 from sfumato.core.seams import Cond, Denoise
 from sfumato.data.folder import framed
-from sfumato.diffusion.dit import without_style, without_text
 from sfumato.diffusion.guidance import Post, cfg, guided, inpaint, text_style
 from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.samplers import sample_ddim, sampler
+from sfumato.nn.conditions import without_style, without_text
 from sfumato.text.encoder import TextEncoder
 from sfumato.text.words import normalise, of_people, spell_emoji, unknown_words
 

@@ -31,12 +31,13 @@ from sfumato.data.augment import Scene, Variety, render
 from sfumato.data.latents import cached_latents
 from sfumato.data.shards import same_source
 from sfumato.data.subjects import EMOJI, Labels, subjects
-from sfumato.diffusion.dit import DiT, DiTConfig, silent, without_style, without_text
+from sfumato.diffusion.dit import DiT, DiTConfig
 from sfumato.diffusion.guidance import cfg, guided
 from sfumato.diffusion.objective import ObjectiveConfig, draw_t, loss
 from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, check_prediction
 from sfumato.diffusion.samplers import sample_heun
+from sfumato.nn.conditions import silent, without_style, without_text
 from sfumato.pipelines.find import find
 from sfumato.text.encoder import TextEncoder
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
@@ -66,7 +67,7 @@ class DiffusionRecipe:
     """What decides what a denoiser learns. `each` augmented pictures per drawing are encoded; `limit` takes the first concepts only.
 
     `data` is "emoji", the embedded drawings, or a folder or zip of one's own pictures; `init` is a pack or run whose denoiser it begins from.
-    `memory` gives the denoiser a place to keep what each concept, or caption, looks like (`sfumato.diffusion.dit.Memory`).
+    `memory` gives the denoiser a place to keep what each concept, or caption, looks like (`sfumato.nn.embeddings.Memory`).
     `labels` teaches a class beside (or, with `denoiser.text_width` 0, instead of) captions: the group of a concept ("food-drink") or its name;
     of one's own pictures, "auto", the sub-folder.
     """

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sfumato.core.seams import Cond
-from sfumato.diffusion.dit import DiT, DiTConfig, Memory, silent, without_label, without_style, without_text
+from sfumato.diffusion.dit import DiT, DiTConfig
+from sfumato.nn.conditions import silent, without_label, without_style, without_text
+from sfumato.nn.embeddings import Memory
 
 SMALL = DiTConfig(channels=4, patch=2, width=32, depth=2, heads=2, text_width=16, styles=3, labels=5)
 

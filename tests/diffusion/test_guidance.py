@@ -5,10 +5,11 @@ from hypothesis import strategies as st
 
 from sfumato.core.seams import Cond
 from sfumato.diffusion.dit import DiT, DiTConfig
-from sfumato.diffusion.guidance import apg, cfg, concat_conds, guided, inpaint, mixture, rescale, text_style
+from sfumato.diffusion.guidance import apg, cfg, guided, inpaint, mixture, rescale, text_style
 from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, from_x0
 from sfumato.diffusion.samplers import SAMPLERS, sample_heun
+from sfumato.nn.conditions import concat_conds
 
 f64 = torch.float64
 
