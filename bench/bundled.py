@@ -57,7 +57,7 @@ from sfumato.data.emoji import STYLES, Drawings, concepts, drawings
 from sfumato.losses.perceptual import perceptual
 from sfumato.nn.backbones import efficientnet_lite0, over, resize
 from sfumato.pipelines.find import find
-from sfumato.pipelines.generate import LatentDiffusion
+from sfumato.pipelines.generate import Model
 from sfumato.train.upscaler import lanczos
 
 SECTIONS = ("codec", "enlargement", "accuracy", "diversity", "colours", "mixtures", "cost")
@@ -268,7 +268,7 @@ class Bench:
     """What every section works with. `claims` and `details` are filled as they go."""
 
     options: Options
-    model: LatentDiffusion
+    model: Model
     claims: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 

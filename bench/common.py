@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sfumato.core.images import premultiply
 from sfumato.core.request import GenerateRequest
 from sfumato.metrics.intervals import bootstrap as interval
-from sfumato.pipelines.generate import LatentDiffusion
+from sfumato.pipelines.generate import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 TOGETHER = 16  # pictures drawn in one batch, as many as the model itself draws together
@@ -135,9 +135,7 @@ def with_interval(a: np.ndarray) -> list[float]:
 # --- drawing ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def draw(
-    model: LatentDiffusion, prompts: Sequence[str], styles: Sequence[str], seeds: Sequence[int], what: str = "", **options: Any
-) -> list[Image.Image]:
+def draw(model: Model, prompts: Sequence[str], styles: Sequence[str], seeds: Sequence[int], what: str = "", **options: Any) -> list[Image.Image]:
     """Picture i of prompt i in style i from seed i, as `model.generate` draws it alone (within a level); far quicker in batches."""
     options = {"size": model.size} | options
     requests = [GenerateRequest(prompt=p, style=s, seed=seed, **options) for p, s, seed in zip(prompts, styles, seeds, strict=True)]

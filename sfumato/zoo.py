@@ -13,11 +13,15 @@ from sfumato.core.checkpoint import FileError
 from sfumato.core.config import from_json
 from sfumato.diffusion.dit import DiT, DiTConfig
 from sfumato.metrics.judge import JudgeConfig, JudgeNet
+from sfumato.priors.mingpt import MinGPT, MinGPTConfig
+from sfumato.priors.transformer import Prior, PriorConfig
 from sfumato.text.encoder import TextConfig, TextEncoder
 
 NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {
     "autoencoder": (AutoencoderConfig, Autoencoder),
     "dit": (DiTConfig, DiT),
+    "prior": (PriorConfig, Prior),
+    "mingpt": (MinGPTConfig, MinGPT),
     "text": (TextConfig, TextEncoder),
     "upscaler": (UpscalerConfig, Upscaler),
     "judge": (JudgeConfig, JudgeNet),

@@ -18,13 +18,13 @@ from sfumato.core.language import translated
 from sfumato.core.request import METADATA_KEY, SOURCE_KEY, GenerateRequest, metadata_text
 
 if TYPE_CHECKING:
-    from sfumato.pipelines.generate import LatentDiffusion, Picture
+    from sfumato.pipelines.generate import Model, Picture
 
 KINDS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG", ".apng": "PNG"}
 MOST_FRAMES = 600
 
 
-def animate(asked: Generate, model: LatentDiffusion, requests: list[GenerateRequest]) -> None:
+def animate(asked: Generate, model: Model, requests: list[GenerateRequest]) -> None:
     """Draws the frames, there and back again, and writes them as one file."""
     if len(requests) != 1 or asked.sheet is not None or asked.style == "all":
         raise ValueError("morph goes from one prompt to another: give one prompt, one style and no sheet")

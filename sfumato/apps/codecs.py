@@ -84,13 +84,16 @@ def run_convert(asked: Convert) -> Iterator[str]:
     """Converts; says what was found."""
     if asked.target.exists() and not asked.force:
         raise FileError(f"{asked.target} exists: use --force to overwrite it, or name another")
-    from sfumato.convert.taming import read_vqgan, to_pack, write_vqgan
+    from sfumato.convert.taming import read_model, to_pack, whole_pack, write_vqgan
     from sfumato.core.pack import save_pack
     from sfumato.pipelines.codec import load_codec
 
     if asked.to == "sfumato":
-        codec = read_vqgan(asked.source)
-        save_pack(asked.target, *to_pack(codec))
+        codec, network = read_model(asked.source)
+        save_pack(asked.target, *(to_pack(codec) if network is None else whole_pack(codec, network)))
+        if network is not None:
+            classes = f"{network.config.labels:,} classes" if network.config.labels else "no classes"
+            say(f"with a transformer over its codes, {classes}: sfumato generate --model {asked.target} draws")
     else:
         codec = load_codec(asked.source).codec
         if asked.to == "diffusers" and asked.target.suffix:

@@ -24,7 +24,7 @@ from sfumato.core.language import translated
 from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, Device, GenerateRequest, metadata_text, parse_metadata
 
 if TYPE_CHECKING:
-    from sfumato.pipelines.generate import LatentDiffusion, Picture
+    from sfumato.pipelines.generate import Model, Picture
 
 CHINESE_FONTS = (  # where systems have one, in the order of preference
     "NotoSansCJK-Regular.ttc",
@@ -58,7 +58,7 @@ class Generate:
     negative: str | None = None
     """What should not be seen."""
     steps: int | None = None
-    """Steps of the sampler (20)."""
+    """Steps of the sampler (20), or in which codes are filled in (10)."""
     guidance: float | None = None
     """How strictly to follow the prompt: 1 is loosely, 3 the default."""
     style_guidance: float | None = None
@@ -69,6 +69,12 @@ class Generate:
     """euler, ddim, ancestral, heun or dpmpp_2m (the default)."""
     eta: float | None = None
     """Fresh noise in each step of the sampler ddim, 0 to 1."""
+    temperature: float | None = None
+    """Of models that draw codes: 1 as learned, 0 always the likeliest code."""
+    top_k: int | None = None
+    """Of models that draw codes: from so many of the likeliest (0: all)."""
+    top_p: float | None = None
+    """Of models that draw codes: from the likeliest that together have this probability (1: all)."""
     label: str | None = None
     """A class, for models trained on labels."""
     size: int | None = None
@@ -102,7 +108,7 @@ class Generate:
     device: Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the denoiser."""
+    """Number format of the network that draws."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
 
@@ -245,7 +251,7 @@ def _engine(asked: Generate, record: dict[str, Any] | None) -> dict[str, Any]:
     return {k: recorded[k] if v in ("auto", 0) else v for k, v in chosen.items()}
 
 
-def _compare(model: LatentDiffusion, record: dict[str, Any], again: bool) -> None:
+def _compare(model: Model, record: dict[str, Any], again: bool) -> None:
     """Refuses to pass another model's picture off as the same one; says what else is different."""
     import torch
 
@@ -299,7 +305,7 @@ def _changes(asked: Generate) -> dict[str, Any]:
     return {k: v for k, v in given.items() if v is not None}
 
 
-def where(model: LatentDiffusion) -> str:
+def where(model: Model) -> str:
     import torch
 
     from sfumato.pipelines.generate import DTYPES
@@ -307,15 +313,24 @@ def where(model: LatentDiffusion) -> str:
     return f"{model.name} on {model.device.type}, {DTYPES[model.dtype]}, {torch.get_num_threads()} threads"
 
 
-def warn(model: LatentDiffusion, r: GenerateRequest) -> None:
+def warn(model: Model, r: GenerateRequest) -> None:
     """Says which options have no effect and which words mean nothing to the model."""
-    if r.eta and r.sampler != "ddim":
+    usual = GenerateRequest()
+    diffusion = model.way == "diffusion"
+    for name in ("temperature", "top_k", "top_p") if diffusion else ("sampler", "eta", "guidance_interval"):
+        if getattr(r, name) != getattr(usual, name):
+            say(f"warning: {name} has no effect: it is for models that draw {'codes' if diffusion else 'by diffusion'}")
+    if not diffusion and not model.guided and r.guidance != usual.guidance:  # type: ignore[attr-defined]
+        say("warning: guidance has no effect: this model never learned to draw with nothing said")
+    if model.way == "gpt" and r.steps is not None:
+        say("warning: steps has no effect: this model draws one code after the other")
+    if diffusion and r.eta and r.sampler != "ddim":
         say(f"warning: eta has no effect with the sampler {r.sampler}; it is for ddim")
     if r.negative and r.guidance == 1 and r.style_guidance in (None, 1):
         say("warning: negative has no effect at guidance 1")
-    if r.guidance_interval and (r.guidance == 1 or r.style_guidance is not None):
+    if diffusion and r.guidance_interval and (r.guidance == 1 or r.style_guidance is not None):
         say("warning: guidance_interval has no effect at guidance 1 or together with style_guidance")
-    if r.strength != GenerateRequest().strength and r.init is None:
+    if r.strength != usual.strength and r.init is None:
         say("warning: strength has no effect without --init")
     if r.prompt and (shown := model.people(r.prompt)):
         say(f"note: this model draws no people and no faces: {shown!r} gives what goes with it at most")
@@ -384,7 +399,7 @@ def check_targets(paths: list[Path], force: bool) -> None:
             raise FileError(f"cannot write {path}: {folder} is not a folder that may be written to")
 
 
-def _draw(model: LatentDiffusion, jobs: list[Job], tell: Tell) -> list[Picture]:
+def _draw(model: Model, jobs: list[Job], tell: Tell) -> list[Picture]:
     """Draws all jobs under one progress bar; each picture is written as soon as it is there."""
     pictures = []
     with tqdm(total=0, unit="step", leave=False, desc=translated("drawing"), dynamic_ncols=True) as bar:
@@ -403,7 +418,7 @@ def _draw(model: LatentDiffusion, jobs: list[Job], tell: Tell) -> list[Picture]:
     return pictures
 
 
-def _sheet(model: LatentDiffusion, path: Path, requests: list[GenerateRequest], styles: list[str | None], tell: Tell) -> None:
+def _sheet(model: Model, path: Path, requests: list[GenerateRequest], styles: list[str | None], tell: Tell) -> None:
     """All prompts in all styles as one picture, over white, with the names of what can be written."""
     with tqdm(unit="step", leave=False, desc=translated("drawing"), dynamic_ncols=True) as bar:
 

@@ -219,13 +219,14 @@ def _finished(stage: Stage) -> bool:
 
 def _check_init(asked: All, stages: list[Stage]) -> None:
     """Raises ValueError for an `init` that would end a later stage, as it holds other networks."""
-    from sfumato.train import autoencoder, diffusion
+    from sfumato.train import autoencoder
+    from sfumato.train.conditioned import check_begun
 
     for s in stages:
         if s.what == "autoencoder" and s.recipe.init:
             autoencoder.check_init(s.recipe)
         if s.what == "diffusion" and s.recipe.init:
-            diffusion.check_init(s.recipe, s.recipe.denoiser)
+            check_begun(s.recipe, s.recipe.denoiser, "denoiser")
             text: Any = read_metadata(find(s.recipe.init)).get("text") or {}
             if s.recipe.denoiser.text_width not in (0, text.get("width")):
                 raise ValueError(f"init (={asked.init!r}) must hold a text encoder of the usual width, for there are captions: name another, or none")

@@ -21,7 +21,8 @@ from sfumato.core.language import translated
 from sfumato.core.request import Device
 from sfumato.core.runlog import read_log
 
-WHAT = ("all", "autoencoder", "text", "diffusion", "upscaler", "judge")
+WHAT = ("all", "autoencoder", "text", "diffusion", "prior", "upscaler", "judge")
+GENERATORS = ("diffusion", "prior")  # over the latents or codes of a codec
 LARGE = 24_000_000  # bytes that a bundled file may have
 EMOJI = "emoji"  # the embedded drawings, as --data
 PLAN_LIMIT = 24  # concepts that are read to time a few steps
@@ -48,6 +49,8 @@ def train(argv: list[str]) -> None:
         raise ValueError(f"data (={asked.data!r}) must be emoji: an enlargement is learned from drawings that are there at any size")
     if asked.data != EMOJI:
         asked = replace(asked, recipe=replace(asked.recipe, data=asked.data, limit=0))
+    if what == "prior":
+        asked = replace(asked, recipe=replace(asked.recipe, prior=replace(asked.recipe.prior, way=asked.kind)))
     chosen = {k: v for k in ("device", "dtype", "threads") if (v := getattr(asked, k)) is not None}
     asked = replace(asked, loop=replace(asked.loop, **chosen))
     if asked.plan:
@@ -77,6 +80,8 @@ def _presets(what: str) -> dict[str, Callable[[], tuple[Any, Any]]]:
             from sfumato.train.upscaler import PRESETS
         case "judge":
             from sfumato.train.judge import PRESETS
+        case "prior":
+            from sfumato.train.prior import PRESETS
         case _:
             from sfumato.train.diffusion import PRESETS
     return PRESETS
@@ -105,10 +110,12 @@ def _flag(argv: list[str], flag: str) -> str | None:
 def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name: str) -> type:
     """The flags of one kind of training, with the preset's values as defaults."""
     parts: list[Any] = []
-    if what in ("diffusion", "upscaler"):
-        parts = [("codec", Path, field(default=Path("runs/codec")))]
-    if what == "diffusion":
+    if what in ("diffusion", "upscaler", "prior"):
+        parts = [("codec", Path, field(default=Path("runs/vqgan" if what == "prior" else "runs/codec")))]
+    if what in ("diffusion", "prior"):
         parts.append(("text", Path, field(default=Path("runs/text"))))
+    if what == "prior":
+        parts.append(("kind", Literal["gpt", "maskgit"], field(default=recipe.prior.way)))
     made = make_dataclass(
         "Train",
         [
@@ -142,6 +149,10 @@ def _run(what: str, recipe: Any, loop: Any, out: Path, asked: Any, stop_at: int 
             from sfumato.train.upscaler import train as upscaler
 
             return upscaler(recipe, loop, out, codec=asked.codec, stop_at=stop_at)
+        case "prior":
+            from sfumato.train.prior import train as prior
+
+            return prior(recipe, loop, out, codec=asked.codec, text=asked.text, stop_at=stop_at)
         case _:
             from sfumato.train.diffusion import train as diffusion
 
@@ -157,7 +168,7 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
     """
     own = getattr(asked.recipe, "data", EMOJI) != EMOJI
     recipe, loop = asked.recipe if own else replace(asked.recipe, limit=PLAN_LIMIT), asked.loop
-    if what == "diffusion":
+    if what in GENERATORS:
         recipe = replace(recipe, each=1)
     speed, trainer, disk = _timed(what, recipe, loop, asked)
     seconds = loop.images / speed
@@ -165,7 +176,7 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
         later, _, _ = _timed(what, replace(recipe, perceptual_from=0.0), loop, asked)
         seconds = loop.images * (recipe.perceptual_from / speed + (1 - recipe.perceptual_from) / later)
     data = _data_bytes(what, asked.recipe, trainer)
-    encoding = _encoding_seconds(trainer.task, asked.recipe) if what == "diffusion" else 0.0
+    encoding = _encoding_seconds(trainer.task, asked.recipe) if what in GENERATORS else 0.0
     facts = {
         "parameters": _parameters(what, asked.recipe, trainer.task),
         "images_per_s": speed,
@@ -208,16 +219,16 @@ def _parameters(what: str, recipe: Any, task: Any) -> dict[str, int]:
     """Of each network. What was timed knew a few concepts only; what grows with their number is counted for all."""
     import torch
 
+    from sfumato import zoo
     from sfumato.data.emoji import concepts, drawable
-    from sfumato.diffusion.dit import DiT
     from sfumato.train.text import IMAGE_WIDTH, Heads
 
     networks = dict(task.networks)
     with torch.device("meta"):
-        if what == "diffusion" and not recipe.limit and recipe.data == EMOJI:
+        if what in GENERATORS and not recipe.limit and recipe.data == EMOJI:
             things = len(drawable())
-            labels = things if recipe.labels == "concept" else task.denoiser.labels
-            networks["denoiser"] = DiT(replace(task.denoiser, memory=things if recipe.memory else 0, labels=labels))
+            labels = things if recipe.labels == "concept" else task.net.labels
+            networks |= {k: zoo.make(to_json(replace(task.net, memory=things if recipe.memory else 0, labels=labels))) for k in networks}
         if what == "text" and not recipe.limit and recipe.data == EMOJI:
             networks["heads"] = Heads(recipe.text.width, min(IMAGE_WIDTH, len(concepts()) - 1))
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
@@ -234,9 +245,9 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
         return {"memory": 0, "disk": (len(trainer.task.train) + len(trainer.task.exact)) * 4 * (2 * recipe.size) ** 2}
     if what == "judge" and recipe.data != EMOJI:
         return {"memory": 0, "disk": 0 if are_shards(recipe.data) else trainer.task.shown.pixels.numel()}
-    if what == "diffusion" and recipe.data != EMOJI:
-        pixels, latents = trainer.task.shown.pixels, trainer.task.latents
-        latents = len(pixels) * recipe.each * latents[0].numel() * 2
+    if what in GENERATORS and recipe.data != EMOJI:
+        pixels = trainer.task.shown.pixels
+        latents = len(pixels) * recipe.each * _bytes_of(trainer.task)
         return {"memory": 0, "disk": latents + (0 if are_shards(recipe.data) else pixels.numel())}
     if recipe.limit or what == "text":
         return {"memory": 0, "disk": 0}
@@ -249,8 +260,14 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
     if what in ("autoencoder", "judge"):
         return {"memory": rasters, "disk": rasters}
     trained = sum(not is_held_out(c.hexcode, s) for c, s in pairs(drawable()))
-    latents = trained * recipe.each * trainer.task.latents[0].numel() * 2
+    latents = trained * recipe.each * _bytes_of(trainer.task)
     return {"memory": rasters + latents, "disk": rasters + latents}
+
+
+def _bytes_of(task: Any) -> int:
+    """What one encoded picture takes."""
+    encoded = task.latents if hasattr(task, "latents") else task.codes
+    return encoded[0].numel() * encoded.element_size()
 
 
 def _peak_bytes() -> int:
@@ -267,10 +284,10 @@ class Pack:
     """Makes one small file that draws from a finished run."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run folder of `sfumato train diffusion`."""
+    """A run folder of `sfumato train diffusion` or `sfumato train prior`."""
     out: Path | None = None
     """The file to write; RUN/packed.safetensors without it."""
-    int8: tuple[str, ...] = ("codec.", "text.", "denoiser.")
+    int8: tuple[str, ...] = ("codec.", "text.", "denoiser.", "prior.")
     """Parts whose matrices are stored as int8 rows; the others are fp16."""
     force: bool = False
     """Overwrite a file that exists."""

@@ -6,6 +6,7 @@ Each name is used once in each direction; what is left over is an error, except 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,12 @@ from sfumato.codecs.resnets import ResnetConfig
 from sfumato.convert.checkpoint import read_tensors
 from sfumato.core.checkpoint import FileError
 from sfumato.core.config import from_json, to_json
+from sfumato.priors.mingpt import MinGPT, MinGPTConfig
+from sfumato.priors.tokens import Vocabulary
 
 RESOLUTION = 256  # of which attention's resolutions are said where no YAML tells another
 LEFT_OUT = ("loss.", "colorize", "model_ema.")
-FIRST_STAGE = "first_stage_model."
+FIRST_STAGE, SECOND_STAGE = "first_stage_model.", "transformer."
 OWN = ("counts", "unused", "updates")  # of our bottleneck: what it counts while it learns
 
 
@@ -117,17 +120,29 @@ def settings_beside(path: Path) -> dict[str, Any] | None:
 
 
 def read_vqgan(path: Path) -> Autoencoder:
-    """The codec of a taming-transformers checkpoint (`.ckpt`, `.pt`, `.safetensors`) or of a diffusers `VQModel` folder, in evaluation mode.
+    """The codec of a checkpoint alone; see `read_model`."""
+    return read_model(path)[0]
+
+
+def read_model(path: Path) -> tuple[Autoencoder, MinGPT | None]:
+    """The codec of a taming-transformers checkpoint (`.ckpt`, `.pt`, `.safetensors`) or of a diffusers `VQModel` folder, and of a whole model
+    (`Net2NetTransformer`) the transformer over its codes; in evaluation mode.
 
     Raises FileError where tensors are missing or left over.
     """
     path = Path(path)
     if path.is_dir():
-        tensors, settings = _from_diffusers(path)
-    else:
-        tensors, settings = read_tensors(path), settings_beside(path)
-        if any(k.startswith(FIRST_STAGE) for k in tensors):  # of a whole model: its first stage alone
-            tensors = {k.removeprefix(FIRST_STAGE): v for k, v in tensors.items() if k.startswith(FIRST_STAGE)}
+        return _codec_of(*_from_diffusers(path), path), None
+    tensors, settings = read_tensors(path), settings_beside(path)
+    if not any(k.startswith(FIRST_STAGE) for k in tensors):
+        return _codec_of(tensors, settings, path), None
+    first = ((settings or {}).get("first_stage_config") or {}).get("params") or settings
+    codec = _codec_of({k.removeprefix(FIRST_STAGE): v for k, v in tensors.items() if k.startswith(FIRST_STAGE)}, first, path)
+    whole = any(k.startswith(SECOND_STAGE + "tok_emb") for k in tensors)
+    return codec, _transformer_of(tensors, settings or {}, codec, path) if whole else None
+
+
+def _codec_of(tensors: dict[str, Tensor], settings: dict[str, Any] | None, path: Path) -> Autoencoder:
     tensors = {k: v for k, v in tensors.items() if not k.startswith(LEFT_OUT)}
     codec = Autoencoder(config_of(tensors, settings))
     ours = {to_codec(k): v.float() for k, v in tensors.items()}
@@ -179,6 +194,56 @@ def write_vqgan(codec: Autoencoder, path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     else:
         torch.save({"state_dict": tensors}, path)
+
+
+# --- the second stage ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _transformer_of(tensors: dict[str, Tensor], yaml: dict[str, Any], codec: Autoencoder, path: Path) -> MinGPT:
+    """Raises FileError where it is of another kind: conditioned on pictures, on codes in another order, or with positions that see what comes."""
+    if any(k.startswith("cond_stage_model.") for k in tensors):
+        raise FileError(f"{path} draws after pictures (depth, segmentation, another codec), which cannot be read: classes or nothing can")
+    if "Identity" not in yaml.get("permuter_config", {}).get("target", "Identity"):
+        raise FileError(f"{path} writes its codes in another order than row by row, which cannot be read")
+    own = {k.removeprefix(SECOND_STAGE): v.float() for k, v in tensors.items() if k.startswith(SECOND_STAGE)}
+    masks = [v for k, v in own.items() if k.endswith("attn.mask")]
+    if any(not torch.equal(m[0, 0], torch.ones_like(m[0, 0]).tril()) for m in masks):
+        raise FileError(f"{path} has a transformer whose first tokens see each other, which cannot be read")
+    kept = {k: v for k, v in own.items() if not k.endswith("attn.mask")}
+    if "n_head" not in ((yaml.get("transformer_config") or {}).get("params") or {}):
+        raise FileError(
+            f"{path} holds a transformer whose heads only its YAML tells: put that beside it (transformer_config.params.n_head; needs pyyaml)"
+        )
+    told = yaml.get("cond_stage_config")
+    labels = int((told.get("params") or {}).get("n_classes", 0)) if isinstance(told, dict) else 0  # a word there says that nothing is told
+    network = MinGPT(_transformer_config(kept, codec, yaml, labels))
+    try:
+        network.load_state_dict(kept)
+    except RuntimeError as e:
+        raise FileError(f"{path}: its transformer does not fit: {' '.join(str(e).split())[:200]}") from None
+    return network.eval().requires_grad_(False)
+
+
+def _transformer_config(tensors: dict[str, Tensor], codec: Autoencoder, yaml: dict[str, Any], labels: int) -> MinGPTConfig:
+    shape = {k: tuple(v.shape) for k, v in tensors.items()}
+    tokens, width = shape["tok_emb.weight"]
+    block, net = shape["pos_emb"][1], codec.config.convnet
+    heads = int(yaml["transformer_config"]["params"]["n_head"])
+    side = min(net.resolution // net.factor, math.isqrt(block))  # type: ignore[union-attr]
+    vocabulary = Vocabulary(codes=codec.spec.codebook_size, grid=(side, side))
+    depth = _count(shape, r"blocks\.(\d+)\.ln1\.weight")
+    start = int(yaml.get("sos_token", 0))
+    return MinGPTConfig(vocabulary=vocabulary, tokens=tokens, block=block, width=width, depth=depth, heads=heads, labels=labels, start=start)
+
+
+def whole_pack(codec: Autoencoder, network: MinGPT) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata) of a pack that draws; classes are called by their numbers."""
+    tensors, meta = to_pack(codec)
+    side = network.config.vocabulary.grid[0] * codec.config.convnet.factor
+    labels = [str(i) for i in range(network.config.labels)]
+    said = {"styles": [], "labels": labels, "words": {}, "filler": [], "credits": []}
+    meta |= {"kind": "codes", "prior": to_json(network.config), "size": side} | said
+    return tensors | {f"prior.{k}": v for k, v in network.state_dict().items()}, meta
 
 
 # --- diffusers ------------------------------------------------------------------------------------------------------------------------------------

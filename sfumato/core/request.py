@@ -13,7 +13,7 @@ from sfumato.core.config import from_json, nearest, to_json
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 LONGEST_PROMPT = 2_000
-MOST_STEPS, MOST_IMAGES = 1_000, 10_000
+MOST_STEPS, MOST_IMAGES, MOST_CODES = 1_000, 10_000, 65_536
 SEEDS = 2**63
 SOURCE_KEY = "Source"  # PNG's own word for where a picture comes from
 METADATA_KEY = "sfumato"
@@ -27,7 +27,8 @@ class GenerateRequest:
 
     prompt: None draws without text. style: a name, or "noto:0.5,twemoji:0.5"; None lets each seed draw its own mixture.
     guidance: 1 is none; guidance_interval (low, high) in t limits it (arXiv 2404.07724); style_guidance: a strength of its own for the style.
-    eta: fresh noise of the sampler ddim. seed None: a random one is chosen. size: None is the largest that the model has.
+    steps: None is what the model usually takes. eta: fresh noise of the sampler ddim. temperature (0 takes the likeliest), top_k (0: all) and top_p
+    (1: all) say how codes are drawn, where the model draws codes. seed None: a random one is chosen. size: None is the largest that the model has.
     init: a picture to begin from, of which `strength` (0 little, 1 all) is drawn anew (SDEdit, arXiv 2108.01073). mask: a picture of the same
     size, white where init is to be redrawn; what is black there stays as it is, to the pixel.
     """
@@ -38,21 +39,19 @@ class GenerateRequest:
     label: str | None = None
     seed: int | None = None
     count: int = 1
-    steps: int = 20
+    steps: int | None = None
     guidance: float = 3.0
     style_guidance: float | None = None
     guidance_interval: tuple[float, float] | None = None
     sampler: str = "dpmpp_2m"
     eta: float = 0.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
     size: int | None = None
     init: str | None = None
     mask: str | None = None
     strength: float = 0.6
-
-    @property
-    def steps_taken(self) -> int:
-        """Steps that are really taken: with an init picture the last `strength` of them, at least one."""
-        return self.steps if self.init is None else max(1, round(self.strength * self.steps))
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "style", "label", "init", "mask"):
@@ -66,7 +65,9 @@ class GenerateRequest:
                 raise ValueError(f"{name} holds bytes that are no text: give it in UTF-8")
             if text is not None and len(text) > LONGEST_PROMPT:
                 raise ValueError(f"{name} has {len(text):,} characters, at most {LONGEST_PROMPT:,} are allowed: shorten it")
-        for name, low, high in (("count", 1, MOST_IMAGES), ("steps", 1, MOST_STEPS)):
+        for name, low, high in (("count", 1, MOST_IMAGES), ("steps", 1, MOST_STEPS), ("top_k", 0, MOST_CODES)):
+            if name == "steps" and self.steps is None:
+                continue
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} (={getattr(self, name)!r}) must be a whole number")
             if not low <= getattr(self, name) <= high:
@@ -75,12 +76,14 @@ class GenerateRequest:
             raise ValueError(f"seed (={self.seed!r}) must be a whole number")
         if self.seed is not None and not 0 <= self.seed < SEEDS - self.count:
             raise ValueError(f"seed (={self.seed}) must be between 0 and 2^63 - count")
-        for name, low, high in (("guidance", 0, 100), ("style_guidance", 0, 100), ("eta", 0, 1)):
+        for name, low, high in (("guidance", 0, 100), ("style_guidance", 0, 100), ("eta", 0, 1), ("temperature", 0, 100), ("top_p", 0, 1)):
             value = getattr(self, name)
             if value is not None and type(value) not in (int, float):
                 raise ValueError(f"{name} (={value!r}) must be a number")
             if value is not None and not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} (={value}) must be between {low} and {high}")
+        if self.top_p == 0:
+            raise ValueError("top_p (=0) must be above 0: the share of probability that codes are drawn from, 1 is all")
         if type(self.strength) not in (int, float) or not 0 < self.strength <= 1:
             raise ValueError(f"strength (={self.strength!r}) must be above 0 and at most 1: how much of the init picture is drawn anew")
         if self.mask is not None and self.init is None:
@@ -147,7 +150,7 @@ def parameters_text(request: GenerateRequest, *, seed: int, size: int, model: st
     if request.negative:
         lines.append(f"Negative prompt: {request.negative}")
     values: dict[str, object] = {
-        "Steps": request.steps,
+        **({} if request.steps is None else {"Steps": request.steps}),
         "Sampler": request.sampler,
         "CFG scale": request.guidance,
         "Seed": seed,

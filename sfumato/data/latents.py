@@ -1,4 +1,4 @@
-"""A cache of encoded pictures: the codec runs once, the generator trains many times. It carries the codec's hash and refuses another.
+"""A cache of encoded pictures (latents, codes): the codec runs once, the generator trains many times. It carries the codec's hash, refuses another.
 
 It is an .npy file that is written and read through a map of it, so that memory does not grow with the set; a .json beside it says what it is of.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16
+from jaxtyping import Shaped
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,11 +22,11 @@ from sfumato.core.language import translated
 
 
 def cached_latents(
-    path: Path, encode: Callable[[np.ndarray], Float[Tensor, "b c h w"]], count: int, made_from: dict[str, Any], *, batch: int = 128
-) -> Float16[Tensor, "{count} c h w"]:
-    """Latents of pictures 0..count-1; read from `path` (.npy) or encoded and stored there.
+    path: Path, encode: Callable[[np.ndarray], Shaped[Tensor, " b *of"]], count: int, made_from: dict[str, Any], *, batch: int = 128
+) -> Shaped[Tensor, " {count} *of"]:
+    """Latents (kept as fp16) or codes (as int32) of pictures 0..count-1; read from `path` (.npy) or encoded and stored there.
 
-    encode: picture indices -> latents. `made_from` says what they depend on ("codec" hash, seed, variety...); a file that was made from
+    encode: picture indices -> latents or codes. `made_from` says what they depend on ("codec" hash, seed, variety...); a file that was made from
     something else raises ValueError.
     """
     told = path.with_suffix(".json")
@@ -41,7 +41,7 @@ def cached_latents(
         return latents
     first = _encoded(encode, np.arange(min(batch, count)))
     with replacing(path) as temporary, tqdm(total=count, desc=translated("encoding"), unit=" images", leave=False, mininterval=2) as bar:
-        held = new_array(temporary, np.float16, (count, *first.shape[1:]))
+        held = new_array(temporary, first.dtype, (count, *first.shape[1:]))
         for start in range(0, count, batch):
             part = _encoded(encode, np.arange(start, min(start + batch, count))) if start else first
             held[start : start + len(part)] = part
@@ -53,10 +53,12 @@ def cached_latents(
 
 @torch.no_grad()
 def _encoded(encode: Callable[[np.ndarray], Tensor], indices: np.ndarray) -> np.ndarray:
-    latents = encode(indices).half().cpu()
-    if not bool(torch.isfinite(latents).all()):
+    found = encode(indices).cpu()
+    if not found.is_floating_point():
+        return found.int().numpy()
+    if not bool(torch.isfinite(found.half()).all()):
         raise ValueError("the codec gave latents that are not finite: its weights are broken")
-    return latents.numpy()
+    return found.half().numpy()
 
 
 def _mapped(path: Path) -> Tensor:

@@ -63,7 +63,7 @@ from sfumato.metrics.pairwise import PAIRWISE, over_both
 from sfumato.metrics.stability import Usual, blur, failures, sharpness, spreads
 from sfumato.nn.backbones import over
 from sfumato.nn.lpips import LPIPS
-from sfumato.pipelines.generate import LatentDiffusion, NotFinite, Picture
+from sfumato.pipelines.generate import Model, NotFinite, Picture
 
 GROUPS = ("pairwise", "distribution", "diversity", "memorisation", "stability", "text", "cost")
 EMOJI = "emoji"
@@ -320,7 +320,7 @@ def looked_at(e: Evaluation, batches: Iterator[Tensor], total: int, usual: Usual
     return kept
 
 
-def asked_for(model: LatentDiffusion, pictures: PictureSet, rows: Sequence[int], options: Options) -> list[GenerateRequest]:
+def asked_for(model: Model, pictures: PictureSet, rows: Sequence[int], options: Options) -> list[GenerateRequest]:
     """A request for each row: its caption, label and style, where the model knows them."""
     requests = []
     for i, row in enumerate(rows):
@@ -333,7 +333,7 @@ def asked_for(model: LatentDiffusion, pictures: PictureSet, rows: Sequence[int],
     return requests
 
 
-def drawn(model: LatentDiffusion, requests: Sequence[GenerateRequest], keep: Path | None = None) -> Iterator[Tensor]:
+def drawn(model: Model, requests: Sequence[GenerateRequest], keep: Path | None = None) -> Iterator[Tensor]:
     """Pictures in [0, 1], premultiplied, BATCH requests at a time, NaN where a network drew what is no number; written into the folder `keep` only
     where one is named.
     """
@@ -346,7 +346,7 @@ def drawn(model: LatentDiffusion, requests: Sequence[GenerateRequest], keep: Pat
         yield torch.cat([lost if p is None else (to_tensor(p.image, 4) + 1) / 2 for p in pictures])
 
 
-def _attempted(model: LatentDiffusion, requests: Sequence[GenerateRequest]) -> list[Picture | None]:
+def _attempted(model: Model, requests: Sequence[GenerateRequest]) -> list[Picture | None]:
     """One picture a request; where they fail together each is tried alone, and None is what fails even so."""
     try:
         return list(model.draw(requests))
@@ -481,7 +481,7 @@ def memorisation_figures(e: Evaluation, fake: Tensor, kept: Looked) -> None:
         e.shots.append(Shot(title, grid(images, columns=16), "sample, nearest reference picture"))
 
 
-def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: LatentDiffusion | None, real: Tensor) -> None:
+def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: Model | None, real: Tensor) -> None:
     """Failed pictures, sharpness and blur; of a generator also how figures move with seed, steps, guidance and words."""
     e.start()
     for kind, parts in kept.failed.items():
@@ -603,10 +603,10 @@ def retrieval_figures(e: Evaluation, found: Tensor, asked: Asked) -> None:
         e.mean("text and style", name, right, better=1, how=how)
 
 
-def cost_figures(e: Evaluation, model: LatentDiffusion, trained: float | None) -> None:
+def cost_figures(e: Evaluation, model: Model, trained: float | None) -> None:
     """Parameters, operations, seconds and pictures a second, in drawing and in training, memory."""
     e.start()
-    networks = {"codec": model.codec, "denoiser": model.denoiser} | ({"text": model.text} if model.text is not None else {})
+    networks = {"codec": model.codec, model.part: model.generator} | ({"text": model.text} if model.text is not None else {})
     for name, count in cost.parameters(networks).items():
         e.add("cost", f"parameters: {name}", count, n=1, looked=False)
     request = GenerateRequest(prompt="a cat" if model.text is not None else None, seed=0, size=model.size)
@@ -638,13 +638,13 @@ def paired_rows(samples: PictureSet, reference: PictureSet) -> list[tuple[int, i
 
 
 def evaluate(
-    subject: LatentDiffusion | PictureSet, name: str, reference: PictureSet, net: FeatureNet, options: Options, *, judge: Judge | None = None,
+    subject: Model | PictureSet, name: str, reference: PictureSet, net: FeatureNet, options: Options, *, judge: Judge | None = None,
     lpips: LPIPS | None = None, trained: float | None = None,
 ) -> tuple[Report, Evaluation]:  # fmt: skip
     """The report of a model or of a set of samples; `trained`: pictures a second that its training took. Raises ValueError where there is too
     little to say anything of.
     """
-    model = subject if isinstance(subject, LatentDiffusion) else None
+    model = subject if isinstance(subject, Model) else None
     count = options.count or min(len(reference) if model else len(subject), MOST)  # type: ignore[arg-type]
     rows = evenly(len(reference), max(count, min(len(reference), MOST)))
     if min(len(rows), count) < 2:
@@ -694,7 +694,7 @@ def evaluate(
     return Report(f"{name} against {reference.path}", e.figures, about | {"command": options.command}, e.remarks, e.curves, e.shots), e
 
 
-def _pairs(e: Evaluation, subject: LatentDiffusion | PictureSet, real: Tensor) -> None:
+def _pairs(e: Evaluation, subject: Model | PictureSet, real: Tensor) -> None:
     """Reconstruction by a model's codec of the same crops, or samples that are named like reference pictures."""
     if isinstance(subject, PictureSet):
         pairs = paired_rows(subject, e.reference)
@@ -727,7 +727,7 @@ def _pairs(e: Evaluation, subject: LatentDiffusion | PictureSet, real: Tensor) -
     e.add("pairwise (reconstruction by the codec)", name, distance, n=len(fake), better=-1, how=how, note=note, of_count=True)
 
 
-def _of_samples(e: Evaluation, groups: set[str], real: Tensor, kept: Looked, usual: Usual, model: LatentDiffusion | None, asked: Asked) -> None:
+def _of_samples(e: Evaluation, groups: set[str], real: Tensor, kept: Looked, usual: Usual, model: Model | None, asked: Asked) -> None:
     fake = torch.cat(kept.features)
     apart, found = nearest(fake, real)
     same = float((apart < SAME).float().mean())

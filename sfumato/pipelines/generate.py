@@ -1,4 +1,4 @@
-"""What a latent diffusion pack can do: draw pictures from a request."""
+"""What a pack that draws can do with a request, whatever its generator is: rows, conditions, pictures with their record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path as Files
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -22,14 +22,10 @@ from sfumato.codecs.upscaler import Upscaler
 from sfumato.core.config import nearest
 from sfumato.core.images import Unreadable, decode, flatten, png_bytes, to_pil, to_tensor
 from sfumato.core.request import METADATA_KEY, SOURCE_KEY, GenerateRequest, metadata_text, parameters_text, source_text, style_weights
-from sfumato.core.rng import numpy_rng, torch_rng
-from sfumato.core.seams import Cond, Denoise
+from sfumato.core.rng import numpy_rng
+from sfumato.core.seams import Cond
 from sfumato.data.folder import framed
-from sfumato.diffusion.guidance import Post, cfg, guided, inpaint, text_style
-from sfumato.diffusion.path import Path, timesteps
-from sfumato.diffusion.precond import Precond
-from sfumato.diffusion.samplers import sample_ddim, sampler
-from sfumato.nn.conditions import without_style, without_text
+from sfumato.nn.conditions import without_text
 from sfumato.text.encoder import TextEncoder
 from sfumato.text.words import normalise, of_people, spell_emoji, unknown_words
 
@@ -79,7 +75,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Begun:
-    """What a picture begins from: `x` "1 c h w" in [-1, 1], its latents `z`, and where it is redrawn, `mask` "1 1 h w" in [0, 1] or everywhere.
+    """What a picture begins from: `x` "1 c h w" in [-1, 1], its latents `z` and `indices`, and where it is redrawn, `mask` "1 1 h w" in [0, 1] or
+    everywhere.
 
     `digest` tells other files of the same names apart.
     """
@@ -88,6 +85,7 @@ class Begun:
     z: Tensor
     mask: Tensor | None
     digest: str
+    indices: Tensor | None = None
 
     def redraw(self) -> Tensor:
         """The mask in latent cells "1 1 h/f w/f": 1 where any pixel of the cell is redrawn."""
@@ -100,14 +98,12 @@ class Begun:
         return x if self.mask is None else torch.lerp(self.x, x, self.mask.expand_as(x))
 
 
-@dataclass(frozen=True)
-class LatentDiffusion:
-    """Codec, text encoder and denoiser of one pack. Made by `sfumato.load`."""
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Codec, text encoder and a generator of one pack: what draws. Made by `sfumato.load`. How it draws, its kinds say (`latents`)."""
 
     codec: Autoencoder
     text: TextEncoder | None
-    denoiser: nn.Module
-    path: Path
     meta: dict[str, Any]
     name: str
     device: torch.device
@@ -169,7 +165,7 @@ class LatentDiffusion:
             raise ValueError(f"label (={request.label!r}) must be {allowed}")
         if request.size not in (None, *self.sizes):
             raise ValueError(f"size (={request.size}) must be {' or '.join(map(str, self.sizes))}: the sides of what this model draws")
-        sampler(request.sampler)
+        self.check_way(request)
         if request.init is not None:
             self._pictures_of(request)
         if self.text is None and (request.prompt or request.negative):
@@ -209,12 +205,14 @@ class LatentDiffusion:
         self.check(request)
         if request.seed is None:
             request = replace(request, seed=secrets.randbelow(2**31))
+        if self.way != "gpt":  # whose steps are its codes
+            request = replace(request, steps=self.steps_of(request))
         seeds = [request.seed + i for i in range(request.count)]  # type: ignore[operator]
         return [Row(request, i, seed, self._style_of(request, seed)) for i, seed in enumerate(seeds)]
 
     def _draw_rows(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:
         chunks = [rows[s : s + CHUNK] for s in range(0, len(rows), CHUNK)]
-        total, done = sum(row[0].request.steps_taken for row in chunks), 0
+        total, done = sum(self.steps_taken(row[0].request) for row in chunks), 0
         begun = self.begin(rows[0].request) if rows else None
         for chunk in chunks:
             for x in self.latents(chunk, begun):
@@ -225,7 +223,7 @@ class LatentDiffusion:
             for row, image in zip(chunk, to_pil(drawn if begun is None else begun.keep(drawn)), strict=True):
                 yield self._picture(image, row, begun)
 
-    # --- the way from noise to latents --------------------------------------------------------------------------------------------------------
+    # --- the way to latents --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def begin(self, request: GenerateRequest) -> Begun | None:
@@ -236,11 +234,11 @@ class LatentDiffusion:
         whole = init.mode == "RGBA"
         side, channels = self.side(request), self.codec.spec.image_channels
         small = to_tensor(framed(init, self.size), channels).to(self.device)
-        mean = self.codec.encode(small).mean
-        assert mean is not None
+        found = self.codec.encode(small)
+        assert found.mean is not None
         x = small if side == self.size else to_tensor(framed(init, side), channels).to(self.device)
         at = None if mask is None else to_tensor(framed(flatten(mask, (0, 0, 0)).convert("L"), side, whole), 1).to(self.device) / 2 + 0.5
-        return Begun(x, mean, at, begun_digest(request))
+        return Begun(x, found.mean, at, begun_digest(request), found.indices)
 
     def _pictures_of(self, request: GenerateRequest) -> tuple[Image.Image, Image.Image | None]:
         init, mask = (None if f is None else _open(name, f) for name, f in (("init", request.init), ("mask", request.mask)))
@@ -250,41 +248,41 @@ class LatentDiffusion:
             raise ValueError(f"mask (={request.mask!r}) must be as large as the init picture: it has {sizes}")
         return init, mask
 
-    @torch.no_grad()
     def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:
-        """The latents after each step, for rows that share steps, sampler, guidance and what they begin from."""
-        request = rows[0].request
-        shape = self._shape
-        x = torch.stack([self._noise(r) for r in rows]).to(self.device)
-        streams = [torch_rng(r.seed, "generate/steps") for r in rows]
+        """What `decode` takes, after each step, for rows that share steps, guidance and what they begin from."""
+        raise NotImplementedError
 
-        def noise(_: int) -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device)
-
-        function = sampler(request.sampler).function
-        extra = {"eta": request.eta} if function is sample_ddim and request.eta else {}
-        ts = timesteps(self.path, request.steps)[-request.steps_taken - 1 :]
-        if begun is not None:
-            x = self.path.mix(begun.z.expand_as(x), x, ts[:1].expand(len(x)).to(x))
-        for step in function(self._denoise(rows, begun), x, ts, self.path, noise=noise, **extra):
-            yield step.x
+    way: ClassVar[str] = ""  # how it draws
+    part: ClassVar[str] = ""  # what the generator is called in a pack
 
     @property
-    def _shape(self) -> tuple[int, int, int]:
-        side = self.size // self.codec.spec.factor
-        return self.codec.spec.latent_channels, side, side
+    def generator(self) -> nn.Module:
+        """The network that draws."""
+        return getattr(self, self.part)
 
-    def _noise(self, row: Row) -> Tensor:
-        own = torch.randn(self._shape, generator=torch_rng(row.seed, "generate/noise"))
-        return own if row.toward is None else slerp(own, self._noise(row.toward), row.share)
+    def steps_of(self, request: GenerateRequest) -> int:
+        """Steps of a whole way to a picture."""
+        raise NotImplementedError
+
+    def steps_taken(self, request: GenerateRequest) -> int:
+        """Steps that are really taken: with an init picture the last `strength` of them, at least one."""
+        steps = self.steps_of(request)
+        return steps if request.init is None else max(1, round(request.strength * steps))
+
+    def check_way(self, request: GenerateRequest) -> None:
+        """Raises ValueError for a way of drawing that this model does not have."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents -> images "b c h w" in [-1, 1]."""
-        x = self.codec.decode(z.float())
+        x = self._decoded(z)
         if not bool(torch.isfinite(x).all()):
             raise NotFinite("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps")
         return x
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        return self.codec.decode(z.float())
 
     @torch.no_grad()
     def enlarge(self, x: Tensor, request: GenerateRequest) -> Tensor:
@@ -293,23 +291,6 @@ class LatentDiffusion:
             return x
         assert self.upscaler is not None
         return self.upscaler(x.clamp(-1, 1))
-
-    def _denoise(self, rows: list[Row], begun: Begun | None = None) -> Denoise:
-        request = rows[0].request
-        cond = self._told(rows, lambda r: r.request.prompt, lambda r: r.request.label)
-        empty = self._told(rows, lambda r: r.request.negative, lambda r: None)
-        predict = Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
-        post: list[Post] = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
-        if begun is not None and begun.mask is not None:
-            post.append(inpaint(begun.z, begun.redraw()))
-        if request.style_guidance is None:
-            return guided(cfg(predict, cond, empty, request.guidance, request.guidance_interval), post)
-        neither = without_style(empty, torch.ones(len(rows), dtype=torch.bool, device=self.device))
-        return guided(text_style(predict, cond, empty, neither, request.guidance, request.style_guidance), post)
-
-    def _without_dead(self, x0: Tensor, *_: Any) -> Tensor:
-        """Channels that the codec does not use stay 0, as training had them: nobody taught the denoiser what to say of them."""
-        return x0 * (self.codec.latent_std > 0)[:, None, None]
 
     def _told(self, rows: list[Row], prompt: Callable[[Row], str | None], label: Callable[[Row], str | None]) -> Cond:
         """What the denoiser is told of each row, on its way towards another where there is one."""

@@ -15,7 +15,7 @@ from sfumato.core.request import GenerateRequest
 from sfumato.metrics.distribution import kernel_distance
 from sfumato.metrics.diversity import copied, nearest
 from sfumato.metrics.features import picture_features
-from sfumato.pipelines.generate import LatentDiffusion
+from sfumato.pipelines.generate import Model
 
 SHOWN = 24
 
@@ -29,9 +29,7 @@ class Likeness:
     nearest: Image.Image
 
 
-def likeness(
-    model: LatentDiffusion, trained: Tensor, unseen: Tensor, requests: Sequence[GenerateRequest], rival: LatentDiffusion | None = None
-) -> Likeness:
+def likeness(model: Model, trained: Tensor, unseen: Tensor, requests: Sequence[GenerateRequest], rival: Model | None = None) -> Likeness:
     """Draws the requests and compares them, as EfficientNet-Lite0 sees them, with uint8 "n 4 s s" pictures, premultiplied.
 
     `distance` is the kernel distance to all the pictures; `rival` draws the same prompts, to compare it with. `nearest` are median cosine
@@ -59,7 +57,7 @@ def likeness(
     return Likeness(figures, grid(shown, columns=8), grid(pairs, columns=8))
 
 
-def pixels_of(model: LatentDiffusion, requests: Sequence[GenerateRequest]) -> Tensor:
+def pixels_of(model: Model, requests: Sequence[GenerateRequest]) -> Tensor:
     """What a model draws, uint8 "n 4 s s", premultiplied."""
     drawn = torch.cat([to_tensor(p.image, 4) for p in model.draw(requests)])
     return ((drawn + 1) * 127.5).round().to(torch.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,10 +15,13 @@ from sfumato.core.pack import load_pack
 from sfumato.core.request import Device
 from sfumato.diffusion.path import PathConfig, make_path
 from sfumato.metrics.judge import Judge
+from sfumato.pipelines.codes import CodesModel
 from sfumato.pipelines.find import bundled, find
-from sfumato.pipelines.generate import LatentDiffusion
+from sfumato.pipelines.generate import Model
+from sfumato.pipelines.latent_diffusion import LatentDiffusion
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+DRAWING = {"latent-diffusion": ("denoiser", ("path", "prediction")), "codes": ("prior", ())}  # kinds of packs: their generator, what else they say
 
 
 def choose_device(device: Device) -> torch.device:
@@ -40,7 +43,7 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 
-def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dtype = "auto", threads: int = 0) -> LatentDiffusion:
+def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dtype = "auto", threads: int = 0) -> Model:
     """Loads the bundled model, or the named one, ready to draw. Raises FileError or ValueError with one clear line."""
     if threads < 0:
         raise ValueError(f"threads (={threads}) must be at least 0: 0 leaves the choice to torch")
@@ -48,15 +51,15 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
         torch.set_num_threads(threads)
     path = find(model)
     tensors, meta = load_pack(path)
-    missing = [k for k in ("codec", "denoiser", "path", "prediction", "size", "styles", "labels", "words") if k not in meta]
-    if meta["kind"] == "latent-diffusion" and missing:
+    if meta["kind"] not in DRAWING:
+        raise FileError(f"{path} is of kind {meta['kind']!r} and does not draw by itself: name a run of `sfumato train diffusion` or `train prior`")
+    part, needed = DRAWING[meta["kind"]]
+    if missing := [k for k in (*needed, "codec", part, "size", "styles", "labels", "words") if k not in meta]:
         raise FileError(f"{path} lacks {', '.join(missing)} in its metadata: it was not written whole, or not by sfumato")
-    if meta["kind"] != "latent-diffusion":
-        raise FileError(f"{path} is of kind {meta['kind']!r} and does not draw by itself: name a run of `sfumato train diffusion`")
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     with torch.device("meta"):
-        networks = {"codec": zoo.make(meta["codec"]), "denoiser": zoo.make(meta["denoiser"])}
+        networks = {"codec": zoo.make(meta["codec"]), part: zoo.make(meta[part])}
         if "text" in meta:
             networks["text"] = zoo.make(meta["text"], meta["tokenizer"])
     foreign = [k for k in tensors if k.partition(".")[0] not in networks]
@@ -65,20 +68,15 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
     for name, network in networks.items():
         network.to_empty(device="cpu")
         networks[name] = zoo.load_into(network, tensors, f"{name}.").to(where)
-    networks["denoiser"].to(kind)
+    networks[part].to(kind)
     upscaler, digest = upscaler_for(networks["codec"])
-    return LatentDiffusion(
-        codec=networks["codec"],  # type: ignore[arg-type]
-        text=networks.get("text"),  # type: ignore[arg-type]
-        denoiser=networks["denoiser"],
-        path=make_path(from_json(PathConfig, meta["path"], "path")),
-        meta=meta,
-        name=path.stem,
-        device=where,
-        dtype=kind,
-        upscaler=None if upscaler is None else upscaler.to(where),
-        upscaler_hash=digest,
-    )
+    common: dict[str, Any] = {
+        "codec": networks["codec"], "text": networks.get("text"), "meta": meta, "name": path.stem, "device": where, "dtype": kind,
+        "upscaler": None if upscaler is None else upscaler.to(where), "upscaler_hash": digest,
+    }  # fmt: skip
+    if part == "prior":
+        return CodesModel(prior=networks[part], **common)
+    return LatentDiffusion(denoiser=networks[part], path=make_path(from_json(PathConfig, meta["path"], "path")), **common)
 
 
 def load_judge(model: str | Path) -> Judge:

@@ -29,7 +29,7 @@ from sfumato.losses.perceptual import perceptual
 from sfumato.losses.pixels import pixel_loss
 from sfumato.nn.backbones import efficientnet_lite0, lite0_on, over
 from sfumato.train.autoencoder import psnr_over_white
-from sfumato.train.diffusion import frozen_part
+from sfumato.train.conditioned import frozen_part
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
 MOST_EXACT = 96  # held-out drawings that are looked at while training

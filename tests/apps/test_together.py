@@ -26,7 +26,7 @@ from sfumato.core.pack import load_pack, save_pack
 from sfumato.data.folder import Entry, Scan, scan
 from sfumato.pipelines.find import find
 from sfumato.pipelines.load import load
-from sfumato.train.diffusion import frozen_part
+from sfumato.train.conditioned import frozen_part
 from sfumato.train.loop import Trainer
 
 TINY = 0.001

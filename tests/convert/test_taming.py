@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import Tensor, nn
 
+from sfumato.apps.cli import main
 from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.codecs.bottlenecks.vq import VQConfig
 from sfumato.codecs.resnets import ResnetConfig
 from sfumato.convert.checkpoint import read_tensors
-from sfumato.convert.taming import from_pack, read_vqgan, to_pack, to_taming, write_vqgan
+from sfumato.convert.taming import from_pack, read_model, read_vqgan, to_pack, to_taming, write_vqgan
 from sfumato.core.checkpoint import FileError
+from sfumato.core.seams import Cond
+from sfumato.priors.gpt import cached, sample_gpt
 
 F16 = {"ch": 32, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": [4], "resolution": 64, "z_channels": 32}
 F8 = {"ch": 32, "ch_mult": (1, 2, 2, 4), "num_res_blocks": 1, "attn_resolutions": [8, 16], "resolution": 64, "z_channels": 16}
@@ -271,3 +275,88 @@ def test_the_first_stage_of_a_whole_model_is_taken_alone(tmp_path: Path) -> None
     state = {f"first_stage_model.{k}": v for k, v in reference.state_dict().items()} | {"transformer.tok_emb.weight": torch.ones(3)}
     torch.save({"state_dict": state}, tmp_path / "net2net.ckpt")
     assert read_vqgan(tmp_path / "net2net.ckpt").spec.codebook_size == 64
+
+
+# --- the second stage -------------------------------------------------------------------------------------------------------------------------------
+
+
+def reference_gpt(**more: int) -> nn.Module:
+    import transformers
+
+    transformers.top_k_top_p_filtering = None  # which newer versions have not, and the module only imports
+    from taming.modules.transformer.mingpt import GPT
+
+    torch.manual_seed(0)
+    gpt = GPT(vocab_size=64, block_size=16, n_layer=2, n_head=4, n_embd=32, **more).eval()
+    for p in gpt.parameters():
+        nn.init.normal_(p, 0.0, 0.3)
+    return gpt
+
+
+YAML = """model:
+  params:
+    sos_token: 5
+    transformer_config: {params: {n_head: 4}}
+    first_stage_config: {params: {ddconfig: {resolution: 32}}}
+    cond_stage_config: %s
+"""
+
+
+def whole(folder: Path, gpt: nn.Module, told: str) -> Path:
+    first = {f"first_stage_model.{k}": v for k, v in Reference(F8, 64, 8).state_dict().items()}
+    torch.save({"state_dict": first | {f"transformer.{k}": v for k, v in gpt.state_dict().items()}}, folder / "last.ckpt")
+    (folder / "x-project.yaml").write_text(YAML % told)
+    return folder / "last.ckpt"
+
+
+@pytest.mark.parametrize("told", ["__is_unconditional__", "{params: {n_classes: 10}}"])
+def test_a_transformer_over_codes_is_that_of_the_reference(told: str, tmp_path: Path) -> None:
+    from taming.modules.transformer import mingpt
+
+    gpt = reference_gpt()
+    _, ours = read_model(whole(tmp_path, gpt, told))
+    assert ours is not None
+    classes = "n_classes" in told
+    cond, first = (Cond(label=torch.tensor([3, 7])), torch.tensor([3, 7])) if classes else (Cond(), torch.tensor([5, 5]))
+    tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        theirs = gpt(torch.cat([first[:, None], tokens[:, :-1]], 1))[0]
+        torch.testing.assert_close(ours(tokens, cond), theirs, rtol=0, atol=1e-5)
+    torch.manual_seed(11)
+    expected = mingpt.sample(gpt, first[:, None], 16, temperature=0.9, sample=True, top_k=20)[:, 1:]
+    g = torch.Generator().manual_seed(11)
+    race = lambda _: torch.empty(2, 64).exponential_(generator=g)  # noqa: E731
+    drawn = list(sample_gpt(cached(ours, [(cond, 1.0)], 2), 16, race, temperature=0.9, top_k=20))[-1]  # type: ignore[arg-type]
+    assert torch.equal(drawn, expected), "the same random numbers give the same codes"
+
+
+def test_a_whole_model_draws_by_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = whole(tmp_path, reference_gpt(), "{params: {n_classes: 10}}")
+    model = tmp_path / "model.safetensors"
+    main(["convert", str(source), str(model)])
+    assert "with a transformer over its codes, 10 classes" in capsys.readouterr().err
+    main(["generate", "--model", str(model), "--label", "3", "--seed", "1", "--guidance", "2", "--out", str(tmp_path / "a.png")])
+    assert "guidance has no effect" in capsys.readouterr().err
+    assert Image.open(tmp_path / "a.png").size == (32, 32)
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", str(model), "--seed", "1", "--out", str(tmp_path / "b.png")])
+    assert "draws one of 10 classes" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_of_a_second_stage_is_said(tmp_path: Path) -> None:
+    gpt = reference_gpt(n_unmasked=4)
+    with pytest.raises(FileError, match="whose first tokens see each other"):
+        read_model(whole(tmp_path, gpt, "__is_unconditional__"))
+    source = whole(tmp_path, reference_gpt(), "__is_unconditional__")
+    tensors = torch.load(source, weights_only=True)["state_dict"]
+    torch.save({"state_dict": tensors | {"cond_stage_model.encoder.conv_in.weight": torch.ones(2)}}, source)
+    with pytest.raises(FileError, match="draws after pictures"):
+        read_model(source)
+    torch.save({"state_dict": tensors}, source)
+    yaml = (tmp_path / "x-project.yaml").read_text()
+    (tmp_path / "x-project.yaml").write_text(yaml + "    permuter_config: {target: taming.modules.transformer.permuter.ZCurve}\n")
+    with pytest.raises(FileError, match="in another order than row by row"):
+        read_model(source)
+    (tmp_path / "x-project.yaml").unlink()
+    with pytest.raises(FileError, match="whose heads only its YAML tells"):
+        read_model(source)

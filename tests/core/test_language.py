@@ -16,7 +16,7 @@ from sfumato.core.language import catalogue, language, translated
 
 PACKAGE = Path(cli.__file__).parents[1]
 SPOKEN = {"ValueError", "FileError", "Unreadable", "Bad", "Diverged", "say", "translated"}
-FOR_PROGRAMMERS = ("codecs", "diffusion", "losses", "nn")  # what they raise is met in Python, by those who write it
+FOR_PROGRAMMERS = ("codecs", "diffusion", "losses", "nn", "priors")  # what they raise is met in Python, by those who write it
 STRUCTURE = re.compile(r"[\s:,;.(){}=/'…-]*(sfumato)?[\s:,;.(){}=/'…-]*")
 
 

@@ -15,7 +15,8 @@ from sfumato.core.runlog import read_log
 from sfumato.data.emoji import STYLES, concepts, credits, is_held_out
 from sfumato.diffusion.dit import DiTConfig
 from sfumato.pipelines.load import load
-from sfumato.train.diffusion import CLOSE, PRESETS, DiffusionRecipe, DiffusionTask, preset_smoke, train
+from sfumato.train.conditioned import CLOSE
+from sfumato.train.diffusion import PRESETS, DiffusionRecipe, DiffusionTask, preset_smoke, train
 from sfumato.train.loop import LoopConfig, checkpoints
 
 
@@ -158,7 +159,7 @@ def test_packed_files_serve_as_parts(smoke: Path, tmp_path: Path) -> None:
 def test_a_memory_starts_at_the_names_and_is_packed(smoke: Path, tmp_path: Path) -> None:
     recipe, loop = preset_smoke()
     trainer = train(replace(recipe, memory=True), replace(loop, images=64), tmp_path / "run", codec=smoke / "codec", text=smoke / "text")
-    assert trainer.task.denoiser.memory == len(trainer.task.shown.known) == 12
+    assert trainer.task.net.memory == len(trainer.task.shown.known) == 12
     tensors, meta = load_tensors(checkpoints(tmp_path / "run", "model")[-1])
     assert meta["denoiser"]["memory"] == 12
     names = trainer.task.text.encode([c.names["zh"] for c in trainer.task.shown.known])[2]
@@ -210,9 +211,9 @@ def test_a_denoiser_of_ones_own_pictures_learns_and_goes_on_bit_for_bit(
     assert all(torch.equal(a[k], v) for k, v in b.items())
     scores = [line["validation_loss"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "validation_loss" in line]
     assert scores[-1] < scores[0]
-    assert (trainer.task.denoiser.styles, trainer.task.denoiser.labels) == (0, 2)
+    assert (trainer.task.net.styles, trainer.task.net.labels) == (0, 2)
     said = trainer.task.shown.source.words
-    assert trainer.task.denoiser.memory == len({said(i)[0] for i in range(trainer.task.shown.source.count)})
+    assert trainer.task.net.memory == len({said(i)[0] for i in range(trainer.task.shown.source.count)})
     model = load(tmp_path / "whole")
     assert model.meta["labels"] == ["circle", "square"]
     assert model.unknown("a red square") == []
