@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from sfumato.apps.cli import say
-from sfumato.apps.training import Pack, _run, pack_run, plan
+from sfumato.apps.training import GENERATORS, Pack, _run, pack_run, plan
 from sfumato.core.checkpoint import FileError, cache_folder, checkpoints, disk_of, free_bytes, read_metadata, sweep, write_bytes, write_json
+from sfumato.core.config import to_json
 from sfumato.core.images import png_bytes
 from sfumato.core.request import LONGEST_PROMPT, Device, GenerateRequest
 from sfumato.data.folder import Entry, Scan, evenly, near_duplicates, passed_over, pixels_of, pixels_path, same_pictures, scan, split
@@ -53,6 +54,8 @@ class All:
     """auto: chosen by count, size and device."""
     init: str = BUNDLED
     """What to begin from: "bundled", another model file or run folder, or "none" (from nothing; takes three times as long)."""
+    via: Literal["diffusion", "codes"] = "diffusion"
+    """What the generator draws: latents, by diffusion, or the codes of a VQGAN, which it fills in."""
     size: int = 0
     """Pixels of a side, a multiple of 16; 0 takes 64 on a CPU and 128 on a GPU."""
     effort: float = 1.0
@@ -131,8 +134,8 @@ def _same_command(out: Path, found: Scan, settings: dict[str, Any]) -> None:
 
 def _settings(asked: All) -> dict[str, Any]:
     """The settings that decide what comes out. Raises ValueError where OUT was begun with others."""
-    now = {"init": asked.init, "size": asked.size, "seed": asked.seed, "effort": asked.effort}
-    before = _begun(asked.out) or now
+    now = {"init": asked.init, "size": asked.size, "seed": asked.seed, "effort": asked.effort, "via": asked.via}
+    before = {"via": "diffusion"} | (_begun(asked.out) or now)
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(f"{name} (={value!r}) must be {before.get(name)!r}, with which {asked.out} was begun: or name another --out")
@@ -160,7 +163,7 @@ def _begun_from(asked: All) -> str:
 
 def stages_for(asked: All, found: Scan) -> list[Stage]:
     """What is to be trained, in its order."""
-    from sfumato.train import autoencoder, diffusion, text
+    from sfumato.train import autoencoder, diffusion, prior, text
 
     codec_images, images, each = next(c[1:] for c in COUNTS if len(found.entries) < c[0])
     init = _begun_from(asked)
@@ -169,16 +172,28 @@ def stages_for(asked: All, found: Scan) -> list[Stage]:
     longer = (3 if scratch else 1) * asked.effort
     stages = []
 
-    recipe, loop = autoencoder.preset_own()
-    loop = replace(loop, lr=1e-3) if scratch else loop
-    stages.append(_stage(asked, "autoencoder", replace(recipe, data=data, init=init, size=asked.size), loop, codec_images * longer, "codec"))
+    if asked.via == "codes":  # for which nothing is bundled to begin from
+        recipe, loop = autoencoder.preset_vqgan()
+        stages.append(_stage(asked, "autoencoder", replace(recipe, data=data, size=asked.size), loop, 3 * codec_images * asked.effort, "codec"))
+    else:
+        recipe, loop = autoencoder.preset_own()
+        loop = replace(loop, lr=1e-3) if scratch else loop
+        stages.append(_stage(asked, "autoencoder", replace(recipe, data=data, init=init, size=asked.size), loop, codec_images * longer, "codec"))
     captions = {e.caption for e in split(found.entries)[0] if e.caption}
     if scratch and len(captions) > 1:
         words, loop = text.preset_own()
         stages.append(_stage(asked, "text", replace(words, data=data), loop, loop.images * asked.effort, "text"))
+    mute = not captions or (scratch and len(captions) < 2)
+    if asked.via == "codes":
+        written, loop = prior.preset_own()
+        written = replace(written, data=data, each=each)
+        if mute:
+            written = replace(written, prior=replace(written.prior, text_width=0), memory=False)
+        stages.append(_stage(asked, "prior", written, loop, images * asked.effort, "prior"))
+        return stages
     drawn, loop = diffusion.preset_own()
     drawn = replace(drawn, data=data, init=init, each=each)
-    if not captions or (scratch and len(captions) < 2):
+    if mute:
         drawn = replace(drawn, denoiser=replace(drawn.denoiser, text_width=0), memory=False)
     stages.append(_stage(asked, "diffusion", drawn, loop, images * longer, "diffusion"))
     return stages
@@ -227,8 +242,11 @@ def _check_init(asked: All, stages: list[Stage]) -> None:
             autoencoder.check_init(s.recipe)
         if s.what == "diffusion" and s.recipe.init:
             check_begun(s.recipe, s.recipe.denoiser, "denoiser")
-            text: Any = read_metadata(find(s.recipe.init)).get("text") or {}
-            if s.recipe.denoiser.text_width not in (0, text.get("width")):
+        init = _begun_from(asked)
+        if s.what in GENERATORS and init:
+            text: Any = read_metadata(find(init)).get("text") or {}
+            net = s.recipe.denoiser if s.what == "diffusion" else s.recipe.prior
+            if net.text_width not in (0, text.get("width")):
                 raise ValueError(f"init (={asked.init!r}) must hold a text encoder of the usual width, for there are captions: name another, or none")
 
 
@@ -293,16 +311,15 @@ def disk_needed(stages: list[Stage], size: int, found: Scan) -> int:
     """Bytes that the checkpoints and latents of stages take at most."""
     import torch
 
-    from sfumato.codecs.autoencoder import Autoencoder
-    from sfumato.diffusion.dit import DiT
+    from sfumato import zoo
 
-    total = 0
+    total, of = 0, {"autoencoder": "codec", "diffusion": "denoiser", "prior": "prior"}
     for s in stages:
         with torch.device("meta"):
-            net = Autoencoder(s.recipe.codec) if s.what == "autoencoder" else DiT(s.recipe.denoiser) if s.what == "diffusion" else None
+            net = zoo.make(to_json(getattr(s.recipe, of[s.what]))) if s.what in of else None
         weights = 4 * sum(p.numel() for p in net.parameters()) if net is not None else 20_000_000
         total += (s.loop.keep + 1) * 5 * weights  # raw, averaged, two moments; and the pack
-    latents = sum(s.recipe.each * 16 * (size // 8) ** 2 * 2 for s in stages if s.what == "diffusion")
+    latents = sum(s.recipe.each * 16 * (size // 8) ** 2 * 2 for s in stages if s.what in GENERATORS)
     return total + len(found.entries) * latents
 
 
@@ -336,13 +353,13 @@ def whole_plan(asked: All, stages: list[Stage], found: Scan) -> dict[str, Any]:
             say(f"timing a few steps of {s.what}")
             with contextlib.redirect_stderr(io.StringIO()):  # their own bars would be of six steps
                 facts[s.what] = plan(s.what, SimpleNamespace(recipe=s.recipe, loop=s.loop, out=s.out, **vars(parts)))["plan"]
-            if s.what == "diffusion":
+            if s.what in GENERATORS:
                 first = hours + facts[s.what]["encoding_minutes"] / 60 + s.loop.sample_every / facts[s.what]["images_per_s"] / 3600
             hours += facts[s.what]["hours"]
             memory = max(memory, facts[s.what]["memory_GB"])
     say(f"some {hours * 60:.0f} minutes, something to look at after {first * 60:.0f}; {memory:.1f} GB of memory, {needed / 1e9:.1f} GB of disk")
     whole = {"pictures": len(found.entries), "size": asked.size, "hours": round(hours, 2), "first_samples_after_minutes": round(first * 60, 1)}
-    whole |= {"memory_GB": memory, "disk_GB": round(needed / 1e9, 2), "device": facts["diffusion"]["device"]}
+    whole |= {"memory_GB": memory, "disk_GB": round(needed / 1e9, 2), "device": facts[stages[-1].what]["device"]}
     return {"plan": whole, "stages": {k: {n: v for n, v in f.items() if n not in ("free_disk_GB", "disk_GB")} for k, f in facts.items()}}
 
 

@@ -1,7 +1,8 @@
 """The adversarial half of a codec's training: when the discriminator learns, when it is heard, and how loud (arXiv 2012.09841).
 
 A run has three parts. First reconstruction alone; from `begins` on the discriminator learns, but the codec does not hear it; from `joins` on its
-weight rises over `ramp` of the run. So it is never a beginner's judgement that the codec follows.
+weight rises over `ramp` of the run. So it is never a beginner's judgement that the codec follows; nor, later, that of one which has lost its way: it
+is trusted as far as it tells pictures from copies (see `Adversary.trust`).
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from sfumato.gans.discriminators import PatchConfig, PatchDiscriminator
 from sfumato.losses.adversarial import Kind, adaptive_weight, discriminator_loss, generator_loss, lecam_penalty, r1_penalty
 
 MEMORY = 0.99  # of the running averages of scores
+QUICK = 0.95  # of that of the share right
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdversaryConfig:
     """`weight` 0 is none. `begins`, `joins` and `ramp` are fractions of the run. `adaptive` balances the gradients on the last layer; the weight that
-    it finds is `most` at most. `steps` discriminator steps a codec step; `lr` is relative to the codec's. `r1` and `lecam` weigh those penalties.
+    it finds is `most` at most. `trusting`: the share right of both kinds from which on it is heard in full, at chance it is not heard (0.5: always in
+    full). `steps` discriminator steps a codec step; `lr` is relative to the codec's, `betas` are its own. `r1` and `lecam` weigh those penalties.
     """
 
     weight: float = 0.0
@@ -32,8 +35,10 @@ class AdversaryConfig:
     ramp: float = 0.1
     adaptive: bool = True
     most: float = 10.0
+    trusting: float = 0.7
     steps: int = 1
     lr: float = 1.0
+    betas: tuple[float, float] = (0.5, 0.9)
     r1: float = 0.0
     lecam: float = 0.0
 
@@ -48,6 +53,8 @@ class AdversaryConfig:
                 f"begins (={self.begins}) and joins (={self.joins}) must be from 0 to 1 in this order, ramp (={self.ramp}) at least 0: "
                 "a discriminator that has not learned is not to be heard"
             )
+        if not 0.5 <= self.trusting <= 1:
+            raise ValueError(f"trusting (={self.trusting}) must be from 0.5 to 1: the share right from which on a discriminator is heard in full")
         if self.steps < 1:
             raise ValueError(f"steps (={self.steps}) must be at least 1: discriminator steps for each of the codec")
 
@@ -59,14 +66,15 @@ class AdversaryConfig:
 
 
 class Controls(nn.Module):
-    """What a run remembers besides weights: whether its codebook was made, running averages of the scores (real, generated), and by how much a
-    remedy has lowered the adversarial weight.
+    """What a run remembers besides weights: whether its codebook was made, running averages of the scores (real, generated) and of the share that
+    the discriminator takes for what it is, and by how much a remedy has lowered the adversarial weight.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self.register_buffer("scores", torch.zeros(2))
+        self.register_buffer("right", torch.full((), 0.5))
         self.register_buffer("lowered", torch.ones(()))
 
     def forward(self) -> None:
@@ -79,7 +87,14 @@ class Adversary:
     def __init__(self, config: AdversaryConfig, controls: Controls) -> None:
         self.config, self.controls = config, controls
         self.network = PatchDiscriminator(config.discriminator)
-        self.seen: list[Tensor] = []  # mean scores (real, generated) of this step
+        self.seen: list[Tensor] = []  # of this step: mean scores (real, generated), share right
+
+    @property
+    def trust(self) -> Tensor:
+        """0 where the discriminator does no better than chance, 1 from `trusting` on."""
+        if self.config.trusting == 0.5:
+            return torch.ones_like(self.controls.right)
+        return ((self.controls.right - 0.5) / (self.config.trusting - 0.5)).clamp(0, 1)
 
     def hear(self, y: Tensor, weight: Tensor, reconstruction: Any, share: float) -> tuple[Tensor, dict[str, Tensor]]:
         """(a scalar with the gradient and the value of reconstruction(y) + w * adversarial, statistics) for pictures y; `weight`: the last layer's.
@@ -96,10 +111,16 @@ class Adversary:
         if c.adaptive:
             on_last = [torch.autograd.grad(y, weight, g.to(y), retain_graph=True)[0].float() for g in (of_near, of_fooled)]
             w = mean_of_processes(adaptive_weight(*on_last, most=c.most))
-        scale = share * self.controls.lowered * w
+        trust = self.trust
+        scale = share * self.controls.lowered * trust * w
         carrier = (y * (of_near + scale * of_fooled)).sum()
         value = near.detach() + scale * fooled.detach()
-        return carrier - carrier.detach() + value, found | {"adversarial": fooled.detach(), "adaptive": w, "adversarial_weight": scale}
+        return carrier - carrier.detach() + value, found | {
+            "adversarial": fooled.detach(),
+            "adaptive": w,
+            "trust": trust,
+            "adversarial_weight": scale,
+        }
 
     def judge(self, network: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss on pictures and their copies, and how many of each it takes for what they are."""
@@ -116,10 +137,11 @@ class Adversary:
             loss = loss + c.lecam * lecam_penalty(of_real, of_fake, self.controls.scores.clone())
         if c.r1:
             loss = loss + c.r1 * r1_penalty(of_real, real)
-        with torch.no_grad():
-            self.seen.append(mean_of_processes(torch.stack([of_real.mean(), of_fake.mean()])))
         middle = self.controls.scores.mean() if c.loss == "least-squares" else torch.zeros((), device=real.device)
         found = {"real_right": (of_real > middle).float().mean(), "fake_right": (of_fake < middle).float().mean()}
+        with torch.no_grad():
+            right = (found["real_right"] + found["fake_right"]) / 2
+            self.seen.append(mean_of_processes(torch.stack([of_real.mean(), of_fake.mean(), right])))
         return loss, found | {"real_score": of_real.detach().mean(), "fake_score": of_fake.detach().mean()}
 
     @torch.no_grad()
@@ -127,7 +149,9 @@ class Adversary:
         """Takes the scores of a step into the running averages, unless the step was not finite."""
         seen, self.seen = self.seen, []
         if seen and finite:
-            self.controls.scores.lerp_(torch.stack(seen).mean(0), 1 - MEMORY)
+            *scores, right = torch.stack(seen).mean(0).unbind()
+            self.controls.scores.lerp_(torch.stack(scores), 1 - MEMORY)
+            self.controls.right.lerp_(right, 1 - QUICK)
 
 
 def mean_of_processes(t: Tensor) -> Tensor:

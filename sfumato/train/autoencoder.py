@@ -166,7 +166,7 @@ def preset_vqgan() -> tuple[AutoencoderRecipe, LoopConfig]:
     `sfumato train autoencoder --preset vqgan --data DIR --out runs/vqgan`
     """
     recipe, loop = preset_vqvae()
-    adversary = AdversaryConfig(weight=0.5, discriminator=PatchConfig(width=32, layers=2))
+    adversary = AdversaryConfig(weight=0.5, begins=0.4, joins=0.6, discriminator=PatchConfig(width=32, layers=2))
     return replace(recipe, adversary=adversary), loop
 
 
@@ -278,7 +278,8 @@ class AutoencoderTask:
         if recipe.adversary.weight:
             self.adversary = Adversary(recipe.adversary, self.controls)
             self.networks["discriminator"] = self.adversary.network
-            self.phases.append(Phase("discriminator", ("discriminator",), self.judge, 1, recipe.adversary.lr, recipe.adversary.begins))
+            a = recipe.adversary
+            self.phases.append(Phase("discriminator", ("discriminator",), self.judge, 1, a.lr, a.begins, betas=a.betas))
         self.partly_used = recipe.codec.discrete or recipe.only == "decoder"
         self.seen: list[dict[str, Tensor]] = []
         self.doctor = Doctor(self._facts())

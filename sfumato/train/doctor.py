@@ -163,7 +163,7 @@ def _heard(steps: Sequence[Line]) -> bool:
 
 def _at_cap(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Finding | None:
     weights = [line["codec/adaptive"] for line in steps if "codec/adaptive" in line]
-    if len(weights) < LINES or sum(w > 0.99 * facts.get("most", math.inf) for w in weights[-LINES:]) < AT_CAP * LINES:
+    if len(weights) < LINES or sum(w > 0.9 * facts.get("most", math.inf) for w in weights[-LINES:]) < AT_CAP * LINES:
         return None
     return Finding(
         "weight-at-cap",

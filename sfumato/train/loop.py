@@ -124,7 +124,7 @@ Loss = Callable[[dict[str, nn.Module], Batch, float], tuple[Tensor, dict[str, Te
 @dataclass(frozen=True)
 class Phase:
     """One optimiser: the networks it changes, its loss (networks, batch, progress in [0, 1]) -> (scalar, statistics), its period in steps (every
-    step until the progress `thinned`), and from which progress on it works.
+    step until the progress `thinned`), from which progress on it works, and betas where they are not the loop's.
     """
 
     name: str
@@ -134,6 +134,7 @@ class Phase:
     lr_scale: float = 1.0
     begins: float = 0.0
     thinned: float = 0.0
+    betas: tuple[float, float] | None = None
 
 
 class Task(Protocol):
@@ -289,7 +290,9 @@ class Trainer:
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.loop.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.loop.lr, betas=self.loop.betas, fused=self.device.type != "mps")
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=self.loop.lr, betas=phase.betas or self.loop.betas, fused=self.device.type != "mps"
+        )
 
     # --- one step -----------------------------------------------------------------------------------------------------------------------------
 

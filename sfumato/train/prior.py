@@ -69,12 +69,13 @@ def preset_bundled() -> tuple[PriorRecipe, LoopConfig]:
 
 
 def preset_own() -> tuple[PriorRecipe, LoopConfig]:
-    """A prior over the codes of one's own pictures.
+    """A prior over the codes of one's own pictures: 5 M parameters.
 
     `sfumato train prior --kind maskgit --data DIR --codec runs/vqgan --text emoji --out runs/own`
     """
     recipe, loop = preset_bundled()
-    recipe = replace(recipe, variety=CLOSE, each=8, labels="auto")
+    small = replace(recipe.prior, way="maskgit", width=256, depth=6, heads=4)
+    recipe = replace(recipe, prior=small, variety=CLOSE, each=8, labels="auto")
     return recipe, replace(loop, images=100_000, warmup=3_000, decay=0.5, log_every=6_400, save_every=16_000, sample_every=16_000)
 
 
