@@ -80,6 +80,11 @@ class Controls(nn.Module):
     def forward(self) -> None:
         """Nothing to compute."""
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        for name, value in self.named_buffers():
+            state_dict.setdefault(prefix + name, value.clone())  # of a run that was begun before there was this one
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class Adversary:
     """The discriminator's side of a task; `controls` and the discriminator are networks of the task, so that a checkpoint holds them."""
