@@ -13,6 +13,7 @@ from sfumato.core.checkpoint import FileError
 from sfumato.core.config import from_json
 from sfumato.diffusion.dit import DiT, DiTConfig
 from sfumato.metrics.judge import JudgeConfig, JudgeNet
+from sfumato.priors.frequency import Frequency, FrequencyConfig
 from sfumato.priors.mingpt import MinGPT, MinGPTConfig
 from sfumato.priors.transformer import Prior, PriorConfig
 from sfumato.text.encoder import TextConfig, TextEncoder
@@ -22,6 +23,7 @@ NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {
     "dit": (DiTConfig, DiT),
     "prior": (PriorConfig, Prior),
     "mingpt": (MinGPTConfig, MinGPT),
+    "frequency": (FrequencyConfig, Frequency),
     "text": (TextConfig, TextEncoder),
     "upscaler": (UpscalerConfig, Upscaler),
     "judge": (JudgeConfig, JudgeNet),

@@ -120,26 +120,29 @@ def settings_beside(path: Path) -> dict[str, Any] | None:
 
 
 def read_vqgan(path: Path) -> Autoencoder:
-    """The codec of a checkpoint alone; see `read_model`."""
-    return read_model(path)[0]
+    """The codec of a taming-transformers checkpoint (`.ckpt`, `.pt`, `.safetensors`), alone or of a whole model, or of a diffusers `VQModel` folder,
+    in evaluation mode. Raises FileError where tensors are missing or left over.
+    """
+    return _first_stage(Path(path))[0]
 
 
 def read_model(path: Path) -> tuple[Autoencoder, MinGPT | None]:
-    """The codec of a taming-transformers checkpoint (`.ckpt`, `.pt`, `.safetensors`) or of a diffusers `VQModel` folder, and of a whole model
-    (`Net2NetTransformer`) the transformer over its codes; in evaluation mode.
+    """The same, and of a whole model (`Net2NetTransformer`) the transformer over its codes."""
+    codec, tensors, yaml = _first_stage(Path(path))
+    whole = any(k.startswith(SECOND_STAGE + "tok_emb") for k in tensors)
+    return codec, _transformer_of(tensors, yaml, codec, Path(path)) if whole else None
 
-    Raises FileError where tensors are missing or left over.
-    """
-    path = Path(path)
+
+def _first_stage(path: Path) -> tuple[Autoencoder, dict[str, Tensor], dict[str, Any]]:
+    """The codec, all tensors, and what the YAML says."""
     if path.is_dir():
-        return _codec_of(*_from_diffusers(path), path), None
+        return _codec_of(*_from_diffusers(path), path), {}, {}
     tensors, settings = read_tensors(path), settings_beside(path)
     if not any(k.startswith(FIRST_STAGE) for k in tensors):
-        return _codec_of(tensors, settings, path), None
+        return _codec_of(tensors, settings, path), tensors, settings or {}
     first = ((settings or {}).get("first_stage_config") or {}).get("params") or settings
-    codec = _codec_of({k.removeprefix(FIRST_STAGE): v for k, v in tensors.items() if k.startswith(FIRST_STAGE)}, first, path)
-    whole = any(k.startswith(SECOND_STAGE + "tok_emb") for k in tensors)
-    return codec, _transformer_of(tensors, settings or {}, codec, path) if whole else None
+    own = {k.removeprefix(FIRST_STAGE): v for k, v in tensors.items() if k.startswith(FIRST_STAGE)}
+    return _codec_of(own, first, path), tensors, settings or {}
 
 
 def _codec_of(tensors: dict[str, Tensor], settings: dict[str, Any] | None, path: Path) -> Autoencoder:

@@ -58,15 +58,13 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
         raise FileError(f"{path} lacks {', '.join(missing)} in its metadata: it was not written whole, or not by sfumato")
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    with torch.device("meta"):
-        networks = {"codec": zoo.make(meta["codec"]), part: zoo.make(meta[part])}
-        if "text" in meta:
-            networks["text"] = zoo.make(meta["text"], meta["tokenizer"])
+    networks = {"codec": _empty(meta["codec"]), part: _empty(meta[part])}
+    if "text" in meta:
+        networks["text"] = _empty(meta["text"], meta["tokenizer"])
     foreign = [k for k in tensors if k.partition(".")[0] not in networks]
     if foreign:
         raise FileError(f"{path} holds tensors that belong to nothing it describes: {', '.join(foreign[:3])}")
     for name, network in networks.items():
-        network.to_empty(device="cpu")
         networks[name] = zoo.load_into(network, tensors, f"{name}.").to(where)
     networks[part].to(kind)
     upscaler, digest = upscaler_for(networks["codec"])
@@ -77,6 +75,15 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
     if part == "prior":
         return CodesModel(prior=networks[part], **common)
     return LatentDiffusion(denoiser=networks[part], path=make_path(from_json(PathConfig, meta["path"], "path")), **common)
+
+
+def _empty(config: dict[str, Any], *extra: Any) -> torch.nn.Module:
+    """The network of a config without the time that first weights take, unless it holds what no file keeps."""
+    with torch.device("meta"):
+        network = zoo.make(config, *extra)
+    if any(m._non_persistent_buffers_set for m in network.modules()):
+        return zoo.make(config, *extra)
+    return network.to_empty(device="cpu")
 
 
 def load_judge(model: str | Path) -> Judge:

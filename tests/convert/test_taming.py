@@ -311,9 +311,9 @@ def whole(folder: Path, gpt: nn.Module, told: str) -> Path:
 
 @pytest.mark.parametrize("told", ["__is_unconditional__", "{params: {n_classes: 10}}"])
 def test_a_transformer_over_codes_is_that_of_the_reference(told: str, tmp_path: Path) -> None:
+    gpt = reference_gpt()
     from taming.modules.transformer import mingpt
 
-    gpt = reference_gpt()
     _, ours = read_model(whole(tmp_path, gpt, told))
     assert ours is not None
     classes = "n_classes" in told

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfumato.core.seams import Cond
 from sfumato.priors.choose import chosen, limited, race_of, weighted
-from sfumato.priors.frequency import frequencies
+from sfumato.priors.frequency import counted
 from sfumato.priors.gpt import cached, gpt_loss, sample_gpt, uncached
 from sfumato.priors.maskgit import drawn_mask, left_masked, maskgit_loss, sample_maskgit
 from sfumato.priors.tokens import Vocabulary, factorised
@@ -333,11 +333,13 @@ def test_the_schedule_falls_to_nothing(count: int, steps: int) -> None:
 
 def test_frequencies_by_hand() -> None:
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 1, 3]])
-    places = frequencies(SQUARE, tokens, "places").exp()
-    assert places[0].tolist() == [1, 0, 0, 0]
-    assert places[2].tolist() == [0, 0.5, 0.5, 0]
-    assert frequencies(SQUARE, tokens, "counts").exp()[3].tolist() == pytest.approx([0.25, 0.375, 0.125, 0.25])
-    assert frequencies(SQUARE, tokens, "nothing").exp().unique().tolist() == [0.25]
+    shares = lambda known: counted(SQUARE, tokens, known)(tokens, Cond())[0].softmax(-1)  # noqa: E731
+    assert shares("places")[0].tolist() == [1, 0, 0, 0]
+    assert shares("places")[2].tolist() == [0, 0.5, 0.5, 0]
+    assert shares("counts")[3].tolist() == pytest.approx([0.25, 0.375, 0.125, 0.25])
+    assert shares("nothing").unique().tolist() == [0.25]
+    drawn = list(sample_gpt(cached(counted(SQUARE, tokens, "places"), [(Cond(), 1.0)], 50), 4, lambda _: torch.rand(50, 4)))[-1]  # type: ignore[arg-type]
+    assert drawn[:, [0, 1, 3]].unique(dim=0).tolist() == [[0, 1, 3]]
 
 
 def test_what_a_prior_cannot_be() -> None:
