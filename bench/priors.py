@@ -50,6 +50,8 @@ class Options:
 
     codec: Path = ROOT / "runs" / "bench-vqgan" / "emoji-24000-preset-vqgan"
     """A run of `sfumato train autoencoder --preset vqgan` or vqvae."""
+    latents: str = "emoji"
+    """The codec of latent diffusion."""
     text: str = "emoji"
     """The text encoder of this model is frozen for all."""
     minutes: float = 20.0
@@ -73,17 +75,13 @@ class Options:
 def recipes(options: Options) -> dict[str, tuple[Any, LoopConfig, Callable[..., Any], Path]]:
     """Recipe, loop, trainer and codec of each: the same pictures, captions, styles and memory."""
     text = Path(options.text)
-    bundled = Path("emoji")
     written, loop = prior.preset_smoke() if options.quick else prior.preset_bundled()
     drawn, of_drawn = diffusion.preset_smoke() if options.quick else diffusion.preset_bundled()
-    if options.quick:
-        bundled = options.codec.parent / "codec"
-        text = options.codec.parent / "text"
     small = {"limit": 12, "memory": False, "each": 2} if options.quick else {"memory": True, "variety": GENTLE}
     found: dict[str, Any] = {}
     for way in ("gpt", "maskgit"):
         found[way] = (replace(written, prior=replace(written.prior, way=way), **small), loop, prior.train, options.codec, text)
-    found["latent diffusion"] = (replace(drawn, **small), of_drawn, diffusion.train, bundled, text)
+    found["latent diffusion"] = (replace(drawn, **small), of_drawn, diffusion.train, Path(options.latents), text)
     return found
 
 
@@ -93,7 +91,7 @@ def trained(options: Options, name: str) -> Path:
     run = options.out / f"{name.replace(' ', '-')}-{options.minutes:g}"
     loop = replace(loop, seed=options.seed, dtype="fp32", keep=1)
     if options.quick:
-        return train(replace(recipe), replace(loop, images=64, save_every=64, sample_every=64), run, codec=codec, text=text).run
+        return train(recipe, replace(loop, images=64, save_every=64, sample_every=64), run, codec=codec, text=text).run
     told = run / "length.txt"
     if not told.exists():
         timing = run / "timing"

@@ -112,7 +112,7 @@ def codecs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The calls of the trainers, which end before they begin."""
     from sfumato.apps import together
-    from sfumato.train import autoencoder, diffusion, judge, text, upscaler
+    from sfumato.train import autoencoder, diffusion, judge, prior, text, upscaler
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -120,7 +120,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], 
         calls.append((args, options))
         raise ParsedError
 
-    for module in (autoencoder, text, diffusion, upscaler, judge):
+    for module in (autoencoder, text, diffusion, prior, upscaler, judge):
         monkeypatch.setattr(module, "train", train)
     monkeypatch.setattr(together, "run", train)
     return calls
@@ -211,7 +211,7 @@ def test_every_command_and_flag_that_is_named_exists(name: str, capsys: pytest.C
         ["evaluate"],
         ["sample"],
         ["convert"],
-        *(["train", what] for what in ("all", "autoencoder", "text", "diffusion")),
+        *(["train", what] for what in ("all", "autoencoder", "text", "diffusion", "prior")),
     ):
         with pytest.raises(SystemExit) as done:
             main([*argv, "--help"])

@@ -82,7 +82,7 @@ def _tensors(path: Path) -> dict[str, Any]:
     facts |= {k: meta[k] for k in shown if meta.get(k) not in (None, [])}
     if isinstance(meta.get("words"), dict):
         facts["concepts"] = len(meta["words"])
-    return facts | {name: json.dumps(meta[name]) for name in ("codec", "text", "denoiser") if name in meta}
+    return facts | {name: json.dumps(meta[name]) for name in ("codec", "text", "denoiser", "prior") if name in meta}
 
 
 def _run(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The seams between the floors: what a codec, a bottleneck, a condition and a denoiser are."""
+"""The seams between the floors: what a codec, a bottleneck, a condition and a generator are."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Bottleneck(Protocol):
 
 @dataclass(frozen=True)
 class Cond:
-    """What a denoiser is told. All fields are batched; None where a model has no such input.
+    """What a generator is told. All fields are batched; None where a model has no such input.
 
     text "b n d" token states, mask "b n" True where a token is, pooled "b d", style "b s" weights over styles (all zero: no style),
     label "b" class index (-1: none), concat "b c h w" channels beside x (never scaled by c_in).

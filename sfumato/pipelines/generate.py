@@ -62,7 +62,7 @@ class Picture:
 class Row:
     """One picture to draw: the `index`-th of its request, with its own seed and shares of styles (None: the model has no styles).
 
-    `toward` another row it is drawn by the `share`: noise by slerp, what the denoiser is told by lerp.
+    `toward` another row it is drawn by the `share`: noise by slerp, what the generator is told by lerp.
     """
 
     request: GenerateRequest
@@ -121,7 +121,7 @@ class Model:
 
     @property
     def sizes(self) -> list[int]:
-        """Sides that pictures can have: what the denoiser draws, and what the enlargement makes of it, the usual one last."""
+        """Sides that pictures can have: what the generator draws, and what the enlargement makes of it, the usual one last."""
         return [self.size] if self.upscaler is None else [self.size, self.size * self.upscaler.config.factor]
 
     def side(self, request: GenerateRequest) -> int:
@@ -293,7 +293,7 @@ class Model:
         return self.upscaler(x.clamp(-1, 1))
 
     def _told(self, rows: list[Row], prompt: Callable[[Row], str | None], label: Callable[[Row], str | None]) -> Cond:
-        """What the denoiser is told of each row, on its way towards another where there is one."""
+        """What the generator is told of each row, on its way towards another where there is one."""
         if all(r.toward is None for r in rows):
             return self._cond(rows, [prompt(r) for r in rows], [label(r) for r in rows])
         both = [*rows, *(r.toward or r for r in rows)]
@@ -301,7 +301,7 @@ class Model:
         return between(cond[: len(rows)], cond[len(rows) :], torch.tensor([r.share for r in rows], device=self.device))
 
     def _cond(self, rows: list[Row], prompts: list[str | None], labels: list[str | None]) -> Cond:
-        """What the denoiser is told: a prompt of None is silence, as it was in training."""
+        """What the generator is told: a prompt of None is silence, as it was in training."""
         weights = torch.tensor([[(r.style or {}).get(name, 0.0) for name in self.styles] for r in rows]).to(self.device)
         cond = Cond(style=weights if self.styles else None)
         names = self.meta["labels"]
