@@ -106,6 +106,8 @@ def variants(options: Options) -> dict[str, tuple[AutoencoderRecipe, LoopConfig]
         "preset vqgan": gan,
         "vqgan without stages": replace(gan, kmeans=False, perceptual_from=0.0, adversary=never_alone),
         "vqvae without augmentation": replace(base, variety=STILL),
+        "vqvae without features": replace(base, perceptual=0.0),
+        "vqgan without features": replace(gan, perceptual=0.0),
     }
     every = max(options.images // 6, 1)
     loop = replace(
@@ -185,6 +187,12 @@ def codecs(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             claims.append(claim("the discriminator changes the kernel distance by, at most", between[1], "", "<= 0"))
             claims.append(claim("... by", lower))
             claims.append(claim("... and PSNR by", gan["psnr"][0] - ours["psnr"][0], "dB", ">= -1"))
+    if {"vqvae without features", "vqgan without features"} <= found.keys():
+        a, b = found["vqgan without features"], found["vqvae without features"]
+        lower, between = difference(a["real"], a["features"], b["features"])
+        claims.append(claim("without features in the loss the discriminator changes the kernel distance by, at most", between[1], "", "<= 0"))
+        claims.append(claim("... by", lower))
+        claims.append(claim("... and PSNR by", a["psnr"][0] - b["psnr"][0], "dB", ">= -1"))
     return claims, {k: {n: w for n, w in v.items() if n not in ("features", "real")} for k, v in found.items()}
 
 

@@ -157,7 +157,7 @@ def preset_vqvae() -> tuple[AutoencoderRecipe, LoopConfig]:
     recipe = AutoencoderRecipe(
         codec=AutoencoderConfig(convnet=net, bottleneck=VQConfig()), variety=OWN, mixed_channels=0.0, perceptual_from=0.5, features="auto"
     )
-    return recipe, LoopConfig(images=60_000, batch_size=32, lr=1e-3, warmup=2_000, dtype="auto", save_every=10_000, sample_every=10_000)
+    return recipe, LoopConfig(images=60_000, batch_size=8, lr=5e-4, warmup=2_000, dtype="auto", save_every=10_000, sample_every=10_000)
 
 
 def preset_vqgan() -> tuple[AutoencoderRecipe, LoopConfig]:
@@ -166,7 +166,7 @@ def preset_vqgan() -> tuple[AutoencoderRecipe, LoopConfig]:
     `sfumato train autoencoder --preset vqgan --data DIR --out runs/vqgan`
     """
     recipe, loop = preset_vqvae()
-    adversary = AdversaryConfig(weight=0.5, begins=0.4, joins=0.6, discriminator=PatchConfig(width=32, layers=2))
+    adversary = AdversaryConfig(weight=0.3, begins=0.4, joins=0.6, lr=2.0, discriminator=PatchConfig(width=32, layers=2))
     return replace(recipe, adversary=adversary), loop
 
 
@@ -180,7 +180,7 @@ def preset_vae() -> tuple[AutoencoderRecipe, LoopConfig]:
         codec=AutoencoderConfig(convnet=net, bottleneck=KLConfig(channels=128)), likelihood=True, kl=1.0, kl_warmup=0.2, free_bits=0.02,
         perceptual=0.0, variety=OWN, mixed_channels=0.0,
     )  # fmt: skip
-    return recipe, LoopConfig(images=60_000, batch_size=32, lr=1e-3, warmup=2_000, dtype="auto", save_every=10_000, sample_every=10_000)
+    return recipe, LoopConfig(images=60_000, batch_size=8, lr=5e-4, warmup=2_000, dtype="auto", save_every=10_000, sample_every=10_000)
 
 
 def preset_smoke() -> tuple[AutoencoderRecipe, LoopConfig]:
