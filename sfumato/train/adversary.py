@@ -137,7 +137,7 @@ class Adversary:
             of_real, of_fake = network(real).float(), network(fake).float()
         else:
             of_real, of_fake = network(torch.cat([real, fake])).float().chunk(2)
-        loss = discriminator_loss(c.loss, of_real, of_fake)
+        loss = plain = discriminator_loss(c.loss, of_real, of_fake)
         if c.lecam:
             loss = loss + c.lecam * lecam_penalty(of_real, of_fake, self.controls.scores.clone())
         if c.r1:
@@ -147,7 +147,7 @@ class Adversary:
         with torch.no_grad():
             right = (found["real_right"] + found["fake_right"]) / 2
             self.seen.append(mean_of_processes(torch.stack([of_real.mean(), of_fake.mean(), right])))
-        return loss, found | {"real_score": of_real.detach().mean(), "fake_score": of_fake.detach().mean()}
+        return loss, found | {"classification": plain.detach(), "real_score": of_real.detach().mean(), "fake_score": of_fake.detach().mean()}
 
     @torch.no_grad()
     def settle(self, finite: bool) -> None:

@@ -39,6 +39,7 @@ from sfumato.data.folder import split as split_entries
 from sfumato.data.shards import ShardPictures, are_shards, same_source, split_shards
 from sfumato.data.subjects import EMOJI
 from sfumato.gans.discriminators import PatchConfig
+from sfumato.losses.adversarial import discriminator_loss
 from sfumato.losses.perceptual import perceptual
 from sfumato.losses.pixels import logistic_nll, pixel_loss
 from sfumato.metrics.distribution import kernel_distance
@@ -297,6 +298,7 @@ class AutoencoderTask:
             "pictures": len(self.train), "cells": cells, "codes": 0 if isinstance(b, KLConfig) else b.codebook_size, "bottleneck": b.kind,
             "parameters": sum(p.numel() for p in self.networks["codec"].parameters()), "values": r.size**2 * some.shape[1],
             "variety": float(some.std(0).mean()) if len(some) > 1 else 0.0, "adversary": r.adversary.weight > 0, "most": r.adversary.most,
+            "blank": float(discriminator_loss(r.adversary.loss, torch.zeros(1), torch.zeros(1))),
         }  # fmt: skip
 
     @cached_property

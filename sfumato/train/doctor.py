@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ DEAD = 0.5  # share of codes that are used, below which the others are a disease
 FEW_LATENTS = 16  # of the training pictures for each code
 EQUAL = 0.02  # mean standard deviation over pictures, of a range of 2
 RIGHT, WRONG = 0.97, 0.55  # share that a discriminator takes for what they are: too strong above, too weak below
-SWINGS = 0.15  # mean change of those shares from one line of the log to the next
+WORSE_THAN_BLANK = 1.3  # times the loss of a discriminator that says nothing, which one that learns stays below
 AT_CAP = 0.5  # share of steps with the adaptive weight at its cap
 SKIPPED = 3  # steps that were not finite
 FELL = 3.0  # dB below the best
@@ -128,15 +127,13 @@ def _too_strong(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> F
 
 
 def _too_fast(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Finding | None:
-    right = _rates(steps)[-2 * LINES :]
-    if len(right) < 2 * LINES:
-        return None
-    change = max(sum(abs(b[i] - a[i]) for a, b in pairwise(right)) / (len(right) - 1) for i in (0, 1))
-    if change < SWINGS:
+    losses = sorted([line["discriminator/classification"] for line in steps if "discriminator/classification" in line][-2 * LINES :])
+    blank = facts.get("blank", math.inf)
+    if len(losses) < 2 * LINES or losses[LINES] < WORSE_THAN_BLANK * blank:
         return None
     return Finding(
         "discriminator-too-fast",
-        f"the discriminator swings: from one line of the log to the next {change:.0%} of the patches change sides",
+        f"the discriminator overshoots: its loss of {losses[LINES]:.1f} is above the {blank:.2f} of one that says nothing",
         "a lower adversary.lr, adversary.r1 or lecam above 0, adversary.discriminator.spectral",
     )
 

@@ -56,7 +56,7 @@ def found_in(run: Path) -> list[str]:
     return [f.name for f in diagnose(read_log(run / "log.jsonl"), facts_of(run))]
 
 
-ADVERSARY = AdversaryConfig(weight=0.1, begins=0.3, joins=0.5, discriminator=PatchConfig(width=16, layers=1), lr=0.5)
+ADVERSARY = AdversaryConfig(weight=0.3, begins=0.1, joins=0.5, discriminator=PatchConfig(width=32, layers=1), lr=2.0)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,9 @@ def test_healthy_runs_get_no_finding(name: str, bottleneck: object, more: dict, 
 
 
 def test_a_discriminator_that_learns_fifty_times_too_fast_is_named(pictures: Path, tmp_path: Path) -> None:
-    fast = replace(ADVERSARY, lr=50 * ADVERSARY.lr, weight=0.5)
-    train(recipe(pictures, adversary=fast), replace(LOOP, images=4_000), tmp_path)
-    assert found_in(tmp_path) == ["discriminator-too-fast"], [
-        {k: v for k, v in line.items() if "right" in k or "adapt" in k} for line in read_log(tmp_path / "log.jsonl")[-12:]
-    ]
+    """Nothing else is changed; the healthy run beside it has the same settings."""
+    train(recipe(pictures, adversary=replace(ADVERSARY, lr=50 * ADVERSARY.lr)), LOOP, tmp_path)
+    assert found_in(tmp_path) == ["discriminator-too-fast"]
 
 
 def test_eight_thousand_codes_for_two_hundred_pictures(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +157,7 @@ FACTS = {
     "values": 12288,
     "images": 1000,
     "most": 10.0,
+    "blank": 1.0,
     "adversary": True,
     "variety": 0.5,
 }
@@ -183,10 +182,11 @@ def log(steps: list[dict] | None = None, looks: list[dict] | None = None) -> lis
         (log(steps=[{"discriminator/real_right": 0.99, "discriminator/fake_right": 0.99}] * 5), {}, ["discriminator-too-strong"]),
         (log(steps=[{"discriminator/real_right": 0.5, "discriminator/fake_right": 0.5}] * 10), {}, ["discriminator-too-weak"]),
         (
-            log(steps=[{"discriminator/real_right": 0.9, "discriminator/fake_right": 0.3}, {"discriminator/real_right": 0.2}] * 5),
+            log(steps=[{"discriminator/classification": 2.0, "discriminator/real_right": 0.5, "discriminator/fake_right": 0.5}] * 10),
             {},
             ["discriminator-too-fast"],
         ),
+        (log(steps=[{"discriminator/classification": 1.1}] * 10), {}, []),
         (log(steps=[{"codec/adaptive": 10.0}] * 5), {}, ["weight-at-cap"]),
         (log(looks=[{"psnr": 20.0, "train_psnr": 20.5}]), {}, ["collapse"]),
         (log(looks=[{"psnr": 23.0, "train_psnr": 30.0}]), {}, ["overfit"]),

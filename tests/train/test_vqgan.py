@@ -34,7 +34,7 @@ from sfumato.train.autoencoder import PRESETS, AutoencoderRecipe, AutoencoderTas
 from sfumato.train.loop import LoopConfig, Trainer
 
 NET = ConvnetConfig(image_channels=3, patch=2, widths=(16, 32), encoder_blocks=(1, 0), decoder_blocks=(0, 1))
-ADVERSARY = AdversaryConfig(weight=0.5, begins=0.4, joins=0.5, ramp=0.2, discriminator=PatchConfig(width=16, layers=1))
+ADVERSARY = AdversaryConfig(weight=0.5, begins=0.4, joins=0.5, ramp=0.2, trusting=0.5, discriminator=PatchConfig(width=16, layers=1))
 VQGAN = AutoencoderRecipe(
     codec=AutoencoderConfig(convnet=NET, bottleneck=VQConfig(size=32, channels=4)), size=16, perceptual=0.0, limit=12, adversary=ADVERSARY
 )
@@ -207,6 +207,26 @@ def test_every_loss_reaches_what_it_should(only: dict) -> None:
         reached.pop("bottleneck")
         wanted.pop("bottleneck")
     assert reached == wanted
+
+
+def test_a_discriminator_is_heard_as_far_as_it_is_right() -> None:
+    adversary = Adversary(replace(ADVERSARY, trusting=0.7, adaptive=False), Controls())
+    y = torch.randn(2, 3, 16, 16, requires_grad=True)
+    of_fake = torch.autograd.grad(-adversary.network(y).mean(), y)[0]
+    for right, trust in ((0.3, 0.0), (0.5, 0.0), (0.6, 0.5), (0.7, 1.0), (0.9, 1.0)):
+        adversary.controls.right.fill_(right)
+        loss, found = adversary.hear(y * 1.0, y, lambda v: ((v * 0).sum(), {}), 1.0)
+        assert float(found["trust"]) == pytest.approx(trust, abs=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(loss, y)[0], trust * of_fake, rtol=1e-4, atol=1e-7)
+    adversary.controls.right.fill_(0.5)
+    sure = torch.nn.Module()
+    sure.forward = lambda x: x.mean((1, 2, 3), keepdim=True)  # type: ignore[method-assign]
+    for _ in range(100):
+        adversary.judge(sure, torch.ones(2, 3, 16, 16), -torch.ones(2, 3, 16, 16))
+        adversary.settle(True)
+    assert float(adversary.controls.right) == pytest.approx(1, abs=0.01), "a running mean"
+    with pytest.raises(ValueError, match=r"trusting \(=0.4\) must be from 0.5 to 1"):
+        AdversaryConfig(trusting=0.4)
 
 
 def test_a_bad_step_leaves_no_trace_in_the_scores() -> None:
