@@ -120,7 +120,7 @@ def baseline(options: Options, name: str, run: Path) -> Path:
 
 
 def quality(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    net, rows, pictures = feature_net(), {}, {}
+    net, rows = feature_net(), {}
     runs = {name: trained(options, name) for name in LEARNED}
     models = {name: baseline(options, name, runs["gpt"]) for name in BASELINES} | runs
     for name, path in models.items():
@@ -128,9 +128,7 @@ def quality(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         model = load(path)
         known = set(model.meta["words"])
         reference = work.picture_set("emoji", model.size, known)
-        asked = work.Options(
-            groups=("distribution", "diversity", "text"), count=min(options.count, len(reference)), steps=20, guidance=2.0, seed=options.seed
-        )
+        asked = work.Options(groups=("distribution", "diversity", "text"), count=min(options.count, len(reference)), guidance=2.0, seed=options.seed)
         found, _ = work.evaluate(model, name, reference, net, asked)
         rows[name] = {f.name: [f.value, *(f.interval or ())] for f in found.figures}
         rows[name]["seconds a picture, one at a time"] = [seconds_of(model, 1, options.repeats)]
@@ -139,7 +137,6 @@ def quality(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if name in runs:
             log = [line for line in read_log(path / "log.jsonl") if "images_per_s" in line]
             rows[name]["images"], rows[name]["images a second"] = [log[-1]["images"]], [float(np.median([x["images_per_s"] for x in log]))]
-        pictures[name] = model.generate("a cat", style="noto", seed=1, count=12, guidance=2.0)
     prompts = ("a cat", "an apple", "a fox", "a rocket", "a whale", "a sunflower")
     sheet = [p for path in models.values() for prompt in prompts for p in load(path).generate(prompt, style="fluent", seed=3, count=2, guidance=2.0)]
     grid([p.resize((64, 64)) for p in sheet], columns=12).save(options.out / "priors.png", optimize=True)
@@ -152,7 +149,7 @@ def seconds_of(model: Model, count: int, repeats: int) -> float:
     seconds = []
     for i in range(repeats + 1):
         began = time.perf_counter()
-        model.generate("a cat", seed=i, count=count, guidance=2.0)
+        model.generate("a cat", seed=i, count=count, guidance=2.0, size=model.size)  # without an enlargement
         seconds.append(time.perf_counter() - began)
     return float(np.median(seconds[1:]))
 
@@ -167,7 +164,9 @@ def floor(model: Model, reference: Any, net: Any) -> tuple[float, float, float]:
     real, copies = [], []
     for batch in reference.batches(rows):
         x = batch if model.codec.spec.image_channels == 4 else over(batch)
-        y = model.codec.decode(model.codec.encode(x * 2 - 1).mean).clamp(-1, 1) / 2 + 0.5  # type: ignore[arg-type]
+        found = model.codec.encode(x * 2 - 1)
+        y = model.codec.decode(found.mean) if found.indices is None else model.codec.decode_indices(found.indices)  # type: ignore[arg-type]
+        y = y.clamp(-1, 1) / 2 + 0.5
         flat = [over(p) if p.shape[1] == 4 else p for p in (x, y)]
         real.append(look(net, flat[0])[0])
         copies.append(look(net, flat[1])[0])

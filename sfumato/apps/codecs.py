@@ -84,12 +84,16 @@ def run_convert(asked: Convert) -> Iterator[str]:
     """Converts; says what was found."""
     if asked.target.exists() and not asked.force:
         raise FileError(f"{asked.target} exists: use --force to overwrite it, or name another")
-    from sfumato.convert.taming import read_model, to_pack, whole_pack, write_vqgan
+    from sfumato.convert.taming import SecondStageError, read_model, read_vqgan, to_pack, whole_pack, write_vqgan
     from sfumato.core.pack import save_pack
     from sfumato.pipelines.codec import load_codec
 
     if asked.to == "sfumato":
-        codec, network = read_model(asked.source)
+        try:
+            codec, network = read_model(asked.source)
+        except SecondStageError as e:
+            say(f"warning: {e}; the codec alone is written")
+            codec, network = read_vqgan(asked.source), None
         save_pack(asked.target, *(to_pack(codec) if network is None else whole_pack(codec, network)))
         if network is not None:
             classes = f"{network.config.labels:,} classes" if network.config.labels else "no classes"

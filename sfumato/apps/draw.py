@@ -320,8 +320,10 @@ def warn(model: Model, r: GenerateRequest) -> None:
     for name in ("temperature", "top_k", "top_p") if diffusion else ("sampler", "eta", "guidance_interval"):
         if getattr(r, name) != getattr(usual, name):
             say(f"warning: {name} has no effect: it is for models that draw {'codes' if diffusion else 'by diffusion'}")
-    if not diffusion and not model.guided and r.guidance != usual.guidance:  # type: ignore[attr-defined]
+    if not diffusion and not model.guided and (r.guidance, r.style_guidance) != (usual.guidance, None):  # type: ignore[attr-defined]
         say("warning: guidance has no effect: this model never learned to draw with nothing said")
+    if not diffusion and r.mask is not None and r.strength != usual.strength:
+        say("warning: strength has no effect together with mask: what that shows is drawn anew")
     if model.way == "gpt" and r.steps is not None:
         say("warning: steps has no effect: this model draws one code after the other")
     if diffusion and r.eta and r.sampler != "ddim":

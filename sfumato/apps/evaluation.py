@@ -49,8 +49,8 @@ class Evaluate:
     """A torchvision checkpoint of AlexNet, VGG-16 or SqueezeNet 1.1 for LPIPS; without it one that torch has downloaded before."""
     resize: Literal["antialias", "bicubic", "legacy-bilinear", "legacy-tf", "nearest"] = "antialias"
     """How pictures are resized for that network; the legacy ones are for comparing with figures that were made with them."""
-    steps: int = 20
-    """Steps of a generator."""
+    steps: int | None = None
+    """Steps of a generator; without it what it usually takes."""
     guidance: float = 3.0
     """Guidance of a generator."""
     seed: int = 0

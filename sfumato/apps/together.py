@@ -55,7 +55,7 @@ class All:
     init: str = BUNDLED
     """What to begin from: "bundled", another model file or run folder, or "none" (from nothing; takes three times as long)."""
     via: Literal["diffusion", "codes"] = "diffusion"
-    """What the generator draws: latents, by diffusion, or the codes of a VQGAN, which it fills in."""
+    """What the generator draws: latents, by diffusion, or the codes of a VQGAN, which it fills in (begun from nothing but the text encoder)."""
     size: int = 0
     """Pixels of a side, a multiple of 16; 0 takes 64 on a CPU and 128 on a GPU."""
     effort: float = 1.0
@@ -348,7 +348,7 @@ def whole_plan(asked: All, stages: list[Stage], found: Scan) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     hours, first, memory = 0.0, 0.0, 0.0
     with tempfile.TemporaryDirectory() as folder:
-        parts = _stand_ins(asked, Path(folder))
+        parts = _stand_ins(asked, stages, Path(folder))
         for s in stages:
             say(f"timing a few steps of {s.what}")
             with contextlib.redirect_stderr(io.StringIO()):  # their own bars would be of six steps
@@ -363,12 +363,17 @@ def whole_plan(asked: All, stages: list[Stage], found: Scan) -> dict[str, Any]:
     return {"plan": whole, "stages": {k: {n: v for n, v in f.items() if n not in ("free_disk_GB", "disk_GB")} for k, f in facts.items()}}
 
 
-def _stand_ins(asked: All, folder: Path) -> SimpleNamespace:
+def _stand_ins(asked: All, stages: list[Stage], folder: Path) -> SimpleNamespace:
     """A codec and a text encoder of the right size to time with, before there are others."""
+    from sfumato.codecs.autoencoder import Autoencoder
     from sfumato.core.pack import load_pack, save_pack
     from sfumato.pipelines.find import find
 
     tensors, meta = load_pack(find("emoji"))
+    if asked.via == "codes":
+        shape = stages[0].recipe.codec
+        tensors = {f"codec.{k}": v for k, v in Autoencoder(shape).state_dict().items()}
+        meta = {"kind": "codec", "codec": to_json(shape)}
     save_pack(folder / "codec.safetensors", {k: v for k, v in tensors.items() if k.startswith("codec.")}, meta | {"size": asked.size})
     return SimpleNamespace(codec=folder / "codec.safetensors", text=Path("emoji"))
 

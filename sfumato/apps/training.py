@@ -49,7 +49,7 @@ def train(argv: list[str]) -> None:
         raise ValueError(f"data (={asked.data!r}) must be emoji: an enlargement is learned from drawings that are there at any size")
     if asked.data != EMOJI:
         asked = replace(asked, recipe=replace(asked.recipe, data=asked.data, limit=0))
-    if what == "prior":
+    if what == "prior" and asked.kind is not None:
         asked = replace(asked, recipe=replace(asked.recipe, prior=replace(asked.recipe.prior, way=asked.kind)))
     chosen = {k: v for k in ("device", "dtype", "threads") if (v := getattr(asked, k)) is not None}
     asked = replace(asked, loop=replace(asked.loop, **chosen))
@@ -115,7 +115,7 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
     if what in ("diffusion", "prior"):
         parts.append(("text", Path, field(default=Path("runs/text"))))
     if what == "prior":
-        parts.append(("kind", Literal["gpt", "maskgit"], field(default=recipe.prior.way)))
+        parts.append(("kind", Literal["gpt", "maskgit"] | None, field(default=None)))
     made = make_dataclass(
         "Train",
         [

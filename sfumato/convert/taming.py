@@ -28,6 +28,12 @@ from sfumato.priors.tokens import Vocabulary
 
 RESOLUTION = 256  # of which attention's resolutions are said where no YAML tells another
 LEFT_OUT = ("loss.", "colorize", "model_ema.")
+
+
+class SecondStageError(FileError):
+    """The transformer of a whole model cannot be read; its codec can."""
+
+
 FIRST_STAGE, SECOND_STAGE = "first_stage_model.", "transformer."
 OWN = ("counts", "unused", "updates")  # of our bottleneck: what it counts while it learns
 
@@ -127,7 +133,7 @@ def read_vqgan(path: Path) -> Autoencoder:
 
 
 def read_model(path: Path) -> tuple[Autoencoder, MinGPT | None]:
-    """The same, and of a whole model (`Net2NetTransformer`) the transformer over its codes."""
+    """The same, and of a whole model (`Net2NetTransformer`) the transformer over its codes. Raises SecondStageError where that is of another kind."""
     codec, tensors, yaml = _first_stage(Path(path))
     whole = any(k.startswith(SECOND_STAGE + "tok_emb") for k in tensors)
     return codec, _transformer_of(tensors, yaml, codec, Path(path)) if whole else None
@@ -203,28 +209,38 @@ def write_vqgan(codec: Autoencoder, path: Path) -> None:
 
 
 def _transformer_of(tensors: dict[str, Tensor], yaml: dict[str, Any], codec: Autoencoder, path: Path) -> MinGPT:
-    """Raises FileError where it is of another kind: conditioned on pictures, on codes in another order, or with positions that see what comes."""
+    """Raises SecondStageError where it is of another kind: told pictures, with codes in another order, or with positions that see what comes."""
     if any(k.startswith("cond_stage_model.") for k in tensors):
-        raise FileError(f"{path} draws after pictures (depth, segmentation, another codec), which cannot be read: classes or nothing can")
-    if "Identity" not in yaml.get("permuter_config", {}).get("target", "Identity"):
-        raise FileError(f"{path} writes its codes in another order than row by row, which cannot be read")
+        raise SecondStageError(f"{path} draws after pictures (depth, segmentation, another codec), which cannot be read: classes or nothing can")
+    if "Identity" not in (yaml.get("permuter_config") or {}).get("target", "Identity"):
+        raise SecondStageError(f"{path} writes its codes in another order than row by row, which cannot be read")
     own = {k.removeprefix(SECOND_STAGE): v.float() for k, v in tensors.items() if k.startswith(SECOND_STAGE)}
     masks = [v for k, v in own.items() if k.endswith("attn.mask")]
     if any(not torch.equal(m[0, 0], torch.ones_like(m[0, 0]).tril()) for m in masks):
-        raise FileError(f"{path} has a transformer whose first tokens see each other, which cannot be read")
+        raise SecondStageError(f"{path} has a transformer whose first tokens see each other, which cannot be read")
     kept = {k: v for k, v in own.items() if not k.endswith("attn.mask")}
     if "n_head" not in ((yaml.get("transformer_config") or {}).get("params") or {}):
-        raise FileError(
+        raise SecondStageError(
             f"{path} holds a transformer whose heads only its YAML tells: put that beside it (transformer_config.params.n_head; needs pyyaml)"
         )
-    told = yaml.get("cond_stage_config")
-    labels = int((told.get("params") or {}).get("n_classes", 0)) if isinstance(told, dict) else 0  # a word there says that nothing is told
+    labels = _classes_of(yaml, path)
     network = MinGPT(_transformer_config(kept, codec, yaml, labels))
     try:
         network.load_state_dict(kept)
     except RuntimeError as e:
-        raise FileError(f"{path}: its transformer does not fit: {' '.join(str(e).split())[:200]}") from None
+        raise SecondStageError(f"{path}: its transformer does not fit: {' '.join(str(e).split())[:200]}") from None
     return network.eval().requires_grad_(False)
+
+
+def _classes_of(yaml: dict[str, Any], path: Path) -> int:
+    """How many classes a transformer is told of; 0 where it is told nothing. Raises SecondStageError where it is told something else."""
+    told = yaml.get("cond_stage_config")
+    if yaml.get("unconditional") or told == "__is_unconditional__":
+        return 0
+    classes = (told.get("params") or {}).get("n_classes") if isinstance(told, dict) else None
+    if not isinstance(classes, int) or classes < 1:
+        raise SecondStageError(f"{path} is told neither classes nor nothing (cond_stage_config of its YAML), which cannot be read")
+    return classes
 
 
 def _transformer_config(tensors: dict[str, Tensor], codec: Autoencoder, yaml: dict[str, Any], labels: int) -> MinGPTConfig:

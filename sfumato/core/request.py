@@ -144,19 +144,21 @@ def _quoted(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if re.search(r"[,\n:]", text) else text
 
 
-def parameters_text(request: GenerateRequest, *, seed: int, size: int, model: str, model_hash: str, version: str) -> str:
+def parameters_text(request: GenerateRequest, *, seed: int, size: int, model: str, model_hash: str, version: str, way: str = "diffusion") -> str:
     """The `parameters` chunk that other programs read: prompt, negative prompt, and one line of "Name: value" pairs."""
     lines = [(request.prompt or "").replace("\n", " ")]
     if request.negative:
         lines.append(f"Negative prompt: {request.negative}")
     values: dict[str, object] = {
         **({} if request.steps is None else {"Steps": request.steps}),
-        "Sampler": request.sampler,
+        "Sampler": request.sampler if way == "diffusion" else way,
         "CFG scale": request.guidance,
         "Seed": seed,
         "Size": f"{size}x{size}",
     }
     values |= {"Model hash": model_hash[:10], "Model": model}
+    if way != "diffusion":
+        values |= {"Temperature": request.temperature, "Top K": request.top_k, "Top P": request.top_p}
     if request.init is not None:
         values["Denoising strength"] = request.strength
     if request.style:

@@ -93,5 +93,6 @@ def load_codec(model: str | Path) -> LoadedCodec:
     if "codec" not in meta or "size" not in meta:
         raise FileError(f"{path} holds no codec: name a run of `sfumato train autoencoder`, or a model")
     codec: Any = zoo.load_into(zoo.make(meta["codec"]), tensors, "codec.")
-    prior = {k.removeprefix("prior."): v for k, v in tensors.items() if k.startswith("prior.")}
+    own = "prior" not in meta  # of a codec; what a generator is called so is another thing
+    prior = {k.removeprefix("prior."): v for k, v in tensors.items() if own and k.startswith("prior.")}
     return LoadedCodec(codec, int(meta["size"]), prior, str(model), meta["hash"])

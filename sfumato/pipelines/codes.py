@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
 from sfumato.nn.conditions import without_style
-from sfumato.pipelines.generate import Begun, Model, Row, slerp
+from sfumato.pipelines.generate import Begun, Model, NotFinite, Row, slerp
 from sfumato.priors.choose import Terms, race_of
 from sfumato.priors.gpt import cached, sample_gpt
 from sfumato.priors.maskgit import sample_maskgit
@@ -41,6 +41,11 @@ class CodesModel(Model):
         return getattr(self.prior.config, "guided", True)
 
     @property
+    def needs_label(self) -> bool:
+        """Whether it draws one of its classes only."""
+        return not self.guided and getattr(self.prior.config, "labels", 0) > 0
+
+    @property
     def vocabulary(self) -> Vocabulary:
         return self.prior.config.vocabulary  # type: ignore[union-attr, return-value]
 
@@ -48,9 +53,13 @@ class CodesModel(Model):
         """gpt: one a code; maskgit: as asked for, but not more than there are codes."""
         return self.vocabulary.length if self.way == "gpt" else min(request.steps or USUAL_STEPS, self.vocabulary.length)
 
+    def steps_taken(self, request: GenerateRequest) -> int:
+        """All, where a mask says what is drawn anew."""
+        return self.steps_of(request) if request.mask is not None else super().steps_taken(request)
+
     def check_way(self, request: GenerateRequest) -> None:
         """Raises ValueError for an init picture where codes are written from the upper left on."""
-        if not self.guided and self.meta["labels"] and request.label is None:
+        if self.needs_label and request.label is None:
             raise ValueError(f"label (=None) must be named: this model draws one of {len(self.meta['labels'])} classes, by their numbers")
         if request.init is not None and self.way == "gpt":
             raise ValueError(
@@ -61,7 +70,9 @@ class CodesModel(Model):
     def begin(self, request: GenerateRequest) -> Begun | None:
         """As usual, with a mask that is soft inside of its edge, so that no seam shows; what is black in it stays black."""
         begun = super().begin(request)
-        return begun if begun is None or begun.mask is None else replace(begun, mask=feathered(begun.mask, self.codec.spec.factor // 2))
+        if begun is None or begun.mask is None:
+            return begun
+        return replace(begun, mask=feathered(begun.mask, self.codec.spec.factor * begun.x.shape[-1] // self.size // 2))
 
     @torch.no_grad()
     def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:
@@ -69,6 +80,14 @@ class CodesModel(Model):
         request, n, most = rows[0].request, self.vocabulary.length, max(self.vocabulary.slots)
         how: dict[str, Any] = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
         race = Noise(rows, self.device)
+        try:
+            yield from self._drawn(rows, begun, request, race, n, most, how)
+        except FloatingPointError:
+            raise NotFinite("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps") from None
+
+    def _drawn(
+        self, rows: list[Row], begun: Begun | None, request: GenerateRequest, race: Noise, n: int, most: int, how: dict[str, Any]
+    ) -> Iterator[Tensor]:
         if self.way == "gpt":
             yield from sample_gpt(cached(self.prior, self._terms(rows), len(rows)), n, lambda _: race(most), **how)  # type: ignore[arg-type]
             return
@@ -130,6 +149,9 @@ class Noise:
 
 
 def feathered(mask: Float[Tensor, "1 1 h w"], radius: int) -> Float[Tensor, "1 1 h w"]:
-    """A mask that rises to 1 within `radius` pixels inside of its edge: the mean of the mask narrowed by 0, 1, 2... pixels."""
+    """A mask that rises to 1 within `radius` pixels inside of its edge: the mean of the mask narrowed by 0, 1, 2... pixels. What is too thin for that
+    rises to 1 in its middle.
+    """
     narrowed = [-F.max_pool2d(-mask, 2 * k + 1, stride=1, padding=k) for k in range(radius + 1)]
-    return torch.stack(narrowed).mean(0)
+    soft = torch.stack(narrowed).mean(0)
+    return soft / F.max_pool2d(soft, 2 * radius + 1, stride=1, padding=radius).clamp_min(1e-6)

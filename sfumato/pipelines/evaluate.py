@@ -168,7 +168,7 @@ class Options:
     groups: tuple[str, ...] = GROUPS
     count: int = 0
     resize: Resize = "antialias"
-    steps: int = 20
+    steps: int | None = None
     guidance: float = 3.0
     seed: int = 0
     repeats: int = 5
@@ -320,6 +320,10 @@ def looked_at(e: Evaluation, batches: Iterator[Tensor], total: int, usual: Usual
     return kept
 
 
+def _steps(model: Model, options: Options) -> int:
+    return model.steps_of(GenerateRequest(steps=options.steps))
+
+
 def asked_for(model: Model, pictures: PictureSet, rows: Sequence[int], options: Options) -> list[GenerateRequest]:
     """A request for each row: its caption, label and style, where the model knows them."""
     requests = []
@@ -328,6 +332,8 @@ def asked_for(model: Model, pictures: PictureSet, rows: Sequence[int], options: 
         prompt = caption[:LONGEST_PROMPT] if caption and model.text is not None else None
         label = pictures.labels[row] if pictures.labels[row] in model.meta["labels"] else None
         style = pictures.styles[row] if pictures.styles[row] in model.styles else None
+        if model.needs_label and label is None:
+            label = model.meta["labels"][i % len(model.meta["labels"])]
         shape = {"steps": options.steps, "guidance": options.guidance, "size": model.size}
         requests.append(GenerateRequest(prompt=prompt, label=label, style=style, seed=options.seed + i, **shape))  # type: ignore[arg-type]
     return requests
@@ -521,9 +527,11 @@ def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: Model | 
     o = e.options
     changes = {
         "seed": [ask(replace(o, seed=o.seed + 10_000 * (i + 1))) for i in range(o.repeats)],
-        "steps": [ask(replace(o, steps=n)) for n in sorted({max(1, round(o.steps * f)) for f in (0.5, 0.8, 1.0, 1.25, 2.0)})],
+        "steps": [ask(replace(o, steps=n)) for n in sorted({max(1, round(_steps(model, o) * f)) for f in (0.5, 0.8, 1.0, 1.25, 2.0)})],
         "guidance": [ask(replace(o, guidance=o.guidance * f)) for f in (0.67, 0.83, 1.0, 1.2, 1.5)],
     }
+    if model.way == "gpt":
+        del changes["steps"]  # one a code
     if model.text is not None:
         worded = [lambda p: p, lambda p: f"a picture of {p}", lambda p: f"{p}.", str.upper]
         changes["words"] = [[replace(r, prompt=w(r.prompt)[:LONGEST_PROMPT]) if r.prompt else r for r in ask(o)] for w in worded]
@@ -665,7 +673,7 @@ def evaluate(
     usual = Usual.of(white(next(reference.batches([rows[i] for i in evenly(len(rows), BATCH)]))))
     wanted = [rows[i * len(rows) // count % len(rows)] for i in range(count)]  # from all over them, however few are drawn
     if model:
-        e.samples = {"model": name, "hash": model.meta["hash"], "count": count, "steps": options.steps, "guidance": options.guidance}
+        e.samples = {"model": name, "hash": model.meta["hash"], "count": count, "steps": _steps(model, options), "guidance": options.guidance}
         requests = asked_for(model, reference, wanted, options)
         batches, asked = drawn(model, requests, options.keep), told(reference, wanted, requests)
     else:

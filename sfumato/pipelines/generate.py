@@ -254,6 +254,7 @@ class Model:
 
     way: ClassVar[str] = ""  # how it draws
     part: ClassVar[str] = ""  # what the generator is called in a pack
+    needs_label: ClassVar[bool] = False
 
     @property
     def generator(self) -> nn.Module:
@@ -341,7 +342,7 @@ class Model:
             record["init_sha256"] = begun.digest
         model, digest = self.name, self.meta["hash"]
         parameters = parameters_text(
-            row.request, seed=row.seed, size=self.side(row.request), model=model, model_hash=digest, version=sfumato.__version__
+            row.request, seed=row.seed, size=self.side(row.request), model=model, model_hash=digest, version=sfumato.__version__, way=self.way
         )
         return Picture(image, row.request, row.index, record, parameters, source_text(model, self.meta.get("credits", [])))
 

@@ -46,8 +46,10 @@ def limited(logits: Float[Tensor, " *rest v"], *, top_k: int = 0, top_p: float =
 def chosen(logits: Float[Tensor, " *rest v"], race: Float[Tensor, " *rest v"], temperature: float = 1.0) -> Int[Tensor, " *rest"]:
     """A token each with probability softmax(logits / temperature): the largest p / e for e from Exp(1), which is what `torch.multinomial` does too.
 
-    Temperature 0 takes the likeliest. `race` is that exponential noise.
+    Temperature 0 takes the likeliest. `race` is that exponential noise. Raises FloatingPointError for logits that are no numbers.
     """
+    if bool(logits.isnan().any()):
+        raise FloatingPointError("logits are not finite")
     if temperature == 0:
         return logits.argmax(-1)
     return ((logits / temperature).softmax(-1) / race).argmax(-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.core.seams import Cond
-from sfumato.priors.choose import Terms, chosen, limited, together, weighted
+from sfumato.priors.choose import Terms, check_choice, chosen, limited, together, weighted
 from sfumato.priors.transformer import MASKED, Prior
 
 Next = Callable[[Tensor | None, int], Tensor]  # (token i - 1 or None, i) -> logits of token i; called for i = 0, 1, 2...
@@ -52,6 +52,7 @@ def uncached(network: Prior, terms: Terms, batch: int) -> Next:
 @torch.no_grad()
 def sample_gpt(step: Next, length: int, race: Race, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Iterator[Int[Tensor, "b i"]]:
     """What is written after each token; the last is the whole picture."""
+    check_choice(temperature, top_k, top_p)
     written: list[Tensor] = []
     warm, sharp = temperature or 1.0, 1.0 if temperature else 0.0
     for i in range(length):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.core.seams import Cond
-from sfumato.priors.choose import Terms, chosen, limited, together, weighted
+from sfumato.priors.choose import Terms, check_choice, chosen, limited, together, weighted
 from sfumato.priors.transformer import MASKED, Prior
 
 Race = Callable[[int], Tensor]  # step -> exponential noise "b n v"
@@ -62,8 +62,12 @@ def sample_maskgit(
     exact where each step adds one token.
     """
     unknown = tokens == MASKED
+    check_choice(temperature, top_k, top_p)
     count = int(unknown[0].sum())
+    if not count:
+        yield tokens
     steps = min(steps, count)
+    spread = spread if temperature else 0.0
     cond, weights = together(terms, len(tokens)), [w for _, w in terms]
     for step in range(steps):
         logits = weighted(network(tokens.repeat(len(terms), 1), cond), weights)

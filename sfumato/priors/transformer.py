@@ -139,7 +139,7 @@ class Prior(nn.Module):
         cells = torch.arange(c.vocabulary.length) // len(slots)
         rows, columns = cells // c.vocabulary.grid[1], cells % c.vocabulary.grid[1]
         self.register_buffer("first", firsts, persistent=False)
-        self.register_buffer("angles", rotary(rows + 1.0, columns + 1.0, w // c.heads), persistent=False)
+        self.register_buffer("cells", torch.stack([rows, columns]) + 1, persistent=False)  # whole numbers: they survive a change of dtype
         self._begin()
 
     def _begin(self) -> None:
@@ -256,8 +256,11 @@ class Prior(nn.Module):
         return x + self.place[at]
 
     def _angles(self, prefix: int, at: slice) -> Tensor | None:
-        """Of a prefix, which has no place, 0."""
-        return None if self.config.positions == "learned" else torch.cat([self.angles.new_zeros(prefix, self.angles.shape[1]), self.angles[at]])
+        """In fp32; those of a prefix, which has no place, are 0."""
+        if self.config.positions == "learned":
+            return None
+        rows, columns = self.cells[:, at].float()
+        return F.pad(rotary(rows, columns, self.config.width // self.config.heads), (0, 0, prefix, 0))
 
     def _known_prefix(self, context: Context, length: int) -> Tensor | None:
         """Whether the keys may be seen: of a prefix those that are texts."""

@@ -268,7 +268,6 @@ class AutoencoderTask:
             codec.bottleneck.requires_grad_(False)
         self.networks: dict[str, nn.Module] = {"codec": codec}
         self.controls, self.adversary = Controls(), None
-        self.controls.fitted.fill_(bool(recipe.init))  # a codec that it begins from has its codebook
         of_codec: tuple[str, ...] = ("codec",)
         if recipe.likelihood:
             self.networks["likelihood"], of_codec = Likelihood(recipe.codec.convnet.image_channels), ("codec", "likelihood")
@@ -317,6 +316,11 @@ class AutoencoderTask:
         return self.learns_codes and self.recipe.kmeans
 
     @property
+    def made(self) -> bool:
+        """Whether there is a codebook: made by k-means, or that of the codec that it began from."""
+        return bool(self.controls.fitted) or bool(self.recipe.init)
+
+    @property
     def complete_from(self) -> float:
         """The progress from which on the codebook, the features and the whole adversarial weight are there."""
         r = self.recipe
@@ -358,7 +362,7 @@ class AutoencoderTask:
 
     def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         r, x = self.recipe, batch["x"]
-        bypass = {"bypass": True} if self.fits and not self.controls.fitted else {}
+        bypass = {"bypass": True} if self.fits and not self.made else {}
         y, bottleneck, stats = networks["codec"](x, batch.get("noise"), **bypass)
         if "indices" in stats and torch.is_grad_enabled():
             self.seen.append({k: stats.pop(k) for k in ("latents", "indices") if k in stats})
@@ -429,7 +433,7 @@ class AutoencoderTask:
         if seen:
             codec.bottleneck.update(_together(seen))  # type: ignore[operator]
         if self.fits and self._due(images):
-            self._fit(codec, fresh=not bool(self.controls.fitted))
+            self._fit(codec, fresh=not self.made)
             self.controls.fitted.fill_(True)
         for mine, average in zip(_quantizers(codec), _quantizers(averages["codec"]), strict=True):
             for rows in getattr(mine, "placed", ()):
@@ -444,7 +448,7 @@ class AutoencoderTask:
 
     def _due(self, images: int) -> bool:
         """Whether the codebook is to be made now, or made once more."""
-        if not self.controls.fitted:
+        if not self.made:
             return images >= self.recipe.codebook_from * self.images
         return bool(self.recipe.refit) and self._passed(self.recipe.refit, images)
 
@@ -507,7 +511,7 @@ class AutoencoderTask:
         if self.lpips is not None:
             found["lpips"] = float(np.mean([float(self.lpips.cpu()(b, a).mean()) for a, b in zip(flat[0].split(64), flat[1].split(64), strict=True)]))
         found |= self._codes(networks, few[0])
-        if self.fits and not self.controls.fitted:
+        if self.fits and not self.made:
             return found  # a codebook that is not made yet says nothing of the run
         return found | {"score": -found["distance"] if self.adversary is not None else -found["bits"] if "bits" in found else found["psnr"]}
 

@@ -80,6 +80,8 @@ def frozen_part(source: Path, run: Path, name: str) -> Path:
 class Conditioned:
     """A frozen codec and text encoder, pictures, and what is said of them. `net` is the generator's config, `recipe` says the rest."""
 
+    measures = True  # whether the generator sees latents, which are standardised
+
     def __init__(
         self, recipe: Any, net: Any, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False
     ) -> None:
@@ -94,7 +96,8 @@ class Conditioned:
         own = recipe.data != EMOJI  # drawn as often as they come, whatever their styles; of the drawings every style is drawn as often as another
         self.groups = [np.arange(len(self.shown.style))] if own else [np.flatnonzero(self.shown.style == s) for s in range(len(self.shown.styles))]
         self.groups = [g for g in self.groups if len(g)]
-        self._measure(part)
+        if self.measures:
+            self._measure(part)
 
     def _of_data(self, net: Net) -> Net:
         """The recipe's, with as many styles, labels and things to remember as there are; without text where nothing is said."""

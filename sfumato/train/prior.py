@@ -33,7 +33,9 @@ GUIDANCE = 2.0  # of the sample grids
 
 @dataclass(frozen=True, kw_only=True)
 class PriorRecipe:
-    """What decides what a prior learns; its vocabulary is the codec's. Fields as in `sfumato.train.diffusion.DiffusionRecipe`."""
+    """What decides what a prior learns; its vocabulary is the codec's, but for the digits that a code is written as. Other fields as in
+    `sfumato.train.diffusion.DiffusionRecipe`.
+    """
 
     kind: str = "train-prior"
     data: str = EMOJI
@@ -94,13 +96,16 @@ class PriorTask(Conditioned):
     """See `sfumato.train.loop.Task`."""
 
     kind = "prior"
+    measures = False
 
     def __init__(
         self, recipe: PriorRecipe, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False
     ) -> None:
         super().__init__(recipe, recipe.prior, seed, codec, text, run, device, bf16)
         spec, side = self.codec.spec, self.size // self.codec.spec.factor
-        self.vocabulary = Vocabulary(codes=spec.codebook_size, levels=spec.levels, grid=(side, side), digits=factorised(spec.codebook_size))
+        self.vocabulary = Vocabulary(
+            codes=spec.codebook_size, levels=spec.levels, grid=(side, side), digits=recipe.prior.vocabulary.digits or factorised(spec.codebook_size)
+        )
         self.net = replace(self.net, vocabulary=self.vocabulary)
         self.codes = cached_latents(run / "codes.npy", self.encode, len(self.shown.pixels) * recipe.each, self.made_from())
         self._held_out = self._validation()

@@ -165,6 +165,22 @@ def test_killed_in_every_stage_it_ends_as_if_it_never_was(own_folder: Path, tmp_
     assert [p for p in (tmp_path / "nowhere").rglob("*") if p.is_file()] == [], "something was written to the folder for temporary files"
 
 
+def test_by_way_of_codes(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A VQGAN and a prior instead of a codec and a denoiser: planned, trained, packed, measured, drawn with."""
+    out = tmp_path / "out"
+    argv = ["train", "all", "--via", "codes", "--data", str(own_folder), "--out", str(out), "--size", "16", "--effort", str(TINY), "--device", "cpu"]
+    main([*argv, "--plan"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["stages"]["prior"]["parameters"]["prior"] > 1_000_000
+    main(argv)
+    assert read_metadata(out / "model.safetensors")["kind"] == "codes"
+    assert (out / "samples.png").exists()
+    main(["generate", "a red square", "--model", str(out), "--seed", "1", "--out", str(tmp_path / "a.png")])
+    with pytest.raises(SystemExit):
+        main([*argv[:2], *argv[4:]])
+    assert "via (='diffusion') must be 'codes'" in capsys.readouterr().err
+
+
 def test_what_would_end_a_later_stage_is_refused_before_the_first(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"file_name": f"{('square', 'circle')[i % 2]}/{i:02}.png", "style": ("ink:wet", "oil")[i % 3 == 0]} for i in range(40)]
     (own_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

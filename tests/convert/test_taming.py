@@ -24,6 +24,7 @@ from sfumato.convert.checkpoint import read_tensors
 from sfumato.convert.taming import from_pack, read_model, read_vqgan, to_pack, to_taming, write_vqgan
 from sfumato.core.checkpoint import FileError
 from sfumato.core.seams import Cond
+from sfumato.pipelines.codec import load_codec
 from sfumato.priors.gpt import cached, sample_gpt
 
 F16 = {"ch": 32, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": [4], "resolution": 64, "z_channels": 32}
@@ -343,7 +344,7 @@ def test_a_whole_model_draws_by_commands(tmp_path: Path, capsys: pytest.CaptureF
     assert "draws one of 10 classes" in capsys.readouterr().err
 
 
-def test_what_cannot_be_read_of_a_second_stage_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_read_of_a_second_stage_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpt = reference_gpt(n_unmasked=4)
     with pytest.raises(FileError, match="whose first tokens see each other"):
         read_model(whole(tmp_path, gpt, "__is_unconditional__"))
@@ -357,6 +358,12 @@ def test_what_cannot_be_read_of_a_second_stage_is_said(tmp_path: Path) -> None:
     (tmp_path / "x-project.yaml").write_text(yaml + "    permuter_config: {target: taming.modules.transformer.permuter.ZCurve}\n")
     with pytest.raises(FileError, match="in another order than row by row"):
         read_model(source)
+    (tmp_path / "x-project.yaml").write_text(YAML % "{target: taming.modules.misc.coord.CoordStage, params: {n_embed: 1024}}")
+    with pytest.raises(FileError, match="is told neither classes nor nothing"):
+        read_model(source)
     (tmp_path / "x-project.yaml").unlink()
     with pytest.raises(FileError, match="whose heads only its YAML tells"):
         read_model(source)
+    main(["convert", str(source), str(tmp_path / "codec.safetensors")])
+    assert "the codec alone is written" in capsys.readouterr().err
+    assert load_codec(tmp_path / "codec.safetensors").codec.spec.codebook_size == 64

@@ -15,7 +15,7 @@ from sfumato.apps import ask, cli, codecs, dataset, draw, evaluation, together, 
 from sfumato.core.language import catalogue, language, translated
 
 PACKAGE = Path(cli.__file__).parents[1]
-SPOKEN = {"ValueError", "FileError", "Unreadable", "Bad", "Diverged", "say", "translated"}
+SPOKEN = {"ValueError", "FileError", "SecondStageError", "Unreadable", "Bad", "Diverged", "say", "translated"}
 FOR_PROGRAMMERS = ("codecs", "diffusion", "losses", "nn", "priors")  # what they raise is met in Python, by those who write it
 STRUCTURE = re.compile(r"[\s:,;.(){}=/'…-]*(sfumato)?[\s:,;.(){}=/'…-]*")
 

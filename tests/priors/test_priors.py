@@ -230,16 +230,19 @@ def test_every_condition_is_heard_and_padding_is_not(way: str, condition: str) -
 @pytest.mark.parametrize("way", ["gpt", "maskgit"])
 def test_alone_or_in_company_the_codes_are_the_same(way: str) -> None:
     torch.manual_seed(0)
-    network = Prior(replace(RICH, way=way, depth=1, vocabulary=Vocabulary(codes=64, grid=(2, 3)))).eval()  # type: ignore[arg-type]
+    network = Prior(replace(RICH, way=way, depth=2, vocabulary=Vocabulary(codes=64, grid=(2, 3)))).eval()  # type: ignore[arg-type]
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.3) if p.ndim > 1 else None
     cond, n = told(256, 12, 3, 4), 6
     noise = torch.empty(n, 256, n, 64).exponential_(generator=torch.Generator().manual_seed(0))
 
     def draw(rows: slice) -> Tensor:
         some, count = cond[rows], len(range(256)[rows])
+        terms = [(some, 3.0), (replace(some, pooled=some.pooled * 0), -2.0)]  # type: ignore[operator]
         if way == "gpt":
-            return list(sample_gpt(cached(network, [(some, 1.0)], count), n, lambda i: noise[i, rows, 0]))[-1]
+            return list(sample_gpt(cached(network, terms, count), n, lambda i: noise[i, rows, 0]))[-1]
         begin = torch.full((count, n), MASKED)
-        return list(sample_maskgit(network, [(some, 1.0)], begin, lambda i: noise[i, rows], lambda i: noise[i, rows, :, 0]))[-1]
+        return list(sample_maskgit(network, terms, begin, lambda i: noise[i, rows], lambda i: noise[i, rows, :, 0]))[-1]
 
     together, alone = draw(slice(0, 256)), torch.cat([draw(slice(i, i + 1)) for i in range(256)])
     flipped = int((together != alone).any(1).sum())

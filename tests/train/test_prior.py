@@ -23,6 +23,7 @@ from sfumato.core.config import from_json, to_json
 from sfumato.core.request import GenerateRequest
 from sfumato.core.runlog import read_log
 from sfumato.pipelines.codes import CodesModel, feathered
+from sfumato.pipelines.generate import NotFinite
 from sfumato.pipelines.load import load
 from sfumato.train import autoencoder
 from sfumato.train.conditioned import CLOSE
@@ -202,6 +203,9 @@ def test_a_mask_redraws_a_part_and_keeps_the_rest(model: CodesModel, tmp_path: P
     before = np.asarray(picture.convert("RGBA")).astype(int)
     assert np.array_equal(drawn[mask == 0], before[mask == 0]), "to the pixel"
     assert not np.array_equal(drawn[mask > 0], before[mask > 0])
+    Image.new("L", (16, 16), 0).save(tmp_path / "nothing.png")
+    same = next(model.pictures(replace(request, mask=str(tmp_path / "nothing.png"))))
+    assert np.array_equal(np.asarray(same.image), before), "nothing is redrawn under a black mask"
     some = next(model.pictures(replace(request, mask=None, strength=0.3)))
     assert np.asarray(some.image).shape == before.shape
 
@@ -214,6 +218,24 @@ def test_a_feathered_mask_rises_inside_of_its_edge_only() -> None:
     assert soft[3:8, 6].tolist() == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert soft[6:, 0].tolist() == [1.0] * 6, "the border of the picture is no edge of the mask"
     assert F.max_pool2d(soft[None, None], 12).item() == 1
+    thin = torch.zeros(1, 1, 12, 12)
+    thin[:, :, 5:8] = 1
+    assert feathered(thin, 4)[0, 0, :, 6].tolist() == [0] * 5 + [0.5, 1, 0.5] + [0] * 4, "what is thin is redrawn too, in its middle"
+
+
+def test_in_bf16_it_draws_nearly_the_same_and_keeps_its_places(run: Path) -> None:
+    model = load(run, dtype="bf16")
+    assert isinstance(model, CodesModel)
+    assert model.prior.norm.scale.dtype == torch.bfloat16  # type: ignore[union-attr]
+    angles, exact = (m.prior._angles(0, slice(0, 16)) for m in (model, load(run)))  # type: ignore[union-attr, operator]
+    assert torch.equal(angles, exact), "angles are not rounded"
+    assert model.generate("a cat", seed=1)[0].size == (16, 16)
+
+
+def test_logits_that_are_no_numbers_are_an_error(model: CodesModel) -> None:
+    model.prior.heads[0].weight.fill_(float("nan"))  # type: ignore[index, union-attr, operator]
+    with pytest.raises(NotFinite, match="not finite"):
+        model.generate("a cat", seed=1)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------------------------------------
@@ -238,6 +260,12 @@ def test_from_codec_to_picture_by_commands(
     plan = json.loads(capsys.readouterr().out.rpartition("again.png\n")[2])
     assert plan["plan"]["parameters"]["prior"] > 10_000
     assert plan["recipe"]["prior"]["way"] == "gpt"
+
+
+def test_a_prior_is_no_vae(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", str(run)])
+    assert "has no prior: it does not draw by itself" in capsys.readouterr().err
 
 
 def test_the_cache_of_codes_says_what_it_is_of(run: Path) -> None:
