@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import sfumato
 from sfumato.apps.cli import main
 from sfumato.pipelines.find import bundled
-from sfumato.pipelines.generate import LatentDiffusion
+from sfumato.pipelines.latent_diffusion import LatentDiffusion
 from sfumato.text.words import spell_emoji
 
 ROOT = Path(__file__).parent.parent.parent
