@@ -7,7 +7,7 @@ SHEET = sfumato-out/demo.png
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_DRY_RUN VIRTUAL_ENV PYTHONHOME
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -15,6 +15,9 @@ demo: .venv/.installed
 	@echo "The pictures are in $(SHEET)"
 
 test: .venv/.installed-dev
+	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-all: .venv/.installed-dev
 	@.venv/bin/python -m pytest $(ARGS)
 
 lint: .venv/.installed-dev

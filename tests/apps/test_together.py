@@ -153,6 +153,7 @@ def lives(data: Path, out: Path, killed: bool) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that are copied are of Unix")
+@pytest.mark.slow
 def test_killed_in_every_stage_it_ends_as_if_it_never_was(own_folder: Path, tmp_path: Path) -> None:
     ends = [
         subprocess.run([sys.executable, __file__, str(own_folder), str(tmp_path / name), killed], capture_output=True, text=True, timeout=300)
@@ -165,6 +166,7 @@ def test_killed_in_every_stage_it_ends_as_if_it_never_was(own_folder: Path, tmp_
     assert [p for p in (tmp_path / "nowhere").rglob("*") if p.is_file()] == [], "something was written to the folder for temporary files"
 
 
+@pytest.mark.slow
 def test_by_way_of_codes(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A VQGAN and a prior instead of a codec and a denoiser: planned, trained, packed, measured, drawn with."""
     out = tmp_path / "out"

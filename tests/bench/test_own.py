@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import own
 
 
+@pytest.mark.slow
 def test_quick_runs_the_whole_command(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own.main(["--data", str(own_folder), "--count", "20", "--out", str(tmp_path / "run"), "--quick"])
     found = json.loads(capsys.readouterr().out)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import priors
 
 
+@pytest.mark.slow
 def test_quick_compares_all_ways(smoke: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     net = ConvnetConfig(image_channels=3, widths=(16, 16), encoder_blocks=(0, 0), decoder_blocks=(0, 0))
     recipe = AutoencoderRecipe(codec=AutoencoderConfig(convnet=net, bottleneck=VQConfig(size=16, channels=4)), size=16, perceptual=0.0, limit=12)
