@@ -50,6 +50,7 @@ def ask(concept: int, style: str, **more: object) -> bundled.Ask:
 # --- the whole bench --------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_quick_measures_everything(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundled.main(["--quick", "--model", str(tiny), "--out", str(tmp_path / "pictures"), "--judges", str(tmp_path / "judges")])
     found = json.loads(capsys.readouterr().out)
