@@ -45,6 +45,17 @@ def _status(what: str) -> float:
     return int(told[what].split()[0]) / 1024
 
 
+def of_parts(work: dict[str, Callable[[Any], tuple[list[dict[str, Any]], dict[str, Any]]]], wanted: str, options: Any, seed: int) -> dict[str, Any]:
+    """The report of the parts that are wanted (names with commas), each with its claims and details."""
+    started = time.perf_counter()
+    claims: list[dict[str, Any]] = []
+    details: dict[str, Any] = {}
+    for name in (part.strip() for part in wanted.split(",")):
+        found, details[name] = work[name](options)
+        claims += found
+    return report(started, seed, claims, details)
+
+
 # --- the report -------------------------------------------------------------------------------------------------------------------------------
 
 

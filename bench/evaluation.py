@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from common import added_memory, claim, emit, report
+from common import added_memory, claim, emit
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -291,14 +291,7 @@ def plots(folder: Path, by_policy: dict[Resize, float], by_quality: dict[int, fl
 
 
 def run(options: Options) -> dict[str, Any]:
-    started = time.perf_counter()
-    parts = PARTS if options.only == "all" else tuple(options.only.split(","))
-    claims: list[dict[str, Any]] = []
-    details: dict[str, Any] = {}
-    for name in parts:
-        found, details[name] = {"accuracy": accuracy, "speed": speed, "moves": moves}[name](options)
-        claims += found
-    return report(started, 0, claims, details)
+    return of_parts({"accuracy": accuracy, "speed": speed, "moves": moves}, ",".join(PARTS) if options.only == "all" else options.only, options, 0)
 
 
 def main(argv: list[str] | None = None) -> None:

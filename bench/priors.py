@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from common import ROOT, claim, emit, report
+from common import ROOT, claim, emit, of_parts
 from torch import Tensor
 from tqdm import tqdm
 
@@ -115,7 +115,7 @@ def baseline(options: Options, name: str, run: Path) -> Path:
     network = counted(task.vocabulary, task.codes.long(), BASELINES[name])  # type: ignore[arg-type]
     task.net = network.config
     out = options.out / f"{name.replace(' ', '-')}.safetensors"
-    save_pack(out, *task.packed("prior", network, {"kind": "codes"}))
+    save_pack(out, *task.packed(network, {"kind": "codes"}))
     return out
 
 
@@ -208,14 +208,8 @@ def speed(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def run(options: Options) -> dict[str, Any]:
-    started = time.perf_counter()
-    claims: list[dict[str, Any]] = []
-    details: dict[str, Any] = {}
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in (part.strip() for part in options.only.split(",")):
-        found, details[name] = {"quality": quality, "speed": speed}[name](options)
-        claims += found
-    return report(started, options.seed, claims, details)
+    return of_parts({"quality": quality, "speed": speed}, options.only, options, options.seed)
 
 
 def main(argv: list[str] | None = None) -> None:

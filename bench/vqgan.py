@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from common import ROOT, claim, emit, report
+from common import ROOT, claim, emit, of_parts
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -337,13 +337,7 @@ def step(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def run(options: Options) -> dict[str, Any]:
-    started = time.perf_counter()
-    claims: list[dict[str, Any]] = []
-    details: dict[str, Any] = {}
-    for name in (part.strip() for part in options.only.split(",")):
-        found, details[name] = {"codecs": codecs, "pictures": pictures, "step": step}[name](options)
-        claims += found
-    return report(started, options.seed, claims, details)
+    return of_parts({"codecs": codecs, "pictures": pictures, "step": step}, options.only, options, options.seed)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -241,12 +241,11 @@ def _check_init(asked: All, stages: list[Stage]) -> None:
         if s.what == "autoencoder" and s.recipe.init:
             autoencoder.check_init(s.recipe)
         if s.what == "diffusion" and s.recipe.init:
-            check_begun(s.recipe, s.recipe.denoiser, "denoiser")
+            check_begun(s.recipe, s.recipe.denoiser)
         init = _begun_from(asked)
         if s.what in GENERATORS and init:
             text: Any = read_metadata(find(init)).get("text") or {}
-            net = s.recipe.denoiser if s.what == "diffusion" else s.recipe.prior
-            if net.text_width not in (0, text.get("width")):
+            if getattr(s.recipe, s.recipe.part).text_width not in (0, text.get("width")):
                 raise ValueError(f"init (={asked.init!r}) must hold a text encoder of the usual width, for there are captions: name another, or none")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sfumato.core.config import nearest
 from sfumato.core.seams import Cond
 from sfumato.nn.attention import Attention
+from sfumato.nn.conditions import told
 from sfumato.nn.embeddings import Memory, grid_positions, sinusoidal
 from sfumato.nn.layers import MLP
 
@@ -143,30 +144,4 @@ class DiT(nn.Module):
 
         Time is embedded in fp32 whatever the dtype of x: bf16 has too few digits to tell steps apart.
         """
-        c, batch = self.config, len(x)
-        vector = self.time(sinusoidal(t, 256).to(self.last.weight.dtype))
-        styles = None
-        if c.styles:
-            weights = x.new_zeros(batch, c.styles) if cond.style is None else cond.style.to(x)
-            styles = torch.cat([weights, 1 - weights.sum(1, keepdim=True)], dim=1)
-            vector = vector + styles @ self.style.weight
-        if c.labels:
-            label = torch.full((batch,), -1, device=x.device) if cond.label is None else cond.label
-            vector = vector + self.label(torch.where(label < 0, c.labels, label))
-        if not c.text_width:
-            return vector, None, None
-        if cond.text is None or cond.pooled is None:
-            context, mask = x.new_zeros(batch, 1, c.text_width), torch.ones(batch, 1, dtype=torch.bool, device=x.device)
-            return vector + self.pooled(context[:, 0]), *self._with_style(context, mask, styles)
-        pooled = cond.pooled.to(x)
-        vector = vector + self.pooled(pooled)
-        if self.memory is not None:
-            vector = vector + self.memory(pooled)
-        mask = torch.ones(cond.text.shape[:2], dtype=torch.bool, device=x.device) if cond.mask is None else cond.mask
-        return vector, *self._with_style(cond.text.to(x), mask, styles)
-
-    def _with_style(self, context: Tensor, mask: Tensor, styles: Tensor | None) -> tuple[Tensor, Tensor]:
-        if styles is None or self.style_token is None:
-            return context, mask
-        token = (styles @ self.style_token.weight)[:, None]
-        return torch.cat([context, token.to(context.dtype)], dim=1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        return told(self, cond, self.time(sinusoidal(t, 256).to(self.last.weight.dtype)), x)

@@ -1,11 +1,12 @@
-"""Conditions (`sfumato.core.seams.Cond`): of several terms put together, and parts of them taken away."""
+"""Conditions (`sfumato.core.seams.Cond`): of several terms put together, parts of them taken away, and what a network makes of one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -87,3 +88,35 @@ def without_label(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
 def silent(cond: Cond, rows: Bool[Tensor, " b"]) -> Cond:
     """The condition with text and label of `rows` taken away: what guidance leans on."""
     return without_label(without_text(cond, rows), rows)
+
+
+def told(network: Any, cond: Cond, vector: Float[Tensor, "b w"], like: Shaped[Tensor, " *any"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a network is told of a condition: `vector` and what is added to it (style, label, pooled text, memory), and token states "b n e" with a
+    style token, and their mask "b n"; None without text. All in the dtype and on the device of `like`.
+
+    The network has the embeddings `style`, `style_token`, `label`, `pooled`, `memory` as far as its config has `styles`, `labels`, `text_width`
+    and `memory`.
+    """
+    c, batch, styles = network.config, len(vector), None
+    if c.styles:
+        weights = like.new_zeros(batch, c.styles) if cond.style is None else cond.style.to(like)
+        styles = torch.cat([weights, 1 - weights.sum(1, keepdim=True)], dim=1)
+        vector = vector + styles @ network.style.weight
+    if c.labels:
+        label = torch.full((batch,), -1, device=like.device) if cond.label is None else cond.label
+        vector = vector + network.label(torch.where(label < 0, c.labels, label))
+    if not c.text_width:
+        return vector, None, None
+    if cond.text is None or cond.pooled is None:
+        states, mask = like.new_zeros(batch, 1, c.text_width), torch.ones(batch, 1, dtype=torch.bool, device=like.device)
+        vector = vector + network.pooled(states[:, 0])
+    else:
+        states, pooled = cond.text.to(like), cond.pooled.to(like)
+        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=like.device) if cond.mask is None else cond.mask
+        vector = vector + network.pooled(pooled)
+        if network.memory is not None:
+            vector = vector + network.memory(pooled)
+    if styles is not None and network.style_token is not None:
+        token = (styles @ network.style_token.weight)[:, None]
+        states, mask = torch.cat([states, token.to(states.dtype)], dim=1), torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
+    return vector, states, mask

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
-from sfumato.nn.conditions import without_style
+from sfumato.diffusion.guidance import cfg, text_style
 from sfumato.pipelines.generate import Begun, Model, NotFinite, Row, slerp
 from sfumato.priors.choose import Terms, race_of
 from sfumato.priors.gpt import cached, sample_gpt
@@ -77,38 +77,28 @@ class CodesModel(Model):
     @torch.no_grad()
     def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:
         """Tokens "b n" after each step: those that are known, or all with MASKED where one is not."""
-        request, n, most = rows[0].request, self.vocabulary.length, max(self.vocabulary.slots)
-        how: dict[str, Any] = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
-        race = Noise(rows, self.device)
-        try:
-            yield from self._drawn(rows, begun, request, race, n, most, how)
-        except FloatingPointError:
-            raise NotFinite("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps") from None
-
-    def _drawn(
-        self, rows: list[Row], begun: Begun | None, request: GenerateRequest, race: Noise, n: int, most: int, how: dict[str, Any]
-    ) -> Iterator[Tensor]:
-        if self.way == "gpt":
-            yield from sample_gpt(cached(self.prior, self._terms(rows), len(rows)), n, lambda _: race(most), **how)  # type: ignore[arg-type]
-            return
+        request = rows[0].request
+        how = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
         unknown = self._unknown(rows, begun)
-        steps = self.steps_taken(request)
-        yield from sample_maskgit(self.prior, self._terms(rows), unknown, lambda _: race(n, most), lambda _: race(n), steps=steps, **how)  # type: ignore[arg-type]
+        try:
+            yield from drawn(self.prior, self._terms(rows), unknown, Noise(rows, self.device), steps=self.steps_taken(request), **how)
+        except FloatingPointError:
+            raise NotFinite from None
 
     def _decoded(self, z: Tensor) -> Tensor:
         return self.codec.decode_indices(self.vocabulary.indices(z))
 
     def _terms(self, rows: list[Row]) -> Terms:
         """What is asked for, and what guidance leans on, with their weights."""
-        request = rows[0].request
-        g, s = request.guidance, request.style_guidance
+        request, predict = rows[0].request, None  # of each term only the condition and the weight are wanted
+        cond, empty = self._sides(rows)
         if not self.guided:
-            g, s = 1.0, None
-        cond = self._told(rows, lambda r: r.request.prompt, lambda r: r.request.label)
-        empty = self._told(rows, lambda r: r.request.negative, lambda r: None)
-        neither = without_style(empty, torch.ones(len(rows), dtype=torch.bool, device=self.device))
-        terms = [(cond, g), (empty, 1 - g)] if s is None else [(cond, g), (empty, s - g), (neither, 1 - s)]
-        return [(c, w) for c, w in terms if w]
+            return [(cond, 1.0)]
+        if request.style_guidance is None:
+            terms = cfg(predict, cond, empty, request.guidance)  # type: ignore[arg-type]
+        else:
+            terms = text_style(predict, cond, empty, self._neither(rows, empty), request.guidance, request.style_guidance)  # type: ignore[arg-type]
+        return [(c, w) for _, c, w in terms if w]  # type: ignore[misc]
 
     def _unknown(self, rows: list[Row], begun: Begun | None) -> Tensor:
         """Tokens to begin with: none is known, or those of the init picture but where it is redrawn: under the mask, or at as many places, each
@@ -126,6 +116,19 @@ class CodesModel(Model):
             order = torch.stack([torch.randperm(cells, generator=torch_rng(r.seed, "generate/redrawn")) for r in rows])
             redrawn = torch.zeros(len(rows), cells, dtype=torch.bool).scatter(1, order[:, :count], True).to(self.device)
         return torch.where(redrawn.repeat_interleave(slots, 1), MASKED, tokens)
+
+
+def drawn(
+    prior: Any, terms: Terms, tokens: Int[Tensor, "b n"], race: Callable[..., Tensor], *, steps: int = USUAL_STEPS, **how: Any
+) -> Iterator[Int[Tensor, "b _"]]:
+    """Tokens after each step, in the way of the prior: all are written, or those that are MASKED are filled in. `race(*shape)` gives exponential
+    noise "b *shape"; `how`: temperature, top_k, top_p.
+    """
+    v: Vocabulary = prior.config.vocabulary
+    n, most = v.length, max(v.slots)
+    if prior.config.way == "gpt":
+        return sample_gpt(cached(prior, terms, len(tokens)), n, lambda _: race(most), **how)
+    return sample_maskgit(prior, terms, tokens, lambda _: race(n, most), lambda _: race(n), steps=steps, **how)
 
 
 class Noise:

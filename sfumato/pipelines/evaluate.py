@@ -619,23 +619,18 @@ def cost_figures(e: Evaluation, model: Model, trained: float | None) -> None:
         e.add("cost", f"parameters: {name}", count, n=1, looked=False)
     label = (model.meta["labels"] or [None])[0]
     request = GenerateRequest(prompt="a cat" if model.text is not None else None, label=label, steps=20, seed=0, size=model.size)
-    many = "one code at a time" if model.way == "gpt" else "20 steps"
-    e.add(
-        "cost",
-        "operations of one picture in 20 steps" if model.way != "gpt" else "operations of one picture",
-        cost.flops(lambda: list(model.pictures(request))) / 1e9,
-        n=1,
-        unit="GFLOP",
-        looked=False,
-    )
-    for steps in (20,) if model.way == "gpt" else (1, 4, 20):
+    gpt = model.way == "gpt"
+    ways = {"one code at a time": None} if gpt else {f"{n} step{'s' * (n > 1)}": n for n in (1, 4, 20)}
+    many = list(ways)[-1]
+    flops = cost.flops(lambda: list(model.pictures(request))) / 1e9
+    e.add("cost", "operations of one picture" + ("" if gpt else f" in {many}"), flops, n=1, unit="GFLOP", looked=False)
+    for said, steps in ways.items():
         e.start()
         asked = replace(request, steps=steps)
         found = cost.latency(lambda asked=asked: list(model.pictures(asked)), repeats=10)  # type: ignore[misc]
         pace = cost.pace(found["median_s"])
         how = f"p95 {1000 * found['p95_s']:.0f} ms; {pace['pictures_per_s']:.3g} pictures a second; {pace['said']}"
-        named = f"one picture, {many}" if model.way == "gpt" else f"one picture, {steps} step{'s' * (steps > 1)}"
-        e.add("cost", named, 1000 * found["median_s"], n=10, unit="ms", better=-1, looked=False, how=how)
+        e.add("cost", f"one picture, {said}", 1000 * found["median_s"], n=10, unit="ms", better=-1, looked=False, how=how)
     e.start()
     seconds = cost.latency(lambda: list(model.pictures(replace(request, count=16))), repeats=3)["median_s"]
     e.add("cost", "throughput, 16 pictures together", 16 / seconds, n=3, unit="pictures/s", better=1, looked=False, how=many)

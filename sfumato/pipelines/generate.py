@@ -6,6 +6,7 @@ import hashlib
 import math
 import platform
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ from sfumato.core.request import METADATA_KEY, SOURCE_KEY, GenerateRequest, meta
 from sfumato.core.rng import numpy_rng
 from sfumato.core.seams import Cond
 from sfumato.data.folder import framed
-from sfumato.nn.conditions import without_text
+from sfumato.nn.conditions import without_style, without_text
 from sfumato.text.encoder import TextEncoder
 from sfumato.text.words import normalise, of_people, spell_emoji, unknown_words
 
@@ -36,6 +37,9 @@ Progress = Callable[[int, int], None]
 
 class NotFinite(ValueError):
     """A network drew what is no number."""
+
+    def __init__(self) -> None:
+        super().__init__("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps")
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Begun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(ABC):
     """Codec, text encoder and a generator of one pack: what draws. Made by `sfumato.load`. How it draws, its kinds say (`latents`)."""
 
     codec: Autoencoder
@@ -110,6 +114,9 @@ class Model:
     dtype: torch.dtype
     upscaler: Upscaler | None = None
     upscaler_hash: str | None = None
+    way: ClassVar[str]  # how it draws
+    part: ClassVar[str]  # what the generator is called in a pack
+    needs_label: ClassVar[bool] = False
 
     @property
     def styles(self) -> list[str]:
@@ -248,38 +255,34 @@ class Model:
             raise ValueError(f"mask (={request.mask!r}) must be as large as the init picture: it has {sizes}")
         return init, mask
 
+    @abstractmethod
     def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:
         """What `decode` takes, after each step, for rows that share steps, guidance and what they begin from."""
-        raise NotImplementedError
-
-    way: ClassVar[str] = ""  # how it draws
-    part: ClassVar[str] = ""  # what the generator is called in a pack
-    needs_label: ClassVar[bool] = False
 
     @property
     def generator(self) -> nn.Module:
         """The network that draws."""
         return getattr(self, self.part)
 
+    @abstractmethod
     def steps_of(self, request: GenerateRequest) -> int:
         """Steps of a whole way to a picture."""
-        raise NotImplementedError
 
     def steps_taken(self, request: GenerateRequest) -> int:
         """Steps that are really taken: with an init picture the last `strength` of them, at least one."""
         steps = self.steps_of(request)
         return steps if request.init is None else max(1, round(request.strength * steps))
 
+    @abstractmethod
     def check_way(self, request: GenerateRequest) -> None:
         """Raises ValueError for a way of drawing that this model does not have."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents -> images "b c h w" in [-1, 1]."""
         x = self._decoded(z)
         if not bool(torch.isfinite(x).all()):
-            raise NotFinite("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps")
+            raise NotFinite
         return x
 
     def _decoded(self, z: Tensor) -> Tensor:
@@ -292,6 +295,15 @@ class Model:
             return x
         assert self.upscaler is not None
         return self.upscaler(x.clamp(-1, 1))
+
+    def _sides(self, rows: list[Row]) -> tuple[Cond, Cond]:
+        """What is asked for, and what guidance leans on."""
+        asked = self._told(rows, lambda r: r.request.prompt, lambda r: r.request.label)
+        return asked, self._told(rows, lambda r: r.request.negative, lambda r: None)
+
+    def _neither(self, rows: list[Row], empty: Cond) -> Cond:
+        """What guidance of the style leans on."""
+        return without_style(empty, torch.ones(len(rows), dtype=torch.bool, device=self.device))
 
     def _told(self, rows: list[Row], prompt: Callable[[Row], str | None], label: Callable[[Row], str | None]) -> Cond:
         """What the generator is told of each row, on its way towards another where there is one."""

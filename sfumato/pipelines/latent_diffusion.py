@@ -16,7 +16,6 @@ from sfumato.diffusion.guidance import Post, cfg, guided, inpaint, text_style
 from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.samplers import sample_ddim, sampler
-from sfumato.nn.conditions import without_style
 from sfumato.pipelines.generate import Begun, Model, Row, slerp
 
 USUAL_STEPS = 20
@@ -68,16 +67,14 @@ class LatentDiffusion(Model):
 
     def _denoise(self, rows: list[Row], begun: Begun | None = None) -> Denoise:
         request = rows[0].request
-        cond = self._told(rows, lambda r: r.request.prompt, lambda r: r.request.label)
-        empty = self._told(rows, lambda r: r.request.negative, lambda r: None)
+        cond, empty = self._sides(rows)
         predict = Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
         post: list[Post] = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
         if begun is not None and begun.mask is not None:
             post.append(inpaint(begun.z, begun.redraw()))
         if request.style_guidance is None:
             return guided(cfg(predict, cond, empty, request.guidance, request.guidance_interval), post)
-        neither = without_style(empty, torch.ones(len(rows), dtype=torch.bool, device=self.device))
-        return guided(text_style(predict, cond, empty, neither, request.guidance, request.style_guidance), post)
+        return guided(text_style(predict, cond, empty, self._neither(rows, empty), request.guidance, request.style_guidance), post)
 
     def _without_dead(self, x0: Tensor, *_: Any) -> Tensor:
         """Channels that the codec does not use stay 0, as training had them: nobody taught the denoiser what to say of them."""

@@ -43,16 +43,14 @@ def limited(logits: Float[Tensor, " *rest v"], *, top_k: int = 0, top_p: float =
     return logits
 
 
-def chosen(logits: Float[Tensor, " *rest v"], race: Float[Tensor, " *rest v"], temperature: float = 1.0) -> Int[Tensor, " *rest"]:
-    """A token each with probability softmax(logits / temperature): the largest p / e for e from Exp(1), which is what `torch.multinomial` does too.
+def chosen(logits: Float[Tensor, " *rest v"], race: Float[Tensor, " *rest v"], *, greedy: bool = False) -> Int[Tensor, " *rest"]:
+    """A token each with probability softmax(logits): the largest p / e for e from Exp(1), which is what `torch.multinomial` does too.
 
-    Temperature 0 takes the likeliest. `race` is that exponential noise. Raises FloatingPointError for logits that are no numbers.
+    `greedy` takes the likeliest. `race` is that exponential noise. Raises FloatingPointError for logits that are no numbers.
     """
     if bool(logits.isnan().any()):
         raise FloatingPointError("logits are not finite")
-    if temperature == 0:
-        return logits.argmax(-1)
-    return ((logits / temperature).softmax(-1) / race).argmax(-1)
+    return (logits if greedy else logits.softmax(-1) / race).argmax(-1)
 
 
 def race_of(normal: Float[Tensor, " *rest"]) -> Float[Tensor, " *rest"]:

@@ -54,8 +54,7 @@ def sample_gpt(step: Next, length: int, race: Race, *, temperature: float = 1.0,
     """What is written after each token; the last is the whole picture."""
     check_choice(temperature, top_k, top_p)
     written: list[Tensor] = []
-    warm, sharp = temperature or 1.0, 1.0 if temperature else 0.0
     for i in range(length):
-        logits = limited(step(written[-1] if written else None, i) / warm, top_k=top_k, top_p=top_p)
-        written.append(chosen(logits, race(i)[..., : logits.shape[-1]], sharp))
+        logits = limited(step(written[-1] if written else None, i) / (temperature or 1.0), top_k=top_k, top_p=top_p)
+        written.append(chosen(logits, race(i)[..., : logits.shape[-1]], greedy=not temperature))
         yield torch.stack(written, dim=1)

@@ -72,7 +72,7 @@ def sample_maskgit(
     for step in range(steps):
         logits = weighted(network(tokens.repeat(len(terms), 1), cond), weights)
         logits = limited(logits / (temperature or 1.0), top_k=top_k, top_p=top_p)
-        drawn = chosen(logits, race(step)[..., : logits.shape[-1]], 1.0 if temperature else 0)
+        drawn = chosen(logits, race(step)[..., : logits.shape[-1]], greedy=not temperature)
         masked = tokens == MASKED
         gumbel = -sway(step).log()
         sure = gumbel

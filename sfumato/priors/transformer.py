@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sfumato.core.seams import Cond
 from sfumato.nn.attention import Attention
+from sfumato.nn.conditions import told
 from sfumato.nn.embeddings import Memory, rotary
 from sfumato.nn.layers import RMSNorm
 from sfumato.priors.tokens import Vocabulary
@@ -157,25 +158,9 @@ class Prior(nn.Module):
     def context(self, cond: Cond, batch: int) -> Context:
         """What blocks need of a condition; made once a sequence."""
         c, like = self.config, self.norm.scale
-        vector, styles = like.new_zeros(batch, c.width), None
-        if c.styles:
-            weights = like.new_zeros(batch, c.styles) if cond.style is None else cond.style.to(like)
-            styles = torch.cat([weights, 1 - weights.sum(1, keepdim=True)], dim=1)
-            vector = vector + styles @ self.style.weight
-        if c.labels:
-            label = torch.full((batch,), -1, device=like.device) if cond.label is None else cond.label
-            vector = vector + self.label(torch.where(label < 0, c.labels, label))
-        if not c.text_width:
+        vector, states, mask = told(self, cond, like.new_zeros(batch, c.width), like)
+        if states is None:
             return Context(vector)
-        pooled = like.new_zeros(batch, c.text_width) if cond.pooled is None else cond.pooled.to(like)
-        vector = vector + self.pooled(pooled)
-        if self.memory is not None:
-            vector = vector + self.memory(pooled)
-        states = like.new_zeros(batch, 1, c.text_width) if cond.text is None else cond.text.to(like)
-        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=like.device) if cond.mask is None or cond.text is None else cond.mask
-        if styles is not None and self.style_token is not None:
-            states = torch.cat([states, (styles @ self.style_token.weight)[:, None].to(states)], dim=1)
-            mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
         if c.condition == "prefix":
             return Context(vector, mask=mask, prefix=self.prefix(states))
         return Context(vector, mask=mask, seen=[None if b.cross is None else b.cross.seen(states) for b in self.blocks])
@@ -288,9 +273,8 @@ class Prior(nn.Module):
             return self.heads[0](x).float()
         out = x.new_full((*x.shape[:2], most), -torch.inf, dtype=torch.float32)
         for s, head in enumerate(self.heads):
-            here = [i for i, position in enumerate(at) if position % len(slots) == s]
-            if here:
-                out[:, here, : slots[s]] = head(x[:, here]).float()
+            here = slice((s - at.start) % len(slots), None, len(slots))
+            out[:, here, : slots[s]] = head(x[:, here]).float()
         return out
 
     def _check(self, tokens: Tensor) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from sfumato.core.pack import load_pack, save_pack
 from sfumato.core.rng import numpy_rng, shuffled
 from sfumato.core.seams import Cond
 from sfumato.data.augment import Scene, Variety, render
-from sfumato.data.subjects import EMOJI, subjects
+from sfumato.data.subjects import EMOJI, Labels, subjects
 from sfumato.nn.backbones import over
 from sfumato.nn.conditions import silent, without_style, without_text
 from sfumato.pipelines.find import find
@@ -77,15 +77,45 @@ def frozen_part(source: Path, run: Path, name: str) -> Path:
     return kept
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """What a recipe says of the pictures that a generator is taught, whatever the generator is.
+
+    `data` is "emoji", the embedded drawings, or a folder or zip of one's own pictures; `each` augmented pictures per drawing are encoded; `limit`
+    takes the first concepts only; `init` is a pack or run whose generator it begins from. `memory` gives the generator a place to keep what each
+    concept, or caption, looks like (`sfumato.nn.embeddings.Memory`). `labels` teaches a class beside (or, with the generator's `text_width` 0,
+    instead of) captions: the group of a concept ("food-drink") or its name; of one's own pictures, "auto", the sub-folder.
+    """
+
+    part: ClassVar[str]  # the field that holds the generator's config, and what the generator is called in a pack
+    data: str = EMOJI
+    drop: Drop = field(default_factory=Drop)
+    variety: Variety = GENTLE
+    each: int = 12
+    labels: Labels = "none"
+    limit: int = 0
+    memory: bool = False
+    init: str = ""
+
+    def __post_init__(self) -> None:
+        if self.each < 1 or self.limit < 0:
+            raise ValueError(
+                f"each (={self.each}) must be at least 1 and limit (={self.limit}) at least 0: pictures per drawing, and concepts (0: all)"
+            )
+        if self.data != EMOJI and self.limit:
+            raise ValueError(f"limit (={self.limit}) is of the embedded drawings: leave it out for {self.data}")
+        if self.memory and not getattr(self, self.part).text_width:
+            raise ValueError(f"memory (=True) compares captions: it needs {self.part}.text_width > 0, or must be False")
+
+
 class Conditioned:
-    """A frozen codec and text encoder, pictures, and what is said of them. `net` is the generator's config, `recipe` says the rest."""
+    """A frozen codec and text encoder, pictures, and what is said of them. `net` is the recipe's config of the generator, as the data has it."""
 
     measures = True  # whether the generator sees latents, which are standardised
 
-    def __init__(
-        self, recipe: Any, net: Any, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False
-    ) -> None:
+    def __init__(self, recipe: Taught, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
         self.recipe, self.seed, self.device, self.bf16 = recipe, seed, torch.device(device), bf16
+        net = getattr(recipe, recipe.part)
         part = frozen_part(codec, run, "codec")
         self.codec, self.codec_meta = self._load_codec(part)
         self.size = int(self.codec_meta["size"])
@@ -110,7 +140,7 @@ class Conditioned:
         text_width = net.text_width if shown.captioned else 0
         return replace(net, text_width=text_width, styles=len(self.styles), labels=len(shown.labels), memory=things if things <= MOST_THINGS else 0)
 
-    def begun(self, network: nn.Module, part: str) -> nn.Module:
+    def begun(self, network: nn.Module) -> nn.Module:
         """The network with a memory of the names of things, and with the weights of the one in `recipe.init`: all of them, or, for one's own
         pictures, all that have the same name and shape. Raises ValueError where it is of another shape.
         """
@@ -118,7 +148,8 @@ class Conditioned:
             network.memory.keys.data.copy_(self._names())  # type: ignore[union-attr, operator]
         if not self.recipe.init:
             return network
-        check_begun(self.recipe, self.net, part)
+        check_begun(self.recipe, self.net)
+        part = self.recipe.part
         tensors, meta = load_pack(find(self.recipe.init))
         if self.recipe.data == EMOJI:
             return zoo.load_into(network, tensors, f"{part}.").train().requires_grad_(True)
@@ -255,8 +286,9 @@ class Conditioned:
         cond = self.cond(captions, self._hot(np.array(styles)), torch.tensor(labels))
         return cond, silent(cond, torch.ones(len(asked), dtype=torch.bool, device=self.device))
 
-    def packed(self, part: str, network: nn.Module, meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The pack that draws: codec, text encoder and the generator as `part`."""
+    def packed(self, network: nn.Module, meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The pack that draws: codec, text encoder and the generator."""
+        part = self.recipe.part
         parts = {"codec": self.codec, part: network} | ({"text": self.text} if self.text else {})
         tensors = {f"{name}.{k}": v for name, net in parts.items() for k, v in net.state_dict().items()}
         meta = {
@@ -275,13 +307,14 @@ class Conditioned:
         return list(read_metadata(find(self.recipe.init)).get("credits") or []) if self.recipe.init else []  # type: ignore[call-overload]
 
 
-def check_begun(recipe: Any, net: Any, part: str) -> None:
-    """Raises ValueError where `recipe.init` has no `part` of this shape.
+def check_begun(recipe: Taught, net: Any) -> None:
+    """Raises ValueError where `recipe.init` has no generator of this shape.
 
     For one's own pictures other styles, labels, words and things are no hindrance, other widths are.
     """
     pack = find(recipe.init)
     meta = read_metadata(pack)
+    part = recipe.part
     found = meta.get(part)
     apart = OF_DATA if recipe.data != EMOJI else ()
     if not isinstance(found, dict) or any(found.get(k) != v for k, v in to_json(net).items() if k not in apart):

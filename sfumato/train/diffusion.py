@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,53 +18,32 @@ from sfumato.codecs.autoencoder import Autoencoder
 from sfumato.core.config import to_json
 from sfumato.core.images import grid, to_pil
 from sfumato.core.rng import derive, torch_rng
-from sfumato.data.augment import Variety
 from sfumato.data.latents import cached_latents
 from sfumato.data.shards import same_source
-from sfumato.data.subjects import EMOJI, Labels
+from sfumato.data.subjects import EMOJI
 from sfumato.diffusion.dit import DiT, DiTConfig
 from sfumato.diffusion.guidance import cfg, guided
 from sfumato.diffusion.objective import ObjectiveConfig, draw_t, loss
 from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, check_prediction
 from sfumato.diffusion.samplers import sample_heun
-from sfumato.train.conditioned import CLOSE, GENTLE, STEADY, Conditioned, Drop
+from sfumato.train.conditioned import CLOSE, STEADY, Conditioned, Taught
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionRecipe:
-    """What decides what a denoiser learns. `each` augmented pictures per drawing are encoded; `limit` takes the first concepts only.
+class DiffusionRecipe(Taught):
+    """What decides what a denoiser learns."""
 
-    `data` is "emoji", the embedded drawings, or a folder or zip of one's own pictures; `init` is a pack or run whose denoiser it begins from.
-    `memory` gives the denoiser a place to keep what each concept, or caption, looks like (`sfumato.nn.embeddings.Memory`).
-    `labels` teaches a class beside (or, with `denoiser.text_width` 0, instead of) captions: the group of a concept ("food-drink") or its name;
-    of one's own pictures, "auto", the sub-folder.
-    """
-
+    part: ClassVar[str] = "denoiser"
     kind: str = "train-diffusion"
-    data: str = EMOJI
     denoiser: DiTConfig = field(default_factory=DiTConfig)
     path: PathConfig = field(default_factory=PathConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    drop: Drop = field(default_factory=Drop)
-    variety: Variety = GENTLE
-    each: int = 12
-    labels: Labels = "none"
-    limit: int = 0
-    memory: bool = False
-    init: str = ""
 
     def __post_init__(self) -> None:
         check_prediction(self.objective.prediction, make_path(self.path))
-        if self.each < 1 or self.limit < 0:
-            raise ValueError(
-                f"each (={self.each}) must be at least 1 and limit (={self.limit}) at least 0: pictures per drawing, and concepts (0: all)"
-            )
-        if self.data != EMOJI and self.limit:
-            raise ValueError(f"limit (={self.limit}) is of the embedded drawings: leave it out for {self.data}")
-        if self.memory and not self.denoiser.text_width:
-            raise ValueError("memory (=True) compares captions: it needs denoiser.text_width > 0, or must be False")
+        super().__post_init__()
 
 
 def preset_bundled() -> tuple[DiffusionRecipe, LoopConfig]:
@@ -129,14 +108,14 @@ class DiffusionTask(Conditioned):
     def __init__(
         self, recipe: DiffusionRecipe, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False
     ) -> None:
-        super().__init__(recipe, recipe.denoiser, seed, codec, text, run, device, bf16)
+        super().__init__(recipe, seed, codec, text, run, device, bf16)
         alive = (self.codec.latent_std > 0).to(self.device)
         self.live = None if bool(alive.all()) else alive
         self.path = make_path(recipe.path)
         self.latents = cached_latents(run / "latents.npy", self.encode, len(self.shown.pixels) * recipe.each, self.made_from())
         self._held_out = self._validation()
         torch.manual_seed(seed)
-        self.networks: dict[str, nn.Module] = {"denoiser": self.begun(DiT(self.net), "denoiser")}
+        self.networks: dict[str, nn.Module] = {"denoiser": self.begun(DiT(self.net))}
         self.phases = [Phase("denoiser", ("denoiser",), self.loss)]
 
     def _load_codec(self, pack: Path) -> tuple[Autoencoder, dict[str, Any]]:
@@ -206,7 +185,7 @@ class DiffusionTask(Conditioned):
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         meta = {"kind": "latent-diffusion", "path": to_json(self.recipe.path), "prediction": self.recipe.objective.prediction}
-        return self.packed("denoiser", networks["denoiser"], meta)
+        return self.packed(networks["denoiser"], meta)
 
 
 def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:

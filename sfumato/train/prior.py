@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,46 +17,27 @@ from torch import Tensor, nn
 from sfumato.codecs.autoencoder import Autoencoder
 from sfumato.core.images import grid, to_pil
 from sfumato.core.rng import numpy_rng, torch_rng
-from sfumato.data.augment import Variety
 from sfumato.data.latents import cached_latents
 from sfumato.data.shards import same_source
-from sfumato.data.subjects import EMOJI, Labels
-from sfumato.priors.gpt import cached, gpt_loss, sample_gpt
-from sfumato.priors.maskgit import drawn_mask, maskgit_loss, sample_maskgit
+from sfumato.data.subjects import EMOJI
+from sfumato.pipelines.codes import drawn
+from sfumato.priors.gpt import gpt_loss
+from sfumato.priors.maskgit import drawn_mask, maskgit_loss
 from sfumato.priors.tokens import Vocabulary, factorised
 from sfumato.priors.transformer import MASKED, Prior, PriorConfig
-from sfumato.train.conditioned import CLOSE, GENTLE, Conditioned, Drop
+from sfumato.train.conditioned import CLOSE, Conditioned, Taught
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
 GUIDANCE = 2.0  # of the sample grids
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorRecipe:
-    """What decides what a prior learns; its vocabulary is the codec's, but for the digits that a code is written as. Other fields as in
-    `sfumato.train.diffusion.DiffusionRecipe`.
-    """
+class PriorRecipe(Taught):
+    """What decides what a prior learns; its vocabulary is the codec's, but for the digits that a code is written as."""
 
+    part: ClassVar[str] = "prior"
     kind: str = "train-prior"
-    data: str = EMOJI
     prior: PriorConfig = field(default_factory=PriorConfig)
-    drop: Drop = field(default_factory=Drop)
-    variety: Variety = GENTLE
-    each: int = 12
-    labels: Labels = "none"
-    limit: int = 0
-    memory: bool = False
-    init: str = ""
-
-    def __post_init__(self) -> None:
-        if self.each < 1 or self.limit < 0:
-            raise ValueError(
-                f"each (={self.each}) must be at least 1 and limit (={self.limit}) at least 0: pictures per drawing, and concepts (0: all)"
-            )
-        if self.data != EMOJI and self.limit:
-            raise ValueError(f"limit (={self.limit}) is of the embedded drawings: leave it out for {self.data}")
-        if self.memory and not self.prior.text_width:
-            raise ValueError("memory (=True) compares captions: it needs prior.text_width > 0, or must be False")
 
 
 def preset_bundled() -> tuple[PriorRecipe, LoopConfig]:
@@ -101,7 +82,7 @@ class PriorTask(Conditioned):
     def __init__(
         self, recipe: PriorRecipe, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False
     ) -> None:
-        super().__init__(recipe, recipe.prior, seed, codec, text, run, device, bf16)
+        super().__init__(recipe, seed, codec, text, run, device, bf16)
         spec, side = self.codec.spec, self.size // self.codec.spec.factor
         self.vocabulary = Vocabulary(
             codes=spec.codebook_size, levels=spec.levels, grid=(side, side), digits=recipe.prior.vocabulary.digits or factorised(spec.codebook_size)
@@ -110,7 +91,7 @@ class PriorTask(Conditioned):
         self.codes = cached_latents(run / "codes.npy", self.encode, len(self.shown.pixels) * recipe.each, self.made_from())
         self._held_out = self._validation()
         torch.manual_seed(seed)
-        self.networks: dict[str, nn.Module] = {"prior": self.begun(Prior(self.net), "prior")}
+        self.networks: dict[str, nn.Module] = {"prior": self.begun(Prior(self.net))}
         self.phases = [Phase("prior", ("prior",), self.loss)]
 
     def _load_codec(self, pack: Path) -> tuple[Autoencoder, dict[str, Any]]:
@@ -174,12 +155,7 @@ class PriorTask(Conditioned):
         def race(*shape: int) -> Tensor:
             return torch.stack([torch.empty(shape).exponential_(generator=g) for g in generators]).to(self.device)
 
-        most = max(self.vocabulary.slots)
-        if self.net.way == "gpt":
-            *_, tokens = sample_gpt(cached(net, terms, rows), n, lambda _: race(most))
-        else:
-            unknown = torch.full((rows, n), MASKED, device=self.device)
-            *_, tokens = sample_maskgit(net, terms, unknown, lambda _: race(n, most), lambda _: race(n))
+        *_, tokens = drawn(net, terms, torch.full((rows, n), MASKED, device=self.device), race)
         return grid(to_pil(self.codec.decode_indices(self.vocabulary.indices(tokens))), columns=8)
 
     def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]:
@@ -196,7 +172,7 @@ class PriorTask(Conditioned):
         return {"validation_loss": total / weight, "validation_right": right / weight, "score": -total / weight}
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.packed("prior", networks["prior"], {"kind": "codes"})
+        return self.packed(networks["prior"], {"kind": "codes"})
 
 
 def train(recipe: PriorRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:

@@ -285,7 +285,7 @@ def test_a_race_is_what_multinomial_does() -> None:
     theirs = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(7))[:, 0]
     race = torch.empty_like(p).exponential_(generator=torch.Generator().manual_seed(7))
     assert torch.equal(chosen(logits, race), theirs)
-    assert torch.equal(chosen(logits, race, 0), logits.argmax(-1))
+    assert torch.equal(chosen(logits, race, greedy=True), logits.argmax(-1))
 
 
 def test_gaussian_noise_gives_the_same_race() -> None:
