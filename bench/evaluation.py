@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from common import added_memory, claim, emit
+from common import added_memory, claim, emit, of_parts
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
