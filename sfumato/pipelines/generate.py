@@ -38,8 +38,8 @@ Progress = Callable[[int, int], None]
 class NotFinite(ValueError):
     """A network drew what is no number."""
 
-    def __init__(self) -> None:
-        super().__init__("the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps")
+    def __init__(self, said: str = "the model drew values that are not finite: use --dtype fp32, or fewer extremes of guidance and steps") -> None:
+        super().__init__(said)
 
 
 @dataclass(frozen=True)
