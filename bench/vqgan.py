@@ -70,13 +70,13 @@ class Options:
 # --- data ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def idx_folder(source: Path, out: Path, count: int) -> Path:
-    """Pictures of IDX files as PNG of 32 x 32, evenly from all of them, in one folder a class."""
+def idx_folder(source: Path, out: Path, count: int, part: str = "train") -> Path:
+    """Pictures of IDX files ("train" or "t10k") as PNG of 32 x 32, evenly from all of them, in one folder a class."""
     if out.exists():
         return out
     read = lambda p: gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes()  # noqa: E731
-    images = next(p for p in sorted(source.rglob("train-images*")) if p.is_file())
-    labels = next(p for p in sorted(source.rglob("train-labels*")) if p.is_file())
+    images = next(p for p in sorted(source.rglob(f"{part}-images*")) if p.is_file())
+    labels = next(p for p in sorted(source.rglob(f"{part}-labels*")) if p.is_file())
     x = np.frombuffer(read(images), dtype=np.uint8, offset=16).reshape(-1, 28, 28)
     y = np.frombuffer(read(labels), dtype=np.uint8, offset=8)
     for i in np.linspace(0, len(x) - 1, min(count, len(x))).astype(int):
