@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
 from sfumato.diffusion.guidance import cfg, text_style
-from sfumato.pipelines.generate import Begun, Model, NotFinite, Row, slerp
+from sfumato.pipelines.generate import CHUNK, Begun, Model, NotFinite, Row, slerp
 from sfumato.priors.choose import Terms, race_of
 from sfumato.priors.gpt import cached, sample_gpt
 from sfumato.priors.maskgit import sample_maskgit
@@ -22,6 +22,7 @@ from sfumato.priors.tokens import Vocabulary
 from sfumato.priors.transformer import MASKED
 
 USUAL_STEPS = 10
+MOST_LOGITS = 2**27  # of pictures drawn together: half a GiB, of which a step of MaskGIT holds several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +50,21 @@ class CodesModel(Model):
     def vocabulary(self) -> Vocabulary:
         return self.prior.config.vocabulary  # type: ignore[union-attr, return-value]
 
+    @property
+    def together(self) -> int:
+        """Fewer where a large vocabulary would fill the memory: MaskGIT has the logits of all codes at once."""
+        each = max(self.vocabulary.slots) * (1 if self.way == "gpt" else self.vocabulary.length)
+        return max(1, min(CHUNK, MOST_LOGITS // each))
+
     def steps_of(self, request: GenerateRequest) -> int:
         """gpt: one a code; maskgit: as asked for, but not more than there are codes."""
         return self.vocabulary.length if self.way == "gpt" else min(request.steps or USUAL_STEPS, self.vocabulary.length)
 
-    def steps_taken(self, request: GenerateRequest) -> int:
-        """All, where a mask says what is drawn anew."""
-        return self.steps_of(request) if request.mask is not None else super().steps_taken(request)
+    def steps_taken(self, request: GenerateRequest, begun: Begun | None) -> int:
+        """Where a mask says what is drawn anew all of them, but no more than there are codes under it."""
+        if begun is None or begun.mask is None:
+            return super().steps_taken(request, begun)
+        return max(1, min(self.steps_of(request), int(begun.redraw().sum()) * len(self.vocabulary.slots)))
 
     def check_way(self, request: GenerateRequest) -> None:
         """Raises ValueError for an init picture where codes are written from the upper left on."""
@@ -81,7 +90,7 @@ class CodesModel(Model):
         how = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
         unknown = self._unknown(rows, begun)
         try:
-            yield from drawn(self.prior, self._terms(rows), unknown, Noise(rows, self.device), steps=self.steps_taken(request), **how)
+            yield from drawn(self.prior, self._terms(rows), unknown, Noise(rows, self.device), steps=self.steps_taken(request, begun), **how)
         except FloatingPointError:
             raise NotFinite from None
 

@@ -30,7 +30,7 @@ from sfumato.nn.conditions import without_style, without_text
 from sfumato.text.encoder import TextEncoder
 from sfumato.text.words import normalise, of_people, spell_emoji, unknown_words
 
-CHUNK = 16  # pictures drawn together
+CHUNK = 16  # pictures drawn together, at most
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Progress = Callable[[int, int], None]
 
@@ -147,6 +147,11 @@ class Model(ABC):
         entries = self.meta["words"].values()
         return {normalise(e["emoji"][0]): {"en": e["en"][0], "zh": e["zh"][0] or e["en"][0]} for e in entries if e["emoji"][0]}
 
+    @property
+    def together(self) -> int:
+        """Pictures that are drawn at once."""
+        return CHUNK
+
     def unknown(self, prompt: str) -> list[tuple[str, list[str]]]:
         """Words of a prompt that nothing this model draws is known by, each with the nearest that something is."""
         return unknown_words(prompt, self.words, filler=self.meta["filler"])
@@ -183,7 +188,7 @@ class Model(ABC):
         return [p.image for p in self.pictures(GenerateRequest(prompt=prompt, **options), progress=progress)]
 
     def pictures(self, request: GenerateRequest, *, progress: Progress | None = None, only: int | None = None) -> Iterator[Picture]:
-        """Draws a request, CHUNK pictures at a time. `only` gives one picture of it, drawn in the same company, so byte for byte the same.
+        """Draws a request, `together` pictures at a time. `only` gives one picture of it, drawn in the same company, so byte for byte the same.
 
         progress(done, total) counts network steps.
         """
@@ -191,8 +196,8 @@ class Model(ABC):
             yield from self.draw([request], progress=progress)
             return
         rows = self._rows(request)
-        start = only // CHUNK * CHUNK
-        yield from (p for p in self._draw_rows(rows[start : start + CHUNK], progress) if p.index == only)
+        start = only // self.together * self.together
+        yield from (p for p in self._draw_rows(rows[start : start + self.together], progress) if p.index == only)
 
     def draw(self, requests: Sequence[GenerateRequest], *, progress: Progress | None = None) -> Iterator[Picture]:
         """Draws several requests together, in order; they may differ in prompt, negative, style, label, seed and count only."""
@@ -218,9 +223,9 @@ class Model(ABC):
         return [Row(request, i, seed, self._style_of(request, seed)) for i, seed in enumerate(seeds)]
 
     def _draw_rows(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:
-        chunks = [rows[s : s + CHUNK] for s in range(0, len(rows), CHUNK)]
-        total, done = sum(self.steps_taken(row[0].request) for row in chunks), 0
+        chunks = [rows[s : s + self.together] for s in range(0, len(rows), self.together)]
         begun = self.begin(rows[0].request) if rows else None
+        total, done = sum(self.steps_taken(row[0].request, begun) for row in chunks), 0
         for chunk in chunks:
             for x in self.latents(chunk, begun):
                 last, done = x, done + 1
@@ -268,7 +273,7 @@ class Model(ABC):
     def steps_of(self, request: GenerateRequest) -> int:
         """Steps of a whole way to a picture."""
 
-    def steps_taken(self, request: GenerateRequest) -> int:
+    def steps_taken(self, request: GenerateRequest, begun: Begun | None) -> int:
         """Steps that are really taken: with an init picture the last `strength` of them, at least one."""
         steps = self.steps_of(request)
         return steps if request.init is None else max(1, round(request.strength * steps))

@@ -50,7 +50,7 @@ class LatentDiffusion(Model):
 
         function = sampler(request.sampler).function
         extra = {"eta": request.eta} if function is sample_ddim and request.eta else {}
-        ts = timesteps(self.path, self.steps_of(request))[-self.steps_taken(request) - 1 :]
+        ts = timesteps(self.path, self.steps_of(request))[-self.steps_taken(request, begun) - 1 :]
         if begun is not None:
             x = self.path.mix(begun.z.expand_as(x), x, ts[:1].expand(len(x)).to(x))
         for step in function(self._denoise(rows, begun), x, ts, self.path, noise=noise, **extra):

@@ -112,6 +112,7 @@ class Conditioned:
     """A frozen codec and text encoder, pictures, and what is said of them. `net` is the recipe's config of the generator, as the data has it."""
 
     measures = True  # whether the generator sees latents, which are standardised
+    of_codes: tuple[str, ...] = ()  # parts of the generator that mean the codes of one codec
 
     def __init__(self, recipe: Taught, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
         self.recipe, self.seed, self.device, self.bf16 = recipe, seed, torch.device(device), bf16
@@ -142,7 +143,7 @@ class Conditioned:
 
     def begun(self, network: nn.Module) -> nn.Module:
         """The network with a memory of the names of things, and with the weights of the one in `recipe.init`: all of them, or, for one's own
-        pictures, all that have the same name and shape. Raises ValueError where it is of another shape.
+        pictures, all that have the same name, shape and meaning. Raises ValueError where it is of another shape or of another codec's codes.
         """
         if network.memory is not None:
             network.memory.keys.data.copy_(self._names())  # type: ignore[union-attr, operator]
@@ -151,10 +152,15 @@ class Conditioned:
         check_begun(self.recipe, self.net)
         part = self.recipe.part
         tensors, meta = load_pack(find(self.recipe.init))
+        codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
+        same = not self.of_codes or hash_tensors(codec) == hash_tensors(self.codec.state_dict())
         if self.recipe.data == EMOJI:
+            if not same:
+                raise ValueError(f"init (={self.recipe.init!r}) learned the codes of another codec: name that codec with --codec, or leave init out")
             return zoo.load_into(network, tensors, f"{part}.").train().requires_grad_(True)
         own, said = network.state_dict(), self.shown.about()
         named = {"style": meta["styles"] == self.styles, "label": meta["labels"] == self.shown.labels, "memory": meta["words"] == said["words"]}
+        named |= dict.fromkeys(self.of_codes, same)
         fits = lambda k: named.get(k.partition(".")[0].partition("_")[0], True)  # noqa: E731  # a row of another thing is worth nothing
         taken = {k: v for k, v in own.items() if (t := tensors.get(f"{part}.{k}")) is not None and t.shape == v.shape and fits(k)}
         network.load_state_dict(own | {k: tensors[f"{part}.{k}"].to(v) for k, v in taken.items()})

@@ -78,6 +78,7 @@ class PriorTask(Conditioned):
 
     kind = "prior"
     measures = False
+    of_codes = ("tokens", "heads")
 
     def __init__(
         self, recipe: PriorRecipe, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False

@@ -47,6 +47,11 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return codec_run(tmp_path_factory.mktemp("codec"), VQConfig(size=32, channels=4))
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return codec_run(tmp_path_factory.mktemp("other"), VQConfig(size=32, channels=4, cosine=False))
+
+
 @pytest.fixture(scope="module", params=["gpt", "maskgit"])
 def run(request: pytest.FixtureRequest, codec: Path, smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp(request.param)
@@ -101,8 +106,24 @@ def test_batches_are_a_pure_function_of_the_position(codec: Path, smoke: Path, t
     assert torch.equal(task.codec.decode_indices(task.vocabulary.indices(tokens)), task.codec(task.pictures(np.arange(5)))[0])
 
 
-def test_another_codec_is_refused(run: Path, smoke: Path, tmp_path: Path) -> None:
-    other = codec_run(tmp_path / "other", VQConfig(size=32, channels=4, cosine=False))
+def test_it_begins_from_another_prior(run: Path, codec: Path, other: Path, smoke: Path, own_folder: Path, tmp_path: Path) -> None:
+    """All of it over the same codes; over those of another codec what is not of the codes, and with the drawings nothing."""
+    model = load(run)
+    assert isinstance(model, CodesModel)
+    theirs = model.prior.state_dict()
+    recipe = of(model.way, memory=True, init=str(run))
+    task = PriorTask(recipe, 0, codec, smoke / "text", tmp_path / "same")
+    assert all(torch.equal(v, theirs[k]) for k, v in task.networks["prior"].state_dict().items())
+    with pytest.raises(ValueError, match="learned the codes of another codec"):
+        PriorTask(recipe, 0, other, smoke / "text", tmp_path / "other")
+    task = PriorTask(replace(recipe, data=str(own_folder), limit=0), 0, other, smoke / "text", tmp_path / "own")
+    ours = task.networks["prior"].state_dict()
+    equal = {k for k, v in ours.items() if v.shape == theirs[k].shape and torch.equal(v, theirs[k])}
+    assert {"place", "blocks.0.mlp.up.weight"} <= equal
+    assert not {"tokens.weight", "heads.0.weight"} & equal
+
+
+def test_another_codec_is_refused(run: Path, other: Path, smoke: Path) -> None:
     with pytest.raises(ValueError, match="was begun with another codec"):
         train(of(load(run).way, memory=True), LOOP, run, codec=other, text=smoke / "text")
 
@@ -162,6 +183,16 @@ def test_a_picture_of_several_is_drawn_again_alone(model: CodesModel) -> None:
     assert np.abs(np.asarray(alone.image).astype(int) - np.asarray(pictures[2].image)).max() <= 1
 
 
+def test_large_vocabularies_are_drawn_fewer_together(model: CodesModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model.together == 16
+    request = GenerateRequest(prompt="a cat", seed=5, count=5, style="noto")
+    pictures = [p.image for p in model.pictures(request)]
+    monkeypatch.setattr("sfumato.pipelines.codes.MOST_LOGITS", 2 * model.vocabulary.codes * (1 if model.way == "gpt" else model.vocabulary.length))
+    assert model.together == 2
+    for a, b in zip(pictures, model.pictures(request), strict=True):
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b.image)).max() <= 1
+
+
 def test_progress_counts_the_steps(model: CodesModel) -> None:
     told: list[tuple[int, int]] = []
     list(model.pictures(GenerateRequest(prompt="a cat", seed=0, count=2), progress=lambda done, total: told.append((done, total))))
@@ -199,7 +230,9 @@ def test_a_mask_redraws_a_part_and_keeps_the_rest(model: CodesModel, tmp_path: P
         with pytest.raises(ValueError, match="writes codes from the upper left on; one of --kind maskgit redraws"):
             list(model.pictures(request))
         return
-    drawn = np.asarray(next(model.pictures(request)).image).astype(int)
+    told: list[tuple[int, int]] = []
+    drawn = np.asarray(next(model.pictures(request, progress=lambda *n: told.append(n))).image).astype(int)  # type: ignore[arg-type]
+    assert told == [(i + 1, 4) for i in range(4)], "as many steps as there are cells under the mask"
     before = np.asarray(picture.convert("RGBA")).astype(int)
     assert np.array_equal(drawn[mask == 0], before[mask == 0]), "to the pixel"
     assert not np.array_equal(drawn[mask > 0], before[mask > 0])
