@@ -58,12 +58,17 @@ class DCGANDiscriminator(nn.Module):
     def __init__(self, config: DCGANConfig, size: int, channels: int) -> None:
         super().__init__()
         widths = config.widths(size)
-        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers = [nn.Sequential(nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2))]
         for a, b in itertools.pairwise(widths):
-            layers += [nn.Conv2d(a, b, 4, 2, 1, bias=config.norm == "none"), norm_of(config.norm, b), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Flatten())
+            layers.append(nn.Sequential(nn.Conv2d(a, b, 4, 2, 1, bias=config.norm == "none"), norm_of(config.norm, b), nn.LeakyReLU(0.2)))
+        self.layers = nn.Sequential(*layers)
         self.features = 16 * widths[-1]
         _begin(self)
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """From the picture on."""
+        return list(self.layers)
+
     def forward(self, x: Float[Tensor, "b c size size"]) -> Float[Tensor, "b d"]:
-        return self.layers(x)
+        return self.layers(x).flatten(1)

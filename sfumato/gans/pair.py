@@ -21,6 +21,7 @@ from sfumato.gans.residual import ResidualConfig, ResidualDiscriminator, Residua
 from sfumato.gans.style import StyleConfig, StyleDiscriminator, StyleGenerator
 from sfumato.nn.conditions import told
 
+CENTRE = 0.998  # memory of the mean of w, in steps
 NetworkConfig = DCGANConfig | ResidualConfig | R3GANConfig | StyleConfig
 GENERATORS = {"dcgan": DCGANGenerator, "residual": ResidualGenerator, "r3gan": R3GANGenerator, "style": StyleGenerator}
 DISCRIMINATORS = {"dcgan": DCGANDiscriminator, "residual": ResidualDiscriminator, "r3gan": R3GANDiscriminator, "style": StyleDiscriminator}
@@ -95,6 +96,8 @@ class Generator(nn.Module):
         self.told = Told(c) if c.conditional else None
         vector = c.z + (c.told if c.conditional else 0)
         self.network = GENERATORS[c.network.kind](c.network, vector, c.size, c.image_channels)  # type: ignore[arg-type]
+        if isinstance(c.network, StyleConfig):
+            self.register_buffer("centre", torch.zeros(c.network.w))  # the running mean of w
 
     @property
     def noises(self) -> int:
@@ -103,8 +106,28 @@ class Generator(nn.Module):
 
     def style(self, z: Float[Tensor, "b z"], cond: Cond) -> Float[Tensor, "b s"]:
         """What the network draws from: w of a style network, of others z with what is said."""
-        v = z if self.told is None else torch.cat([z, _unit(self.told(cond, z))], dim=1)
-        return self.network.style(torch.cat([_unit(z), v[:, z.shape[1] :]], dim=1)) if isinstance(self.network, StyleGenerator) else v
+        styled = isinstance(self.network, StyleGenerator)
+        v = _unit(z) if styled else z
+        if self.told is not None:
+            v = torch.cat([v, _unit(self.told(cond, z))], dim=1)
+        if not styled:
+            return v
+        w = self.network.style(v)  # type: ignore[operator]
+        if self.training:
+            self.centre.lerp_(w.detach().float().mean(0), 1 - CENTRE)
+        return w
+
+    def truncated(self, z: Float[Tensor, "b z"], cond: Cond, truncation: float) -> Float[Tensor, "b s"]:
+        """`style` nearer to what is usual: w pulled to its mean, the rest of the way `truncation` (arXiv 1812.04948, appendix B); of other networks z
+        in [-2 truncation, 2 truncation] only (arXiv 1809.11096). 1 changes nothing.
+        """
+        if truncation == 1:
+            return self.style(z, cond)
+        if isinstance(self.network, StyleGenerator):
+            return torch.lerp(self.centre, self.style(z, cond), truncation)
+        low, high = torch.special.ndtr(torch.tensor([-2.0, 2.0], dtype=torch.float64, device=z.device) * truncation)
+        inside = torch.special.ndtri(low + torch.special.ndtr(z.double()) * (high - low))
+        return self.style(inside.to(z), cond)
 
     def draw(self, w: Float[Tensor, "b s"], noise: Float[Tensor, "b n"] | None = None) -> Float[Tensor, "b c size size"]:
         return self.network(w, noise) if isinstance(self.network, StyleGenerator) else self.network(w)

@@ -93,6 +93,11 @@ class R3GANDiscriminator(nn.Module):
         self.base = _scaled(nn.Conv2d(widths[-1], widths[-1], 4, groups=widths[-1], bias=False), 1.0)
         self.features = widths[-1]
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """From the picture on."""
+        return [nn.ModuleList([self.first, self.blocks[0]]), *(nn.ModuleList(p) for p in zip(self.wide, self.blocks[1:], strict=True))]
+
     def forward(self, x: Float[Tensor, "b c size size"]) -> Float[Tensor, "b d"]:
         x = self.blocks[0](self.first(x))
         for widen, blocks in zip(self.wide, self.blocks[1:], strict=True):

@@ -93,5 +93,10 @@ class ResidualDiscriminator(nn.Module):
         self.features = widths[-1]
         _begin(self)
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """From the picture on."""
+        return list(self.blocks)
+
     def forward(self, x: Float[Tensor, "b c size size"]) -> Float[Tensor, "b d"]:
         return F.relu(self.blocks(x)).sum((2, 3))

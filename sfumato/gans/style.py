@@ -138,6 +138,11 @@ class StyleDiscriminator(nn.Module):
         self.last, self.out = EqualConv(widths[-1] + 1, widths[-1], 3), EqualLinear(16 * widths[-1], widths[-1])
         self.features = widths[-1]
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """From the picture on."""
+        return [self.first, *self.convs]
+
     def forward(self, x: Float[Tensor, "b c size size"]) -> Float[Tensor, "b d"]:
         x = act(self.first(x))
         for one, two, skip in self.convs:  # type: ignore[misc]
