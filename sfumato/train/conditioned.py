@@ -108,7 +108,7 @@ class Taught:
             raise ValueError(f"memory (=True) compares captions: it needs {self.part}.text_width > 0, or must be False")
 
 
-class Said:
+class Lessons:
     """Pictures of one size, what is said of them, and a frozen text encoder. `net` is the recipe's config of the generator, as the data has it."""
 
     codec: Autoencoder | None = None
@@ -281,7 +281,7 @@ class Said:
         return list(read_metadata(find(self.recipe.init)).get("credits") or []) if self.recipe.init else []  # type: ignore[call-overload]
 
 
-class Conditioned(Said):
+class Conditioned(Lessons):
     """The same over a frozen codec."""
 
     codec: Autoencoder

@@ -49,7 +49,8 @@ from sfumato.metrics.diversity import pairwise_distance
 from sfumato.metrics.features import feature_net, look
 from sfumato.nn.backbones import over
 from sfumato.train.adversary import MEMORY, mean_of_processes
-from sfumato.train.conditioned import Said, Taught
+from sfumato.train.conditioned import Lessons, Taught
+from sfumato.train.doctor import Doctor
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
 STILL = Variety(place=0.0, scale=(1.0, 1.0), angle=0.0, flip=0.0, recolour=0.0)
@@ -277,7 +278,7 @@ class Balance(nn.Module):
 # --- the task -------------------------------------------------------------------------------------------------------------------------------------
 
 
-class GANTask(Said):
+class GANTask(Lessons):
     """See `sfumato.train.loop.Task`."""
 
     kind = "gan"
@@ -298,7 +299,7 @@ class GANTask(Said):
         self.phases = self._phases()
         self.full_precision = ("discriminator",) if recipe.penalty.of_slopes else ()
         self.seen: dict[str, Tensor] = {}
-        self.batch_size = 1
+        self.loop = LoopConfig()
 
     def _phases(self) -> list[Phase]:
         """Discriminator, generator, and where penalties are lazy a step of theirs, with its share of the rate (arXiv 1912.04958, appendix B)."""
@@ -421,7 +422,7 @@ class GANTask(Said):
     def after_step(self, averages: dict[str, nn.Module], images: int, finite: bool) -> dict[str, float]:
         seen, self.seen = self.seen, {}
         if finite:
-            self.balance.follow(seen, self.recipe, self.batch_size)
+            self.balance.follow(seen, self.recipe, self.loop.batch_size)
         found = {"ada_p": float(self.balance.p)} if self.recipe.augment == "ada" else {}
         return found | ({"penalty_weight": float(self.balance.louder)} if self.recipe.adapt.penalty != "none" else {})
 
@@ -473,6 +474,17 @@ class GANTask(Said):
         discriminator.train()
         return found | {"score": -found["kid"]}
 
+    def remarks(self, run: Path) -> list[dict[str, Any]]:
+        """What the doctor sees that it did not say before."""
+        self.doctor.save(run)
+        return self.doctor.look(run / "log.jsonl")
+
+    @cached_property
+    def doctor(self) -> Doctor:
+        parameters = {f"{name}_parameters": sum(p.numel() for p in self.networks[name].parameters()) for name in ("generator", "discriminator")}
+        variety = float(self.looked_at["x"].std(0).mean())
+        return Doctor({"kind": "gan", "images": self.loop.images, "pictures": len(self.shown.pixels), "variety": variety} | parameters)
+
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parts = {name: networks[name] for name in ("generator", "discriminator")}
         return self.packed(parts, {"kind": "gan", "discriminator": to_json(self.of_discriminator)})
@@ -506,7 +518,7 @@ def train(recipe: GANRecipe, loop: LoopConfig, out: Path, *, text: Path, stop_at
     if recipe.data != EMOJI:
         same_source(Path(out), recipe.data)
     task = main_first(loop, lambda device: GANTask(recipe, loop.seed, Path(text), Path(out), device, loop.dtype == "bf16"))
-    task.batch_size = loop.batch_size  # type: ignore[attr-defined]
+    task.loop = loop  # type: ignore[attr-defined]
     trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

@@ -38,9 +38,7 @@ def of(network: str = "", told: dict[str, int] | None = None, **more: object) ->
 
 
 def task_of(recipe: GANRecipe, run: Path) -> GANTask:
-    task = GANTask(recipe, 0, TEXT, run)
-    task.batch_size = 16
-    return task
+    return GANTask(recipe, 0, TEXT, run)
 
 
 def same_states(a: Path, b: Path) -> None:
