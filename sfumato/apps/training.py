@@ -249,7 +249,7 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
         return {"memory": 0, "disk": 0}
     if what == "autoencoder" and recipe.data != EMOJI:
         return {"memory": 0, "disk": (len(trainer.task.train) + len(trainer.task.exact)) * 4 * (2 * recipe.size) ** 2}
-    if what == "judge" and recipe.data != EMOJI:
+    if what in ("judge", "gan") and recipe.data != EMOJI:
         return {"memory": 0, "disk": 0 if are_shards(recipe.data) else trainer.task.shown.pixels.numel()}
     if what in GENERATORS and recipe.data != EMOJI:
         pixels = trainer.task.shown.pixels
@@ -263,7 +263,7 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
         return {"memory": len(pairs(drawable())) * (decoded + large), "disk": len(pairs(drawable())) * decoded}
     side = 2 * (recipe.size if what == "autoencoder" else trainer.task.size)
     rasters = len(pairs(concepts())) * 4 * side * side
-    if what in ("autoencoder", "judge"):
+    if what in ("autoencoder", "judge", "gan"):
         return {"memory": rasters, "disk": rasters}
     trained = sum(not is_held_out(c.hexcode, s) for c, s in pairs(drawable()))
     latents = trained * recipe.each * _bytes_of(trainer.task)
