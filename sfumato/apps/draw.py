@@ -320,15 +320,15 @@ def warn(model: Model, r: GenerateRequest) -> None:
     usual = GenerateRequest()
     diffusion, gan = model.way == "diffusion", model.way == "gan"
     codes = not diffusion and not gan
-    for names, used, whose in (
-        (("temperature", "top_k", "top_p"), codes, "models that draw codes"),
-        (("sampler", "eta", "guidance_interval"), diffusion, "models that draw by diffusion"),
-        (("guidance", "style_guidance", "negative"), not gan, "models that draw in steps"),
-        (("truncation",), gan, "GANs"),
-    ):
-        for name in names:
-            if not used and getattr(r, name) != getattr(usual, name):
-                say(f"warning: {name} has no effect: it is for {whose}")
+    for name in (f.name for f in fields(r) if getattr(r, f.name) != getattr(usual, f.name)):
+        if name in ("temperature", "top_k", "top_p") and not codes:
+            say(f"warning: {name} has no effect: it is for models that draw codes")
+        if name in ("sampler", "eta", "guidance_interval") and not diffusion:
+            say(f"warning: {name} has no effect: it is for models that draw by diffusion")
+        if name in ("guidance", "style_guidance", "negative") and gan:
+            say(f"warning: {name} has no effect: it is for models that draw in steps")
+        if name == "truncation" and not gan:
+            say(f"warning: {name} has no effect: it is for GANs")
     if codes and not model.guided and (r.guidance, r.style_guidance) != (usual.guidance, None):  # type: ignore[attr-defined]
         say("warning: guidance has no effect: this model never learned to draw with nothing said")
     if codes and r.mask is not None and r.strength != usual.strength:
