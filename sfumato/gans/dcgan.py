@@ -62,7 +62,7 @@ class DCGANDiscriminator(nn.Module):
         for a, b in itertools.pairwise(widths):
             layers.append(nn.Sequential(nn.Conv2d(a, b, 4, 2, 1, bias=config.norm == "none"), norm_of(config.norm, b), nn.LeakyReLU(0.2)))
         self.layers = nn.Sequential(*layers)
-        self.features = 16 * widths[-1]
+        self.features, self.mixes = 16 * widths[-1], config.norm == "batch"
         _begin(self)
 
     @property

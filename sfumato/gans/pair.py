@@ -143,6 +143,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = c = config
         self.network = DISCRIMINATORS[c.network.kind](c.network, c.size, c.image_channels)  # type: ignore[arg-type]
+        self.mixes: bool = self.network.mixes  # whether a score depends on the other pictures of a batch
         self.score = nn.Linear(self.network.features, 1)
         self.told = Told(c) if c.conditional else None
         self.project = nn.Linear(c.told, self.network.features, bias=False) if c.conditional else None

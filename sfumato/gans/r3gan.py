@@ -91,7 +91,7 @@ class R3GANDiscriminator(nn.Module):
         self.blocks = nn.ModuleList(nn.Sequential(*(GroupedBlock(w, config, depth) for _ in range(config.blocks))) for w in widths)
         self.wide = nn.ModuleList(_between(a, b) for a, b in itertools.pairwise(widths))
         self.base = _scaled(nn.Conv2d(widths[-1], widths[-1], 4, groups=widths[-1], bias=False), 1.0)
-        self.features = widths[-1]
+        self.features, self.mixes = widths[-1], False
 
     @property
     def parts(self) -> list[nn.Module]:

@@ -90,7 +90,7 @@ class ResidualDiscriminator(nn.Module):
             *(DownBlock(a, b) for a, b in itertools.pairwise(widths)),
             DownBlock(widths[-1], widths[-1], down=False),
         )
-        self.features = widths[-1]
+        self.features, self.mixes = widths[-1], False
         _begin(self)
 
     @property

@@ -136,7 +136,7 @@ class StyleDiscriminator(nn.Module):
             nn.ModuleList([EqualConv(a, a, 3), EqualConv(a, b, 3), EqualConv(a, b, 1, bias=False)]) for a, b in itertools.pairwise(widths)
         )
         self.last, self.out = EqualConv(widths[-1] + 1, widths[-1], 3), EqualLinear(16 * widths[-1], widths[-1])
-        self.features = widths[-1]
+        self.features, self.mixes = widths[-1], True
 
     @property
     def parts(self) -> list[nn.Module]:

@@ -378,7 +378,7 @@ class GANTask(Lessons):
 
     def _scores(self, network: nn.Module, real: Tensor, fake: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Of both together, but apart where statistics of a batch would tell them apart."""
-        if getattr(self.of_discriminator.network, "norm", "none") == "batch" and self.of_discriminator.network.kind == "dcgan":
+        if self.networks["discriminator"].mixes:
             return network(real, cond).float(), network(fake, cond).float()
         twice = Cond(**{k: v if v is None or isinstance(v, dict) else torch.cat([v, v]) for k, v in cond.__dict__.items()})
         return network(torch.cat([real, fake]), twice).float().chunk(2)  # type: ignore[return-value]
