@@ -5,7 +5,7 @@
 - speed: GPT with and without the cache at 256 codes, MaskGIT in 8 steps, same width and depth, by turns.
 
 `--data emoji` are the embedded drawings, with latent diffusion over the bundled codec; a folder with IDX files is Fashion-MNIST by label, with both
-codecs of the same shape and training, compared with pictures that no training saw.
+codecs of the same shape and training and as many tokens for all, compared with pictures that no training saw.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def ground(options: Options) -> Ground:
 
 
 def codec_of(options: Options, data: str, name: str) -> Path:
-    """A VQGAN, or the same with a KL bottleneck, of 8 x 8 codes or latents a picture."""
+    """A VQGAN, or the same with a KL bottleneck; an eighth of the side."""
     recipe, loop = autoencoder.preset_vqgan()
     if options.quick:
         small, _ = autoencoder.preset_smoke()
@@ -127,7 +127,7 @@ def codec_of(options: Options, data: str, name: str) -> Path:
     else:
         net = recipe.codec.convnet  # type: ignore[assignment]
         if data != EMOJI:
-            recipe, net = replace(recipe, size=32, perceptual_size=64), replace(net, patch=1)
+            recipe = replace(recipe, size=32, perceptual_size=64)
         every = options.codec_images // 4
         loop = replace(loop, images=options.codec_images, save_every=every, sample_every=every, dtype="fp32")
     bottleneck = {"vqgan": VQConfig(size=16, channels=4) if options.quick else VQConfig(), "kl": KLConfig(channels=4 if options.quick else 16)}
@@ -152,6 +152,9 @@ def recipes(options: Options, g: Ground) -> dict[str, tuple[Any, LoopConfig, Cal
         written = replace(written, prior=replace(written.prior, text_width=PriorConfig().text_width))
         drawn = replace(drawn, denoiser=replace(drawn.denoiser, text_width=DiTConfig().text_width))
     emoji = g.data == EMOJI
+    if not emoji and not options.quick:  # a token a latent, and networks for minutes
+        written = replace(written, prior=replace(written.prior, width=256, depth=6, heads=4))
+        drawn = replace(drawn, denoiser=replace(drawn.denoiser, patch=1, width=256, depth=6, heads=4))
     said: dict[str, Any] = {"data": g.data, "memory": emoji and not options.quick, "each": 2 if options.quick else 12 if emoji else 4}
     said |= {"variety": GENTLE, "limit": 12 if options.quick else 0} if emoji else {"variety": CLOSE, "labels": "auto", "limit": 0}
     found: dict[str, Any] = {}
