@@ -70,7 +70,7 @@ class Options:
     """Pictures that a codec sees which is trained here."""
     judge: Path | None = None
     """A run of `sfumato train judge`; without it one is trained."""
-    judge_images: int = 100_032
+    judge_images: int = 250_000
     """Pictures that a judge sees which is trained here."""
     minutes: float = 20.0
     """Training time of each generator, encoding not counted."""
