@@ -15,10 +15,10 @@ demo: .venv/.installed
 	@echo "The pictures are in $(SHEET)"
 
 test: .venv/.installed-dev
-	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: .venv/.installed-dev
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.installed-dev
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -55,6 +55,7 @@ PARTS = ("quality", "speed")
 BASELINES = {"codes by chance": "nothing", "codes by frequency": "counts", "codes by frequency at their place": "places"}
 LEARNED = ("gpt", "maskgit", "latent diffusion")
 GUIDANCE = 2.0
+BATCH = 16  # of all: in some minutes larger ones make few steps
 PROMPTS = ("a cat", "an apple", "a fox", "a rocket", "a whale", "a sunflower")
 
 
@@ -70,7 +71,7 @@ class Options:
     """Pictures that a codec sees which is trained here."""
     judge: Path | None = None
     """A run of `sfumato train judge`; without it one is trained."""
-    judge_images: int = 100_032
+    judge_images: int = 250_000
     """Pictures that a judge sees which is trained here."""
     minutes: float = 20.0
     """Training time of each generator, encoding not counted."""
@@ -168,7 +169,7 @@ def trained(options: Options, g: Ground, name: str) -> Path:
     """The run folder of a generator that was trained for as long as the others: how many pictures that is, a few steps say first."""
     recipe, loop, train, codec = recipes(options, g)[name]
     run, frozen = options.out / f"{name.replace(' ', '-')}-{options.minutes:g}", {"codec": codec, "text": Path(EMOJI)}
-    loop = replace(loop, seed=options.seed, dtype="fp32", keep=1)
+    loop = replace(loop, seed=options.seed, dtype="fp32", keep=1, batch_size=BATCH)
     if options.quick:
         return train(recipe, replace(loop, images=64, save_every=64, sample_every=64), run, **frozen).run
     told, timing = run / "length.txt", run / "timing"

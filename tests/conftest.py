@@ -1,4 +1,4 @@
-"""Two threads, reproducible examples, shapes checked where they are annotated, and a cache folder of the session's own."""
+"""Threads, reproducible examples, shapes checked where they are annotated, and a cache folder of the session's own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def where_there_are_shapes(*, typechecker: Any, jaxtyped: Any = jaxtyping.jaxtyp
 jaxtyping.jaxtyped = where_there_are_shapes
 install_import_hook([f"sfumato.{name}" for name in SHAPED], f"sys.modules[{__name__!r}].shapes")  # before sfumato is imported
 
-torch.set_num_threads(2)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # of two that share two cores, each has one
+if THREADS == 1:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
+torch.set_num_threads(THREADS)
 settings.register_profile("sfumato", deadline=None, derandomize=True, max_examples=50, database=None)
 settings.load_profile("sfumato")
 
@@ -53,7 +56,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def same_arithmetic() -> Iterator[None]:
     """What a test did to the whole process ends with it: the number of threads changes the last bits of sums."""
     yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture
