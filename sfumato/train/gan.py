@@ -148,6 +148,8 @@ class GANRecipe(Taught):
             raise ValueError(f"steps (={self.steps}) must be at least 1 and d_lr (={self.d_lr}) above 0")
         if not 0 <= self.p <= MOST_P:
             raise ValueError(f"p (={self.p}) must be between 0 and {MOST_P}: above that a generator learns the changes themselves")
+        if self.adapt.penalty != "none" and not (self.penalty.r1 or self.penalty.r2):
+            raise ValueError(f"adapt.penalty (={self.adapt.penalty!r}) moves the weight of penalty.r1 and penalty.r2: one of them must be above 0")
         if self.freeze < 0 or (self.freeze and not self.init):
             raise ValueError(f"freeze (={self.freeze}) must be at least 0, and needs init: what is frozen is to have learned before")
         if self.memory:
@@ -337,11 +339,8 @@ class GANTask(Lessons):
     def judge(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss, with its penalties where they are not lazy."""
         r, cond = self.recipe, self.heard(batch)
-        real, fake = self._both(networks, batch, cond)
         slopes = r.penalty.of_slopes and r.penalty.every == 1
-        if slopes:
-            real.requires_grad_()
-            fake.requires_grad_()
+        real, fake = (x.requires_grad_(slopes) for x in self._both(batch, cond))
         of_real, of_fake = self._scores(networks["discriminator"], real, fake, cond)
         loss = plain = discriminator_loss(r.loss, of_real, of_fake)
         found = self._noted(of_real.detach(), of_fake.detach()) | {"classification": plain.detach()}
@@ -355,7 +354,7 @@ class GANTask(Lessons):
     def smooth(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The penalties alone, as many times as heavy as they are rare."""
         cond = self.heard(batch)
-        real, fake = (x.requires_grad_() for x in self._both(networks, batch, cond))
+        real, fake = (x.requires_grad_() for x in self._both(batch, cond))
         of_real, of_fake = self._scores(networks["discriminator"], real, fake, cond)
         penalty, found = self._slopes(networks["discriminator"], real, fake, of_real, of_fake, cond)
         return penalty * self.recipe.penalty.every, found
@@ -370,11 +369,11 @@ class GANTask(Lessons):
                 return generator_loss("relativistic", of_fake, of_real.detach()), {}
             return generator_loss(self.recipe.loss, discriminator(fake.float(), cond).float()), {}
 
-    def _both(self, networks: dict[str, nn.Module], batch: Batch, cond: Cond) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def _both(self, batch: Batch, cond: Cond) -> tuple[Tensor, Tensor]:
         """Real and generated pictures as the discriminator sees them, without a way back."""
-        with torch.no_grad():
-            fake = self.drawn(self.networks["generator"], batch["z"][:, 0], cond).to(batch["x"])
-            return self.changed(batch["x"]), self.changed(fake)
+        fake = self.drawn(self.networks["generator"], batch["z"][:, 0], cond).to(batch["x"])
+        return self.changed(batch["x"]).detach(), self.changed(fake)
 
     def _scores(self, network: nn.Module, real: Tensor, fake: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Of both together, but apart where statistics of a batch would tell them apart."""
