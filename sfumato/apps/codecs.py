@@ -132,18 +132,26 @@ CURVES = (  # titles and the keys of a log that are drawn together
 def run_doctor(asked: Doctor) -> Iterator[str]:
     """The findings as lines, then where the page is."""
     from sfumato.train.doctor import diagnose, facts_of
+    from sfumato.train.loop import begun_with
 
-    log = asked.run / "log.jsonl"
+    run = asked.run / "codec" if (asked.run / "codec" / "log.jsonl").exists() else asked.run  # of train all
+    log = run / "log.jsonl"
     if not log.exists():
-        raise FileError(f"{asked.run} holds no log.jsonl: name a run folder of `sfumato train autoencoder`")
+        raise FileError(f"{run} holds no log.jsonl: name a run folder of `sfumato train autoencoder`")
+    kind = (begun_with(run) or {}).get("kind", "autoencoder")
+    if kind != "autoencoder":
+        raise ValueError(
+            f"{run} is a run of `sfumato train {kind}`: the doctor knows those of train autoencoder; "
+            "of this one look at samples/ and at validation_loss in log.jsonl"
+        )
     lines = read_log(log)
-    findings = diagnose(lines, facts_of(asked.run))
+    findings = diagnose(lines, facts_of(run))
     for f in findings:
         yield f"{f.name}: {translated(f.says)}"
     if not findings:
         yield translated("nothing is wrong, as far as the log tells")
-    out = asked.out or asked.run / "doctor.html"
-    write_bytes(out, _page(asked.run, lines, [(f.name, f.sees, f.helps) for f in findings]).encode())
+    out = asked.out or run / "doctor.html"
+    write_bytes(out, _page(run, lines, [(f.name, f.sees, f.helps) for f in findings]).encode())
     yield str(out)
 
 

@@ -53,7 +53,7 @@ class All:
     preset: Literal["auto"] = "auto"
     """auto: chosen by count, size and device."""
     init: str = BUNDLED
-    """What to begin from: "bundled", another model file or run folder, or "none" (from nothing; takes three times as long)."""
+    """What to begin from: "bundled", another model file or run folder, or "none" (from nothing; diffusion takes three times as long)."""
     via: Literal["diffusion", "codes"] = "diffusion"
     """What the generator draws: latents, by diffusion, or the codes of a VQGAN, which it fills in (begun from nothing but the text encoder)."""
     size: int = 0
@@ -91,7 +91,9 @@ def run(asked: All) -> Path | dict[str, Any]:
         raise ValueError(f"size (={asked.size}) must be a multiple of 16, or 0")
     if are_shards(asked.data):
         data = str(asked.data)
-        raise ValueError(f"data (={data!r}) is of shards, on which parts are trained one by one: `sfumato train autoencoder`, `text`, `diffusion`")
+        raise ValueError(
+            f"data (={data!r}) is of shards, on which parts are trained one by one: `sfumato train autoencoder`, `text`, `diffusion` or `prior`"
+        )
     found = scan(asked.data, strict=asked.strict)
     if (different := len({e.digest for e in found.entries})) < FEWEST:
         raise ValueError(f"{asked.data} holds {different} different pictures: {FEWEST} at least are needed to learn anything and to measure it")
@@ -174,7 +176,8 @@ def stages_for(asked: All, found: Scan) -> list[Stage]:
 
     if asked.via == "codes":  # for which nothing is bundled to begin from
         recipe, loop = autoencoder.preset_vqgan()
-        stages.append(_stage(asked, "autoencoder", replace(recipe, data=data, size=asked.size), loop, 3 * codec_images * asked.effort, "codec"))
+        recipe = autoencoder.of_few(replace(recipe, data=data, size=asked.size), len(split(found.entries)[0]))
+        stages.append(_stage(asked, "autoencoder", recipe, loop, 3 * codec_images * asked.effort, "codec"))
     else:
         recipe, loop = autoencoder.preset_own()
         loop = replace(loop, lr=1e-3) if scratch else loop

@@ -179,7 +179,7 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
     speed, trainer, disk = _timed(what, recipe, loop, asked)
     seconds = loop.images / speed
     if what in ("autoencoder", "upscaler") and recipe.perceptual and recipe.perceptual_from < 1:
-        later, _, _ = _timed(what, replace(recipe, perceptual_from=0.0), loop, asked)
+        later, _, _ = _timed(what, _whole(recipe), loop, asked)
         seconds = loop.images * (recipe.perceptual_from / speed + (1 - recipe.perceptual_from) / later)
     data = _data_bytes(what, asked.recipe, trainer)
     encoding = _encoding_seconds(trainer.task, asked.recipe) if what in GENERATORS else 0.0
@@ -195,6 +195,13 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
         "dtype": trainer.loop.dtype,
     }
     return {"plan": facts, "recipe": to_json(asked.recipe), "loop": to_json(loop)}
+
+
+def _whole(recipe: Any) -> Any:
+    """The recipe with all of its parts from the first step on, as the last ones are."""
+    if getattr(recipe, "adversary", None) is not None:
+        recipe = replace(recipe, adversary=replace(recipe.adversary, begins=0.0, joins=0.0, ramp=0.0))
+    return replace(recipe, perceptual_from=0.0)
 
 
 def _timed(what: str, recipe: Any, loop: Any, asked: Any) -> tuple[float, Any, int]:

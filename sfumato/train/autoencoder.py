@@ -50,7 +50,7 @@ from sfumato.nn.backbones import efficientnet_lite0, lite0_on, over
 from sfumato.nn.lpips import lpips_from
 from sfumato.pipelines.find import find
 from sfumato.train.adversary import Adversary, AdversaryConfig, Controls
-from sfumato.train.doctor import Doctor
+from sfumato.train.doctor import Doctor, codes_for
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, begun_with, main_first, settled
 
 OWN = Variety(place=0.9, scale=(1.0, 1.35), angle=0.0, recolour=0.0)
@@ -194,6 +194,15 @@ def preset_smoke() -> tuple[AutoencoderRecipe, LoopConfig]:
 PRESETS = {
     "bundled": preset_bundled, "own": preset_own, "vqvae": preset_vqvae, "vqgan": preset_vqgan, "vae": preset_vae, "smoke": preset_smoke,
 }  # fmt: skip
+
+
+def of_few(recipe: AutoencoderRecipe, pictures: int) -> AutoencoderRecipe:
+    """With no more codes of a learned codebook than that many pictures can teach."""
+    codec = recipe.codec
+    if not isinstance(codec.bottleneck, VQConfig):
+        return recipe
+    cells = (recipe.size // codec.convnet.factor) ** 2
+    return replace(recipe, codec=replace(codec, bottleneck=replace(codec.bottleneck, size=min(codec.bottleneck.size, codes_for(pictures * cells)))))
 
 
 def split_pictures(data: str, size: int, limit: int = 0) -> tuple[Drawings | Pictures | ShardPictures, Drawings | Pictures | ShardPictures]:

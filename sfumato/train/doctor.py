@@ -23,7 +23,7 @@ WORSE_THAN_BLANK = 1.3  # times the loss of a discriminator that says nothing, w
 AT_CAP = 0.5  # share of steps with the adaptive weight at its cap
 FELL = 3.0  # dB below the best
 OVERFIT, WORSE = 3.0, 0.3  # dB between training and held-out pictures; dB of held-out ones below their best
-SOFT = 0.5  # share of the originals' detail that copies keep
+SOFT = 0.35  # share of the originals' detail that copies keep; healthy VQGANs of 8 x 8 codes keep 0.45
 DEAD_CHANNELS = 0.1  # share of latent channels that carry anything
 LATE = 0.8  # of a run, before which copies may be blurred still
 LINES = 5  # of the log, that a judgement is made from
@@ -46,12 +46,17 @@ def _too_many_codes(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) 
     each = facts["pictures"] * facts["cells"] / facts["codes"] if facts.get("codes") else math.inf
     if each >= FEW_LATENTS:
         return None
-    right = 2 ** max(4, int(math.log2(facts["pictures"] * facts["cells"] / FEW_LATENTS)))
+    right = codes_for(facts["pictures"] * facts["cells"])
     return Finding(
         "too-many-codes",
         f"{facts['codes']:,} codes for {facts['pictures']:,} pictures: {each:.1f} latents a code",
         f"more pictures, or about {right:,} codes (--recipe.codec.bottleneck.{'steps' if facts.get('bottleneck') == 'fsq' else 'size'})",
     )
+
+
+def codes_for(latents: int) -> int:
+    """The largest power of two of codes that so many latents of training pictures can teach, 16 at least."""
+    return 2 ** max(4, int(math.log2(max(latents, 1) / FEW_LATENTS)))
 
 
 def _dead(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Finding | None:
@@ -167,7 +172,9 @@ def _soft(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Finding
     return Finding(
         "blurred",
         f"copies are blurred: they keep {looks[-1]['detail']:.0%} of the originals' detail",
-        "more training, features (recipe.perceptual above 0, an earlier perceptual-from), recipe.edges, a discriminator (preset vqgan), "
+        "more training, features (recipe.perceptual above 0, an earlier perceptual-from), recipe.edges, more channels or codes"
+        if facts.get("adversary")
+        else "more training, features (recipe.perceptual above 0, an earlier perceptual-from), recipe.edges, a discriminator (preset vqgan), "
         "more channels or codes",
     )
 
