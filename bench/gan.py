@@ -160,7 +160,8 @@ def outcome(options: Options, name: str, recipe: GANRecipe, loop: LoopConfig, si
         found["seconds"] = time.perf_counter() - began
         found["images_per_s"] = float(np.median([line["images_per_s"] for line in read_log(run / "log.jsonl") if "images_per_s" in line]))
         found["skipped"] = trainer.counters["skipped"]
-        found |= compared(options, trainer.averages["generator"].eval(), sight(), told.with_suffix(".png"))
+        generator = trainer.task.drawing(trainer.averages)  # type: ignore[attr-defined]
+        found |= compared(options, generator, sight(), told.with_suffix(".png"))
     told.parent.mkdir(parents=True, exist_ok=True)
     told.write_text(json.dumps(found))
     return found

@@ -85,14 +85,16 @@ def _placed(x: Tensor, p: float | Tensor) -> Tensor:
     out = _scale(torch.where(happens() & (uniform(0, 1) < 0.5), -one, one), one)
     out = out @ _turn(torch.where(happens(), torch.randint(0, 4, (b,), device=x.device) * (math.pi / 2), 0 * one).to(x))
     pixel = 2 / x.shape[-1]
-    out = out @ _move(*(torch.where(happens(), (uniform(-0.25, 0.25) / pixel).round() * pixel, 0 * one) for _ in range(2)))
+    moved = happens()
+    out = out @ _move(*(torch.where(moved, (uniform(-0.25, 0.25) / pixel).round() * pixel, 0 * one) for _ in range(2)))
     size = torch.where(happens(), torch.exp2(normal(0.2)), one)
     out = out @ _scale(size, size)
     before, after = (torch.where(torch.rand(b, device=x.device) < some, uniform(-math.pi, math.pi), 0 * one) for _ in range(2))
     out = out @ _turn(before)
     wide = torch.where(happens(), torch.exp2(normal(0.2)), one)
     out = out @ _scale(wide, 1 / wide) @ _turn(after)
-    return out @ _move(*(torch.where(happens(), normal(0.25), 0 * one) for _ in range(2)))
+    moved = happens()
+    return out @ _move(*(torch.where(moved, normal(0.25), 0 * one) for _ in range(2)))
 
 
 def _matrix(rows: list[list[Tensor]]) -> Tensor:

@@ -22,6 +22,10 @@ class DCGANConfig:
     most: int = 512
     norm: Norm = "batch"
 
+    def __post_init__(self) -> None:
+        if self.norm == "group" and (self.width % 16 or self.most % 16):
+            raise ValueError(f"width (={self.width}) and most (={self.most}) must be multiples of 16 with norm group")
+
     def widths(self, size: int) -> list[int]:
         """Channels at size/2, size/4, ... 4."""
         return [min(self.width * 2**i, self.most) for i in range(size.bit_length() - 3)]

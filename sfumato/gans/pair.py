@@ -18,7 +18,7 @@ from sfumato.core.seams import Cond
 from sfumato.gans.dcgan import DCGANConfig, DCGANDiscriminator, DCGANGenerator
 from sfumato.gans.r3gan import R3GANConfig, R3GANDiscriminator, R3GANGenerator
 from sfumato.gans.residual import ResidualConfig, ResidualDiscriminator, ResidualGenerator
-from sfumato.gans.style import StyleConfig, StyleDiscriminator, StyleGenerator
+from sfumato.gans.style import EqualLinear, StyleConfig, StyleDiscriminator, StyleGenerator
 from sfumato.nn.conditions import told
 
 CENTRE = 0.998  # memory of the mean of w, in steps
@@ -119,14 +119,16 @@ class Generator(nn.Module):
 
     def truncated(self, z: Float[Tensor, "b z"], cond: Cond, truncation: float) -> Float[Tensor, "b s"]:
         """`style` nearer to what is usual: w pulled to its mean, the rest of the way `truncation` (arXiv 1812.04948, appendix B); of other networks z
-        in [-2 truncation, 2 truncation] only (arXiv 1809.11096). 1 changes nothing.
+        in [-2 truncation, 2 truncation] only (arXiv 1809.11096), where there is nothing above 1. 1 changes nothing.
         """
         if truncation == 1:
             return self.style(z, cond)
         if isinstance(self.network, StyleGenerator):
             return torch.lerp(self.centre, self.style(z, cond), truncation)
-        low, high = torch.special.ndtr(torch.tensor([-2.0, 2.0], dtype=torch.float64, device=z.device) * truncation)
-        inside = torch.special.ndtri(low + torch.special.ndtr(z.double()) * (high - low))
+        if truncation > 1:
+            raise ValueError(f"truncation (={truncation}) must be at most 1: only networks with a style go further than they learned")
+        low, high = torch.special.ndtr(torch.tensor([-2.0, 2.0], dtype=torch.float64) * truncation)
+        inside = torch.special.ndtri(low + torch.special.ndtr(z.cpu().double()) * (high - low))  # not every device has fp64
         return self.style(inside.to(z), cond)
 
     def draw(self, w: Float[Tensor, "b s"], noise: Float[Tensor, "b n"] | None = None) -> Float[Tensor, "b c size size"]:
@@ -144,9 +146,10 @@ class Discriminator(nn.Module):
         self.config = c = config
         self.network = DISCRIMINATORS[c.network.kind](c.network, c.size, c.image_channels)  # type: ignore[arg-type]
         self.mixes: bool = self.network.mixes  # whether a score depends on the other pictures of a batch
-        self.score = nn.Linear(self.network.features, 1)
+        linear = EqualLinear if isinstance(c.network, StyleConfig) else nn.Linear
+        self.score = linear(self.network.features, 1)
         self.told = Told(c) if c.conditional else None
-        self.project = nn.Linear(c.told, self.network.features, bias=False) if c.conditional else None
+        self.project = linear(c.told, self.network.features, bias=False) if c.conditional else None
         if c.spectral:
             bound(self)
 
@@ -159,10 +162,10 @@ class Discriminator(nn.Module):
 
 
 def bound(network: nn.Module) -> None:
-    """Spectral norm of every convolution and linear layer; layers with a scale of their own lose it."""
+    """Spectral norm of every convolution, linear layer and embedding; layers with a scale of their own lose it."""
     for m in list(network.modules()):
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
-            if not bool(m.weight.any()):  # a layer that starts at zero has no direction
+        if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding)):
+            if not m.weight.is_meta and not bool(m.weight.any()):  # a layer that starts at zero has no direction
                 nn.init.xavier_uniform_(m.weight)
             spectral_norm(m)
             if hasattr(m, "scale"):

@@ -27,8 +27,10 @@ class R3GANConfig:
     group: int = 16
 
     def __post_init__(self) -> None:
-        if self.width * self.wider % self.group:
-            raise ValueError(f"width x wider (={self.width * self.wider}) must be a multiple of group (={self.group})")
+        for name in ("width", "most"):
+            inner = getattr(self, name) * self.wider
+            if inner % self.group:
+                raise ValueError(f"{name} x wider (={inner}) must be a multiple of group (={self.group})")
 
     def widths(self, size: int) -> list[int]:
         """Channels at size, size/2, ... 4."""

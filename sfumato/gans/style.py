@@ -37,14 +37,15 @@ class StyleConfig:
 class EqualLinear(nn.Linear):
     """Weights of unit deviation, scaled when used, so that all layers learn at the same pace (arXiv 1710.10196, section 4.1)."""
 
-    def __init__(self, a: int, b: int, *, lr: float = 1.0, start: float = 0.0) -> None:
-        super().__init__(a, b)
+    def __init__(self, a: int, b: int, *, bias: bool = True, lr: float = 1.0, start: float = 0.0) -> None:
+        super().__init__(a, b, bias=bias)
         nn.init.normal_(self.weight, std=1 / lr)
-        nn.init.constant_(self.bias, start / lr)
+        if bias:
+            nn.init.constant_(self.bias, start / lr)
         self.scale, self.lr = lr / a**0.5, lr
 
     def forward(self, x: Float[Tensor, "b i"]) -> Float[Tensor, "b o"]:
-        return F.linear(x, self.weight * self.scale, self.bias * self.lr)
+        return F.linear(x, self.weight * self.scale, None if self.bias is None else self.bias * self.lr)
 
 
 class EqualConv(nn.Conv2d):

@@ -42,7 +42,7 @@ def generator_loss(kind: Kind, fake: Float[Tensor, " *rest"], real: Float[Tensor
     """What a generator minimises of the scores of its pictures; relativistic compares them in pairs with those of `real` ones.
 
     minimax: log(1 - sigma(fake)), which saturates where the discriminator is sure (arXiv 1406.2661, eq. 1); non-saturating: -log sigma(fake);
-    least-squares: (fake - 1)^2 / 2; hinge and wasserstein: -fake; relativistic: -log sigma(fake - real).
+    least-squares: (fake - 1)^2 / 2 (its eq. 8 with c = 1); hinge and wasserstein: -fake; relativistic: -log sigma(fake - real).
     """
     match kind:
         case "minimax":

@@ -16,10 +16,9 @@ from sfumato.pipelines.generate import Begun, Model, Row, slerp
 
 @dataclass(frozen=True, kw_only=True)
 class GANModel(Model):
-    """See `Model`; there is no codec, the generator draws pixels. `discriminator` is what it learned against."""
+    """See `Model`; there is no codec, the generator draws pixels."""
 
     generator: nn.Module
-    discriminator: nn.Module
     codec: None = None
     way: ClassVar[str] = "gan"
     part: ClassVar[str] = "generator"
@@ -32,6 +31,8 @@ class GANModel(Model):
         """Raises ValueError for an init picture, which nothing here turns into noise."""
         if request.init is not None:
             raise ValueError(f"init (={request.init!r}) must be left out: this model draws from noise in one pass and begins from no picture")
+        if request.truncation > 1 and not self.generator.noises:  # type: ignore[operator]
+            raise ValueError(f"truncation (={request.truncation}) must be at most 1: only networks with a style go further than they learned")
 
     @torch.no_grad()
     def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:

@@ -22,10 +22,10 @@ from sfumato.pipelines.generate import Model
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-DRAWING = {  # kinds of packs: their generator, the other networks that they have, what else they say
+DRAWING = {  # kinds of packs: their generator, the other networks that it draws with, what else they say
     "latent-diffusion": ("denoiser", ("codec",), ("path", "prediction")),
     "codes": ("prior", ("codec",), ()),
-    "gan": ("generator", ("discriminator",), ()),
+    "gan": ("generator", (), ("discriminator",)),
 }
 
 
@@ -66,6 +66,7 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
     networks = {name: _empty(meta[name]) for name in (*others, part)}
     if "text" in meta:
         networks["text"] = _empty(meta["text"], meta["tokenizer"])
+    tensors = {k: v for k, v in tensors.items() if part != "generator" or not k.startswith("discriminator.")}  # which draws nothing
     foreign = [k for k in tensors if k.partition(".")[0] not in networks]
     if foreign:
         raise FileError(f"{path} holds tensors that belong to nothing it describes: {', '.join(foreign[:3])}")
@@ -74,7 +75,7 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
     networks[part].to(kind)
     common: dict[str, Any] = {"text": networks.get("text"), "meta": meta, "name": path.stem, "device": where, "dtype": kind}
     if part == "generator":
-        return GANModel(generator=networks[part], discriminator=networks["discriminator"], **common)
+        return GANModel(generator=networks[part], **common)
     upscaler, digest = upscaler_for(networks["codec"])
     common |= {"codec": networks["codec"], "upscaler": None if upscaler is None else upscaler.to(where), "upscaler_hash": digest}
     if part == "prior":

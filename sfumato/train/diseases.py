@@ -20,6 +20,8 @@ EXPLODED = 50.0  # times the usual norm of a gradient
 VANISHED = 0.02  # of the norm that it had
 SURE = 0.97  # share of both kinds that a discriminator takes for what they are
 SWING = 0.5  # of the mean distance, by which it goes up and down
+CONVERGED = 0.1  # of the first distance, below which ups and downs are noise
+NOISE = 0.25  # of the spread of scores, below which pictures are not told apart
 LINES, LOOKS = 5, 6
 
 
@@ -40,7 +42,8 @@ def _collapse(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Fin
 def _overfit(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Finding | None:
     def gone(line: Line) -> float:
         way = line["train_score"] - line["drawn_score"]
-        return (line["train_score"] - line["held_out_score"]) / way if way > 0 else 0.0
+        told_apart = way > NOISE * line.get("train_spread", 0.0) > 0
+        return (line["train_score"] - line["held_out_score"]) / way if told_apart else 0.0
 
     if len(looks) < 2 or min(gone(line) for line in looks[-2:]) < OVERFIT:
         return None
@@ -81,7 +84,7 @@ def _oscillation(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> 
     moves = [b - a for a, b in itertools.pairwise(distances)]
     turns = sum(a * b < 0 for a, b in itertools.pairwise(moves))
     size = sum(abs(m) for m in moves) / len(moves) / max(sum(distances) / len(distances), 1e-12)
-    if turns < LOOKS - 3 or size < SWING:
+    if turns < LOOKS - 3 or size < SWING or max(distances) < CONVERGED * looks[0]["kid"]:
         return None
     return Finding(
         "oscillation",

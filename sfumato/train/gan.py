@@ -6,6 +6,7 @@ discriminator's slopes come in its own step, or lazily every few steps in a step
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -148,8 +149,10 @@ class GANRecipe(Taught):
             raise ValueError(f"steps (={self.steps}) must be at least 1 and d_lr (={self.d_lr}) above 0")
         if not 0 <= self.p <= MOST_P:
             raise ValueError(f"p (={self.p}) must be between 0 and {MOST_P}: above that a generator learns the changes themselves")
-        if self.adapt.penalty != "none" and not (self.penalty.r1 or self.penalty.r2):
-            raise ValueError(f"adapt.penalty (={self.adapt.penalty!r}) moves the weight of penalty.r1 and penalty.r2: one of them must be above 0")
+        if self.adapt.penalty != "none" and not self.penalty.of_slopes:
+            raise ValueError(f"adapt.penalty (={self.adapt.penalty!r}) moves the weight of penalties on slopes: one of them must be above 0")
+        if self.adapt.penalty == "slope" and not (self.penalty.r1 or self.penalty.r2):
+            raise ValueError("adapt.penalty (='slope') follows what penalty.r1 or penalty.r2 measure: one of them must be above 0, or take overfit")
         if self.freeze < 0 or (self.freeze and not self.init):
             raise ValueError(f"freeze (={self.freeze}) must be at least 0, and needs init: what is frozen is to have learned before")
         if self.memory:
@@ -285,6 +288,8 @@ class GANTask(Lessons):
 
     kind = "gan"
     splittable = False  # halves of a batch would give batch norms other statistics
+    shardable = False  # a phase asks one network for gradients that another gets
+    broadcasts = False  # a network judges twice before its gradients are asked for: buffers must not change between
 
     def __init__(self, recipe: GANRecipe, seed: int, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
         super().__init__(recipe, seed, recipe.generator.size, text, run, device, bf16)
@@ -296,7 +301,10 @@ class GANTask(Lessons):
         self.networks: dict[str, nn.Module] = {
             "generator": self.begun(generator), "discriminator": self.begun(discriminator, "discriminator"), "balance": self.balance,
         }  # fmt: skip
-        for part in discriminator.network.parts[: recipe.freeze]:
+        parts = discriminator.network.parts
+        if recipe.freeze >= len(parts):
+            raise ValueError(f"freeze (={recipe.freeze}) must be below {len(parts)}, the parts of this discriminator: one at least is to learn")
+        for part in parts[: recipe.freeze]:
             part.requires_grad_(False)
         self.phases = self._phases()
         self.full_precision = ("discriminator",) if recipe.penalty.of_slopes else ()
@@ -340,7 +348,7 @@ class GANTask(Lessons):
         """The discriminator's loss, with its penalties where they are not lazy."""
         r, cond = self.recipe, self.heard(batch)
         slopes = r.penalty.of_slopes and r.penalty.every == 1
-        real, fake = (x.requires_grad_(slopes) for x in self._both(batch, cond))
+        real, fake = (x.requires_grad_(slopes) for x in self._both(batch, cond))  # type: ignore[union-attr]
         of_real, of_fake = self._scores(networks["discriminator"], real, fake, cond)
         loss = plain = discriminator_loss(r.loss, of_real, of_fake)
         found = self._noted(of_real.detach(), of_fake.detach()) | {"classification": plain.detach()}
@@ -353,11 +361,14 @@ class GANTask(Lessons):
 
     def smooth(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The penalties alone, as many times as heavy as they are rare."""
-        cond = self.heard(batch)
-        real, fake = (x.requires_grad_() for x in self._both(batch, cond))
-        of_real, of_fake = self._scores(networks["discriminator"], real, fake, cond)
-        penalty, found = self._slopes(networks["discriminator"], real, fake, of_real, of_fake, cond)
-        return penalty * self.recipe.penalty.every, found
+        cond, p = self.heard(batch), self.recipe.penalty
+        real, fake = (None if x is None else x.requires_grad_() for x in self._both(batch, cond, fakes=bool(p.r2 or p.gp)))
+        assert real is not None
+        network = networks["discriminator"]
+        of_real = network(real, cond).float()
+        of_fake = network(fake, cond).float() if p.r2 else None
+        penalty, found = self._slopes(network, real, fake, of_real, of_fake, cond)
+        return penalty * p.every + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
 
     def fool(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The generator's loss; nothing is left with the discriminator."""
@@ -370,10 +381,10 @@ class GANTask(Lessons):
             return generator_loss(self.recipe.loss, discriminator(fake.float(), cond).float()), {}
 
     @torch.no_grad()
-    def _both(self, batch: Batch, cond: Cond) -> tuple[Tensor, Tensor]:
+    def _both(self, batch: Batch, cond: Cond, fakes: bool = True) -> tuple[Tensor, Tensor | None]:
         """Real and generated pictures as the discriminator sees them, without a way back."""
-        fake = self.drawn(self.networks["generator"], batch["z"][:, 0], cond).to(batch["x"])
-        return self.changed(batch["x"]).detach(), self.changed(fake)
+        real = self.changed(batch["x"]).detach()
+        return real, self.changed(self.drawn(self.networks["generator"], batch["z"][:, 0], cond).to(real)) if fakes else None
 
     def _scores(self, network: nn.Module, real: Tensor, fake: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Of both together, but apart where statistics of a batch would tell them apart."""
@@ -383,7 +394,7 @@ class GANTask(Lessons):
         return network(torch.cat([real, fake]), twice).float().chunk(2)  # type: ignore[return-value]
 
     def _slopes(
-        self, network: nn.Module, real: Tensor, fake: Tensor, of_real: Tensor, of_fake: Tensor, cond: Cond
+        self, network: nn.Module, real: Tensor, fake: Tensor | None, of_real: Tensor, of_fake: Tensor | None, cond: Cond
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """All penalties on slopes, weighed, and how steep the discriminator is at real pictures."""
         p, total, found = self.recipe.penalty, of_real.new_zeros(()), {}
@@ -391,9 +402,9 @@ class GANTask(Lessons):
             at_real = squared_slopes(of_real, real)
             total = total + p.r1 / 2 * at_real.mean()
             found["slope"] = (at_real.detach() + BLANK).sqrt().mean()
-        if p.r2:
+        if p.r2 and fake is not None and of_fake is not None:
             total = total + p.r2 / 2 * squared_slopes(of_fake, fake).mean()
-        if p.gp:
+        if p.gp and fake is not None:
             u = torch.rand(len(real), device=real.device)
             total = total + p.gp * self._towards_one(network, between(real.detach(), fake.detach(), u), cond)
         if p.dragan:
@@ -408,7 +419,7 @@ class GANTask(Lessons):
 
     def _noted(self, of_real: Tensor, of_fake: Tensor) -> dict[str, Tensor]:
         """What the averages follow, and what the log says of the scores."""
-        half = middle(self.recipe.loss, *self.balance.scores)
+        half = mean_of_processes(middle(self.recipe.loss, of_real, of_fake))
         sign = torch.sign(of_real - half).mean()
         self.seen |= {"scores": mean_of_processes(torch.stack([of_real.mean(), of_fake.mean()])), "sign": mean_of_processes(sign.clone())}
         return {
@@ -430,11 +441,24 @@ class GANTask(Lessons):
     def noise(self, purpose: str, count: int) -> Tensor:
         return torch.stack([torch.randn(self.net.z, generator=torch_rng(self.seed, purpose, i)) for i in range(count)]).to(self.device)
 
+    @torch.no_grad()
+    def drawing(self, networks: dict[str, nn.Module]) -> Any:
+        """The averaged generator, ready to draw: batch norms with the statistics of its own pictures, not of the raw network's."""
+        generator = copy.deepcopy(networks["generator"])
+        norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm2d)]
+        if norms:
+            for m in norms:
+                m.reset_running_stats()
+                m.momentum = None  # the mean of all that comes
+            known = self.looked_at["cond"]
+            for i, z in _parts(self.noise("norms/z", len(_rows(known))), 64):
+                generator.train()(z, known[i : i + 64])
+        return generator.eval()
+
     def samples(self, networks: dict[str, nn.Module]) -> Image.Image:
         """The preview prompts in fixed styles with fixed noise, two of each."""
         cond, _ = self.preview()
-        generator = networks["generator"].eval()
-        return grid(to_pil(generator(self.noise("preview/z", len(_rows(cond))), cond)), columns=8)
+        return grid(to_pil(self.drawing(networks)(self.noise("preview/z", len(_rows(cond))), cond)), columns=8)
 
     @cached_property
     def looked_at(self) -> dict[str, Any]:
@@ -459,17 +483,20 @@ class GANTask(Lessons):
 
     def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]:
         """Kernel distance and diversity (of the real ones 1) of what averaged weights draw; the scores of training, held-out and drawn pictures."""
-        generator, discriminator, known = networks["generator"].eval(), self.networks["discriminator"], self.looked_at
+        generator, discriminator, known = self.drawing(networks), self.networks["discriminator"], self.looked_at
         fake = torch.cat([generator(z, known["cond"][i : i + 64]) for i, z in _parts(self.noise("look/z", len(known["x"])), 64)])
-        features = self._features(fake)
-        real = known["features"]
+        finite = float(torch.isfinite(fake).flatten(1).all(1).float().mean())
+        if finite < 1:
+            return {"finite": finite}
+        features, real = self._features(fake), known["features"]
         found = {
             "kid": kernel_distance(real, features),
             "diversity": pairwise_distance(features) / max(pairwise_distance(real), 1e-12),
         }
         discriminator.eval()
         for name, x, cond in (("train", known["x"], known["cond"]), ("held_out", *self.apart), ("drawn", fake, known["cond"])):
-            found[f"{name}_score"] = float(torch.cat([discriminator(p, cond[i : i + 64]) for i, p in _parts(x, 64)]).mean())
+            scores = torch.cat([discriminator(p, cond[i : i + 64]) for i, p in _parts(x, 64)])
+            found |= {f"{name}_score": float(scores.mean())} | ({"train_spread": float(scores.std())} if name == "train" else {})
         discriminator.train()
         return found | {"score": -found["kid"]}
 
@@ -481,11 +508,12 @@ class GANTask(Lessons):
     @cached_property
     def doctor(self) -> Doctor:
         parameters = {f"{name}_parameters": sum(p.numel() for p in self.networks[name].parameters()) for name in ("generator", "discriminator")}
-        variety = float(self.looked_at["x"].std(0).mean())
+        some = self.looked_at["x"]
+        variety = float(some.std(0).mean()) if len(some) > 1 else 0.0
         return Doctor({"kind": "gan", "images": self.loop.images, "pictures": len(self.shown.pixels), "variety": variety} | parameters)
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        parts = {name: networks[name] for name in ("generator", "discriminator")}
+        parts = {"generator": self.drawing(networks), "discriminator": networks["discriminator"]}
         return self.packed(parts, {"kind": "gan", "discriminator": to_json(self.of_discriminator)})
 
 
@@ -514,6 +542,8 @@ def _resting(network: nn.Module) -> Iterator[None]:
 def train(recipe: GANRecipe, loop: LoopConfig, out: Path, *, text: Path, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, a pair in the run folder `out`; `text` is a run or pack, copied in on the first start."""
     loop = settled(loop, out)
+    if loop.compile and recipe.penalty.of_slopes:
+        raise ValueError("compile (=True) has no second derivative, which a penalty on slopes needs: leave one of them out")
     if recipe.data != EMOJI:
         same_source(Path(out), recipe.data)
     task = main_first(loop, lambda device: GANTask(recipe, loop.seed, Path(text), Path(out), device, loop.dtype == "bf16"))

@@ -145,6 +145,7 @@ class Task(Protocol):
     What a task may have besides: `after_step(averages, images, finite) -> statistics`, once after all phases of a step, for what is not learned by
     gradients; `remarks(run) -> list of JSON lines`, after each look, which are said and logged; `full_precision`, names of networks that autocast
     leaves alone; `partly_used`, True where a loss does not reach all parameters; `splittable`, False where a loss compares pictures of a batch;
+    `shardable`, False where parameters must be whole in each process, and `broadcasts`, False where a process keeps its own buffers;
     `complete_from`, the progress from which on all its parts work, before which a run is not ended for want of a better score.
     """
 
@@ -194,6 +195,12 @@ def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
         raise ValueError(f"device (={loop.device!r}) is not available here: use auto or {state.device.type}")
     with state.main_process_first():
         return make(state.device)
+
+
+def check_sharding(task: Task, distributed: str) -> None:
+    """Raises ValueError where a launcher would cut up networks that must be whole."""
+    if distributed in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") and not getattr(task, "shardable", True):
+        raise ValueError(f"{task.kind} cannot be trained with {distributed}, which cuts networks up: use several processes without it (torchrun)")
 
 
 def begun_with(run: Path) -> dict[str, Any] | None:
@@ -255,8 +262,13 @@ class Trainer:
             mixed_precision="bf16" if loop.dtype == "bf16" else "no",
             log_with=list(loop.trackers) or None,
             project_dir=str(run),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=getattr(task, "partly_used", False))],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    find_unused_parameters=getattr(task, "partly_used", False), broadcast_buffers=getattr(task, "broadcasts", True)
+                )
+            ],
         )
+        check_sharding(task, str(self.accelerator.distributed_type).rpartition(".")[2])
         self.device = self.accelerator.device
         world = self.accelerator.num_processes
         if loop.batch_size % (world * loop.accumulate):

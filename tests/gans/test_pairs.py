@@ -72,7 +72,7 @@ def test_any_discriminator_can_be_bounded(network: NetworkConfig) -> None:
     x = torch.randn(4, 3, 16, 16)
     for _ in range(30):
         discriminator(x, said(4))
-    layers = [m for m in discriminator.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    layers = [m for m in discriminator.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.Embedding))]
     assert layers
     for m in layers:
         assert float(torch.linalg.matrix_norm(m.weight.flatten(1), 2)) == pytest.approx(1, rel=0.1)
@@ -168,10 +168,10 @@ def test_a_shift_and_a_hole_lose_what_they_should() -> None:
 
 
 def test_ada_changes_as_many_as_it_should() -> None:
-    x = torch.rand(2000, 3, 8, 8)
+    x = torch.rand(1500, 3, 64, 64)
     torch.manual_seed(0)
     same = (ada(x, 0.1) == x).flatten(1).all(1).float().mean()
-    # mirroring half of the time, a quarter turn three times of four, two shifts, size, two rotations together, width, two movements;
+    # mirroring half of the time, a quarter turn three times of four, a shift, size, two rotations together, width, a movement;
     # of colours brightness, contrast, mirrored brightness half of the time, hue, saturation
-    untouched = (1 - 0.05) * (1 - 0.075) * 0.9**2 * 0.9 * 0.9 * 0.9 * 0.9**2 * (0.9 * 0.9 * 0.95 * 0.9 * 0.9)
-    assert float(same) == pytest.approx(untouched, abs=0.04)
+    untouched = (1 - 0.05) * (1 - 0.075) * 0.9 * 0.9 * 0.9 * 0.9 * 0.9 * (0.9 * 0.9 * 0.95 * 0.9 * 0.9)
+    assert float(same) == pytest.approx(untouched, abs=0.035)

@@ -17,7 +17,14 @@ def log(looks: list[dict[str, float]] | None = None, steps: list[dict[str, float
     lines: list[dict[str, Any]] = []
     n = 12
     for i in range(n):
-        look = {"kid": 1.0 - 0.06 * i, "diversity": 0.6 + 0.02 * i, "train_score": 1.0, "held_out_score": 0.9, "drawn_score": -1.0}
+        look = {
+            "kid": 1.0 - 0.06 * i,
+            "diversity": 0.6 + 0.02 * i,
+            "train_score": 1.0,
+            "held_out_score": 0.9,
+            "drawn_score": -1.0,
+            "train_spread": 0.5,
+        }
         step = {"discriminator/real_right": 0.8, "discriminator/fake_right": 0.8, "generator/grad_norm": 1.0, "discriminator/grad_norm": 1.0,
                 "images_per_s": 100.0, "skipped": 0}  # fmt: skip
         look |= (looks or [])[i - n] if looks and i - n >= -len(looks) else {}
@@ -34,6 +41,8 @@ CASES = [
     (log(looks=[{"diversity": 0.4}] * 2), ["mode-collapse"]),
     (log(looks=[{"held_out_score": -0.5}] * 2), ["discriminator-overfits"]),
     (log(looks=[{"held_out_score": 0.5}] * 2), []),
+    (log(looks=[{"train_score": 0.02, "held_out_score": 0.005, "drawn_score": 0.0}] * 2), []),
+    (log(looks=[{"kid": k} for k in (0.02, 0.001, 0.02, 0.001, 0.02, 0.001)]), []),
     (log(steps=[{"generator/grad_norm": 1e-3} | SURE] * 6), ["vanishing-gradient"]),
     (log(steps=[{"generator/grad_norm": 1e-3}] * 6), []),
     (log(steps=[SURE] * 6), []),

@@ -22,7 +22,7 @@ from sfumato.losses.adversarial import KINDS
 from sfumato.pipelines.gan import GANModel
 from sfumato.pipelines.load import load
 from sfumato.train.gan import PRESETS, AdaptConfig, Balance, GANRecipe, GANTask, PenaltyConfig, preset_smoke, train
-from sfumato.train.loop import LoopConfig
+from sfumato.train.loop import LoopConfig, check_sharding
 
 RECIPE, LOOP = preset_smoke()
 LOOP = replace(LOOP, device="cpu", images=96, warmup=16, save_every=96, sample_every=96, log_every=16)
@@ -79,11 +79,12 @@ def test_each_phase_teaches_its_own_network(loss: str, network: str, tmp_path: P
     both = {name: dict(task.networks[name].named_parameters()) for name in ("generator", "discriminator")}
     for mine, other, go in (("generator", "discriminator", task.fool), ("discriminator", "generator", task.judge)):
         loss_of, _ = go(task.networks, batch, 0.0)
+        nothing = torch.autograd.grad(loss_of, list(both[other].values()), allow_unused=True, retain_graph=True)
+        assert all(g is None for g in nothing), other
         gradients = torch.autograd.grad(loss_of, list(both[mine].values()), allow_unused=True)
         for name, g in zip(both[mine], gradients, strict=True):
             assert g is not None, (mine, name)
             assert float(g.abs().sum()) > 0 or g.ndim <= 1, (mine, name)
-        assert all(p.grad is None for p in both[other].values())
         assert all(p.requires_grad for p in both[other].values()), "as before"
 
 
@@ -107,7 +108,7 @@ def test_both_phases_of_one_network_share_an_optimiser(tmp_path: Path) -> None:
     optimisers = trainer.optimisers
     assert optimisers["penalty"] is optimisers["discriminator"]
     steps = {int(s["step"]) for s in optimisers["discriminator"].state.values()}
-    assert steps == {4, 4 + 2}, "what is added to a score has no part in a slope"
+    assert steps == {4 + 2}
     assert not any(k.startswith("optimiser.penalty") for k in load_tensors(checkpoints(tmp_path, "state")[-1])[0])
 
 
@@ -132,6 +133,36 @@ def test_a_stop_and_a_resume_change_nothing(recipe: GANRecipe, tmp_path: Path) -
     for stop in (32, 64, None):
         train(recipe, loop, tmp_path / "parts", text=TEXT, stop_at=stop)
     same_states(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("network", ["residual", "style"])
+def test_a_bounded_discriminator_is_kept_and_the_generator_draws(network: str, tmp_path: Path) -> None:
+    recipe = of(network, {"labels": 1}, penalty=PenaltyConfig(), loss="hinge", labels="group")
+    recipe = replace(recipe, discriminator=replace(recipe.discriminator, spectral=True))
+    train(recipe, LOOP, tmp_path, text=TEXT)
+    model = load(tmp_path)
+    assert len(model.generate(label=model.meta["labels"][0], seed=1)) == 1
+
+
+def test_averaged_weights_draw_with_statistics_of_their_own(tmp_path: Path) -> None:
+    task = task_of(of("residual"), tmp_path)
+    raw = task.networks["generator"]
+    drawing = task.drawing(task.networks)
+    cond = task.looked_at["cond"]
+    x = raw.train()(task.noise("norms/z", len(task.looked_at["x"])), cond)  # with the statistics of this very batch
+    y = drawing(task.noise("norms/z", len(task.looked_at["x"])), cond)
+    torch.testing.assert_close(x, y, atol=0.05, rtol=0.05)
+    before = [b.clone() for b in raw.buffers()]
+    task.drawing(task.networks)
+    assert all(torch.equal(a, b) for a, b in zip(before, raw.buffers(), strict=True)), "the network itself is left as it is"
+
+
+def test_what_a_loop_may_not_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no second derivative"):
+        train(RECIPE, replace(LOOP, compile=True), tmp_path / "run", text=TEXT)
+    with pytest.raises(ValueError, match="gan cannot be trained with FSDP, which cuts networks up"):
+        check_sharding(task_of(RECIPE, tmp_path), "FSDP")
+    check_sharding(task_of(RECIPE, tmp_path), "MULTI_CPU")
 
 
 def test_batches_are_a_pure_function_of_the_position(tmp_path: Path) -> None:
@@ -200,6 +231,8 @@ def test_it_begins_from_another_pair_and_freezes_a_part(run: Path, own_folder: P
     still = {k for k, v in ours.items() if torch.equal(v, theirs[f"discriminator.{k}"])}
     assert {"network.first.weight", "network.blocks.1.0.mix.weight"} <= still
     assert "network.blocks.2.0.mix.weight" not in still
+    with pytest.raises(ValueError, match=r"freeze \(=9\) must be below 3, the parts of this discriminator"):
+        task_of(replace(recipe, freeze=9), tmp_path / "frozen")
     with pytest.raises(ValueError, match="must hold a generator of the recipe's shape"):
         task_of(of("style", data=str(own_folder), limit=0, init=str(run)), tmp_path / "other")
 
@@ -262,6 +295,9 @@ def test_what_a_pair_cannot_do(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "truncation has no effect" not in said
     main(["generate", "--from", out, "--model", str(run), "--out", str(tmp_path / "b.png")])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", str(run), "--truncation", "1.5", "--out", str(tmp_path / "c.png")])
+    assert "truncation (=1.5) must be at most 1" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"truncation \(=3\) must be between 0 and 2"):
         GenerateRequest(truncation=3)
 
