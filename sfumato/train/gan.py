@@ -451,7 +451,8 @@ class GANTask(Lessons):
                 m.reset_running_stats()
                 m.momentum = None  # the mean of all that comes
             known = self.looked_at["cond"]
-            for i, z in _parts(self.noise("norms/z", len(_rows(known))), 64):
+            count = len(_rows(known))
+            for i, z in _parts(self.noise("norms/z", count // 64 * 64 or count), 64):  # as many in each, since all weigh the same
                 generator.train()(z, known[i : i + 64])
         return generator.eval()
 
