@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -40,16 +43,13 @@ install_import_hook([f"sfumato.{name}" for name in SHAPED], f"sys.modules[{__nam
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # of two that share two cores, each has one
 if THREADS == 1:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
+if "SFUMATO_CACHE" not in os.environ:  # nothing is written to the user's; all processes of a run share one
+    os.environ["SFUMATO_CACHE"] = tempfile.mkdtemp(prefix="sfumato-tests-")
+    atexit.register(shutil.rmtree, os.environ["SFUMATO_CACHE"], ignore_errors=True)
+os.environ["SFUMATO_LANG"] = "en"
 torch.set_num_threads(THREADS)
 settings.register_profile("sfumato", deadline=None, derandomize=True, max_examples=50, database=None)
 settings.load_profile("sfumato")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing is written to the user's cache, unless the caller names one."""
-    os.environ.setdefault("SFUMATO_CACHE", str(tmp_path_factory.mktemp("cache")))
-    os.environ["SFUMATO_LANG"] = "en"
 
 
 @pytest.fixture(autouse=True)

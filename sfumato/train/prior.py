@@ -59,7 +59,7 @@ def preset_own() -> tuple[PriorRecipe, LoopConfig]:
     recipe, loop = preset_bundled()
     small = replace(recipe.prior, way="maskgit", width=256, depth=6, heads=4)
     recipe = replace(recipe, prior=small, variety=CLOSE, each=8, labels="auto")
-    return recipe, replace(loop, images=100_000, warmup=3_000, decay=0.5, log_every=6_400, save_every=16_000, sample_every=16_000)
+    return recipe, replace(loop, images=100_000, batch_size=16, warmup=3_000, decay=0.5, log_every=6_400, save_every=16_000, sample_every=16_000)
 
 
 def preset_smoke() -> tuple[PriorRecipe, LoopConfig]:
