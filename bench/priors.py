@@ -203,7 +203,7 @@ def baseline(options: Options, g: Ground, name: str, run: Path) -> Path:
     network = counted(task.vocabulary, task.codes.long(), BASELINES[name])  # type: ignore[arg-type]
     task.net = network.config
     out = options.out / f"{name.replace(' ', '-')}.safetensors"
-    save_pack(out, *task.packed(network, {"kind": "codes"}))
+    save_pack(out, *task.packed({"prior": network}, {"kind": "codes"}))
     return out
 
 

@@ -255,7 +255,7 @@ class Ours(nn.Module):
         self.quantizer.update(stats)
         optimisers[1].zero_grad()
         of_real, of_fake = self.discriminator(torch.cat([x, y.detach()])).chunk(2)
-        loss = discriminator_loss("hinge", of_real, of_fake)
+        loss = discriminator_loss("hinge", of_real, of_fake) / 2
         loss.backward()
         optimisers[1].step()
         return float(near)

@@ -12,6 +12,7 @@ from sfumato.codecs.upscaler import Upscaler, UpscalerConfig
 from sfumato.core.checkpoint import FileError
 from sfumato.core.config import from_json
 from sfumato.diffusion.dit import DiT, DiTConfig
+from sfumato.gans.pair import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
 from sfumato.metrics.judge import JudgeConfig, JudgeNet
 from sfumato.priors.frequency import Frequency, FrequencyConfig
 from sfumato.priors.mingpt import MinGPT, MinGPTConfig
@@ -24,6 +25,8 @@ NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {
     "prior": (PriorConfig, Prior),
     "mingpt": (MinGPTConfig, MinGPT),
     "frequency": (FrequencyConfig, Frequency),
+    "generator": (GeneratorConfig, Generator),
+    "discriminator": (DiscriminatorConfig, Discriminator),
     "text": (TextConfig, TextEncoder),
     "upscaler": (UpscalerConfig, Upscaler),
     "judge": (JudgeConfig, JudgeNet),

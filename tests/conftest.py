@@ -18,7 +18,7 @@ from hypothesis import settings
 from jaxtyping import AbstractArray, install_import_hook
 
 # the modules with shapes in their annotations
-SHAPED = ("nn", "codecs", "losses", "metrics", "priors", "diffusion", "text.encoder", "data.augment", "data.latents")
+SHAPED = ("nn", "codecs", "gans", "losses", "metrics", "priors", "diffusion", "text.encoder", "data.augment", "data.latents")
 
 
 def shapes(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -112,7 +112,7 @@ def codecs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The calls of the trainers, which end before they begin."""
     from sfumato.apps import together
-    from sfumato.train import autoencoder, diffusion, judge, prior, text, upscaler
+    from sfumato.train import autoencoder, diffusion, gan, judge, prior, text, upscaler
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -120,7 +120,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], 
         calls.append((args, options))
         raise ParsedError
 
-    for module in (autoencoder, text, diffusion, prior, upscaler, judge):
+    for module in (autoencoder, text, diffusion, prior, gan, upscaler, judge):
         monkeypatch.setattr(module, "train", train)
     monkeypatch.setattr(together, "run", train)
     return calls

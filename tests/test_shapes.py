@@ -25,7 +25,17 @@ from sfumato.diffusion.samplers import sample_ddim
 from sfumato.nn.attention import Attention
 
 PACKAGE = Path(sfumato.__file__).parent
-SHAPED = ("nn/*.py", "codecs/**/*.py", "losses/*.py", "priors/*.py", "diffusion/*.py", "text/encoder.py", "data/augment.py", "data/latents.py")
+SHAPED = (
+    "nn/*.py",
+    "codecs/**/*.py",
+    "gans/*.py",
+    "losses/*.py",
+    "priors/*.py",
+    "diffusion/*.py",
+    "text/encoder.py",
+    "data/augment.py",
+    "data/latents.py",
+)
 MODULES = sorted(
     ".".join(("sfumato", *path.relative_to(PACKAGE).with_suffix("").parts))
     for pattern in SHAPED

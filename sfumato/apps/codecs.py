@@ -139,9 +139,9 @@ def run_doctor(asked: Doctor) -> Iterator[str]:
     if not log.exists():
         raise FileError(f"{run} holds no log.jsonl: name a run folder of `sfumato train autoencoder`")
     kind = (begun_with(run) or {}).get("kind", "autoencoder")
-    if kind != "autoencoder":
+    if kind not in ("autoencoder", "gan"):
         raise ValueError(
-            f"{run} is a run of `sfumato train {kind}`: the doctor knows those of train autoencoder; "
+            f"{run} is a run of `sfumato train {kind}`: the doctor knows those of train autoencoder and gan; "
             "of this one look at samples/ and at validation_loss in log.jsonl"
         )
     lines = read_log(log)

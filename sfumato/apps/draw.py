@@ -69,6 +69,8 @@ class Generate:
     """euler, ddim, ancestral, heun or dpmpp_2m (the default)."""
     eta: float | None = None
     """Fresh noise in each step of the sampler ddim, 0 to 1."""
+    truncation: float | None = None
+    """Of GANs: how far to stray from what is usual; 1 as learned, 0.7 safer and more alike."""
     temperature: float | None = None
     """Of models that draw codes: 1 as learned, 0 always the likeliest code."""
     top_k: int | None = None
@@ -316,16 +318,25 @@ def where(model: Model) -> str:
 def warn(model: Model, r: GenerateRequest) -> None:
     """Says which options have no effect and which words mean nothing to the model."""
     usual = GenerateRequest()
-    diffusion = model.way == "diffusion"
-    for name in ("temperature", "top_k", "top_p") if diffusion else ("sampler", "eta", "guidance_interval"):
-        if getattr(r, name) != getattr(usual, name):
-            say(f"warning: {name} has no effect: it is for models that draw {'codes' if diffusion else 'by diffusion'}")
-    if not diffusion and not model.guided and (r.guidance, r.style_guidance) != (usual.guidance, None):  # type: ignore[attr-defined]
+    diffusion, gan = model.way == "diffusion", model.way == "gan"
+    codes = not diffusion and not gan
+    for name in (f.name for f in fields(r) if getattr(r, f.name) != getattr(usual, f.name)):
+        if name in ("temperature", "top_k", "top_p") and not codes:
+            say(f"warning: {name} has no effect: it is for models that draw codes")
+        if name in ("sampler", "eta", "guidance_interval") and not diffusion:
+            say(f"warning: {name} has no effect: it is for models that draw by diffusion")
+        if name in ("guidance", "style_guidance", "negative") and gan:
+            say(f"warning: {name} has no effect: it is for models that draw in steps")
+        if name == "truncation" and not gan:
+            say(f"warning: {name} has no effect: it is for GANs")
+    if codes and not model.guided and (r.guidance, r.style_guidance) != (usual.guidance, None):  # type: ignore[attr-defined]
         say("warning: guidance has no effect: this model never learned to draw with nothing said")
-    if not diffusion and r.mask is not None and r.strength != usual.strength:
+    if codes and r.mask is not None and r.strength != usual.strength:
         say("warning: strength has no effect together with mask: what that shows is drawn anew")
     if model.way == "gpt" and r.steps is not None:
         say("warning: steps has no effect: this model draws one code after the other")
+    if gan and r.steps is not None:
+        say("warning: steps has no effect: this model draws in one pass")
     if diffusion and r.eta and r.sampler != "ddim":
         say(f"warning: eta has no effect with the sampler {r.sampler}; it is for ddim")
     if r.negative and r.guidance == 1 and r.style_guidance in (None, 1):

@@ -21,7 +21,7 @@ from sfumato.core.language import translated
 from sfumato.core.request import Device
 from sfumato.core.runlog import read_log
 
-WHAT = ("all", "autoencoder", "text", "diffusion", "prior", "upscaler", "judge")
+WHAT = ("all", "autoencoder", "text", "diffusion", "prior", "gan", "upscaler", "judge")
 GENERATORS = ("diffusion", "prior")  # over the latents or codes of a codec
 LARGE = 24_000_000  # bytes that a bundled file may have
 EMOJI = "emoji"  # the embedded drawings, as --data
@@ -82,6 +82,8 @@ def _presets(what: str) -> dict[str, Callable[[], tuple[Any, Any]]]:
             from sfumato.train.judge import PRESETS
         case "prior":
             from sfumato.train.prior import PRESETS
+        case "gan":
+            from sfumato.train.gan import PRESETS
         case _:
             from sfumato.train.diffusion import PRESETS
     return PRESETS
@@ -112,7 +114,7 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
     parts: list[Any] = []
     if what in ("diffusion", "upscaler", "prior"):
         parts = [("codec", Path, field(default=Path("runs/vqgan" if what == "prior" else "runs/codec")))]
-    if what in ("diffusion", "prior"):
+    if what in ("diffusion", "prior", "gan"):
         parts.append(("text", Path, field(default=Path("runs/text"))))
     if what == "prior":
         parts.append(("kind", Literal["gpt", "maskgit"] | None, field(default=None)))
@@ -153,6 +155,10 @@ def _run(what: str, recipe: Any, loop: Any, out: Path, asked: Any, stop_at: int 
             from sfumato.train.prior import train as prior
 
             return prior(recipe, loop, out, codec=asked.codec, text=asked.text, stop_at=stop_at)
+        case "gan":
+            from sfumato.train.gan import train as gan
+
+            return gan(recipe, loop, out, text=asked.text, stop_at=stop_at)
         case _:
             from sfumato.train.diffusion import train as diffusion
 
@@ -250,7 +256,7 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
         return {"memory": 0, "disk": 0}
     if what == "autoencoder" and recipe.data != EMOJI:
         return {"memory": 0, "disk": (len(trainer.task.train) + len(trainer.task.exact)) * 4 * (2 * recipe.size) ** 2}
-    if what == "judge" and recipe.data != EMOJI:
+    if what in ("judge", "gan") and recipe.data != EMOJI:
         return {"memory": 0, "disk": 0 if are_shards(recipe.data) else trainer.task.shown.pixels.numel()}
     if what in GENERATORS and recipe.data != EMOJI:
         pixels = trainer.task.shown.pixels
@@ -264,7 +270,7 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
         return {"memory": len(pairs(drawable())) * (decoded + large), "disk": len(pairs(drawable())) * decoded}
     side = 2 * (recipe.size if what == "autoencoder" else trainer.task.size)
     rasters = len(pairs(concepts())) * 4 * side * side
-    if what in ("autoencoder", "judge"):
+    if what in ("autoencoder", "judge", "gan"):
         return {"memory": rasters, "disk": rasters}
     trained = sum(not is_held_out(c.hexcode, s) for c, s in pairs(drawable()))
     latents = trained * recipe.each * _bytes_of(trainer.task)

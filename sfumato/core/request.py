@@ -27,7 +27,8 @@ class GenerateRequest:
 
     prompt: None draws without text. style: a name, or "noto:0.5,twemoji:0.5"; None lets each seed draw its own mixture.
     guidance: 1 is none; guidance_interval (low, high) in t limits it (arXiv 2404.07724); style_guidance: a strength of its own for the style.
-    steps: None is what the model usually takes. eta: fresh noise of the sampler ddim. temperature (0 takes the likeliest), top_k (0: all) and top_p
+    steps: None is what the model usually takes. eta: fresh noise of the sampler ddim. truncation: how far a GAN strays from what is usual (1: as
+    learned, less is safer and more alike). temperature (0 takes the likeliest), top_k (0: all) and top_p
     (1: all) say how codes are drawn, where the model draws codes. seed None: a random one is chosen. size: None is the largest that the model has.
     init: a picture to begin from, of which `strength` (0 little, 1 all) is drawn anew (SDEdit, arXiv 2108.01073). mask: a picture of the same
     size, white where init is to be redrawn; what is black there stays as it is, to the pixel.
@@ -45,6 +46,7 @@ class GenerateRequest:
     guidance_interval: tuple[float, float] | None = None
     sampler: str = "dpmpp_2m"
     eta: float = 0.0
+    truncation: float = 1.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -76,7 +78,14 @@ class GenerateRequest:
             raise ValueError(f"seed (={self.seed!r}) must be a whole number")
         if self.seed is not None and not 0 <= self.seed < SEEDS - self.count:
             raise ValueError(f"seed (={self.seed}) must be between 0 and 2^63 - count")
-        for name, low, high in (("guidance", 0, 100), ("style_guidance", 0, 100), ("eta", 0, 1), ("temperature", 0, 100), ("top_p", 0, 1)):
+        for name, low, high in (
+            ("guidance", 0, 100),
+            ("style_guidance", 0, 100),
+            ("eta", 0, 1),
+            ("truncation", 0, 2),
+            ("temperature", 0, 100),
+            ("top_p", 0, 1),
+        ):
             value = getattr(self, name)
             if value is not None and type(value) not in (int, float):
                 raise ValueError(f"{name} (={value!r}) must be a number")
@@ -157,7 +166,10 @@ def parameters_text(request: GenerateRequest, *, seed: int, size: int, model: st
         "Size": f"{size}x{size}",
     }
     values |= {"Model hash": model_hash[:10], "Model": model}
-    if way != "diffusion":
+    if way == "gan":
+        del values["CFG scale"]
+        values["Truncation"] = request.truncation
+    elif way != "diffusion":
         values |= {"Temperature": request.temperature, "Top K": request.top_k, "Top P": request.top_p}
     if request.init is not None:
         values["Denoising strength"] = request.strength

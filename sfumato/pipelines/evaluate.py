@@ -170,6 +170,7 @@ class Options:
     resize: Resize = "antialias"
     steps: int | None = None
     guidance: float = 3.0
+    truncation: float = 1.0
     seed: int = 0
     repeats: int = 5
     command: str = ""
@@ -334,7 +335,7 @@ def asked_for(model: Model, pictures: PictureSet, rows: Sequence[int], options: 
         style = pictures.styles[row] if pictures.styles[row] in model.styles else None
         if model.needs_label and label is None:
             label = model.meta["labels"][i % len(model.meta["labels"])]
-        shape = {"steps": options.steps, "guidance": options.guidance, "size": model.size}
+        shape = {"steps": options.steps, "guidance": options.guidance, "truncation": options.truncation, "size": model.size}
         requests.append(GenerateRequest(prompt=prompt, label=label, style=style, seed=options.seed + i, **shape))  # type: ignore[arg-type]
     return requests
 
@@ -532,6 +533,8 @@ def stability_figures(e: Evaluation, kept: Looked, usual: Usual, model: Model | 
     }
     if model.way == "gpt":
         del changes["steps"]  # one a code
+    if model.way == "gan":
+        changes = {"seed": changes["seed"], "truncation": [ask(replace(o, truncation=t)) for t in (0.5, 0.7, 0.85, 1.0)]}
     if model.text is not None:
         worded = [lambda p: p, lambda p: f"a picture of {p}", lambda p: f"{p}.", str.upper]
         changes["words"] = [[replace(r, prompt=w(r.prompt)[:LONGEST_PROMPT]) if r.prompt else r for r in ask(o)] for w in worded]
@@ -614,16 +617,17 @@ def retrieval_figures(e: Evaluation, found: Tensor, asked: Asked) -> None:
 def cost_figures(e: Evaluation, model: Model, trained: float | None) -> None:
     """Parameters, operations, seconds and pictures a second, in drawing and in training, memory."""
     e.start()
-    networks = {"codec": model.codec, model.part: model.generator} | ({"text": model.text} if model.text is not None else {})
+    parts = {"codec": model.codec, model.part: model.network, "text": model.text}
+    networks = {name: network for name, network in parts.items() if network is not None}
     for name, count in cost.parameters(networks).items():
         e.add("cost", f"parameters: {name}", count, n=1, looked=False)
     label = (model.meta["labels"] or [None])[0]
     request = GenerateRequest(prompt="a cat" if model.text is not None else None, label=label, steps=20, seed=0, size=model.size)
-    gpt = model.way == "gpt"
-    ways = {"one code at a time": None} if gpt else {f"{n} step{'s' * (n > 1)}": n for n in (1, 4, 20)}
+    only = {"gpt": "one code at a time", "gan": "in one pass"}.get(model.way)
+    ways = {only: None} if only else {f"{n} step{'s' * (n > 1)}": n for n in (1, 4, 20)}
     many = list(ways)[-1]
     flops = cost.flops(lambda: list(model.pictures(request))) / 1e9
-    e.add("cost", "operations of one picture" + ("" if gpt else f" in {many}"), flops, n=1, unit="GFLOP", looked=False)
+    e.add("cost", "operations of one picture" + ("" if only else f" in {many}"), flops, n=1, unit="GFLOP", looked=False)
     for said, steps in ways.items():
         e.start()
         asked = replace(request, steps=steps)
@@ -720,14 +724,17 @@ def _pairs(e: Evaluation, subject: Model | PictureSet, real: Tensor) -> None:
         both = zip(e.reference.batches(theirs), subject.batches(ours), strict=True)
         pairwise_figures(e, both, len(pairs), [e.reference.names[b] for b in theirs], "named alike")
         return
+    if (codec := subject.codec) is None:
+        e.remarks.append("no pairwise figures: this model draws pixels and has no codec")
+        return
     rows = [e.rows[i] for i in evenly(len(e.rows), min(MOST, max(e.options.count, FEWEST_PAIRS)) if e.options.count else MOST)]
     e.samples = {"model": e.samples["model"], "hash": e.samples["hash"], "count": len(rows), "of": "the reference pictures, through its codec"}
 
     @torch.no_grad()
     def copies() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in e.reference.batches(rows):
-            x = batch if subject.codec.spec.image_channels == 4 else over(batch)
-            y = subject.codec.decode(subject.codec.encode(x.to(subject.device) * 2 - 1).mean).cpu()  # type: ignore[arg-type]
+            x = batch if codec.spec.image_channels == 4 else over(batch)
+            y = codec.decode(codec.encode(x.to(subject.device) * 2 - 1).mean).cpu()  # type: ignore[arg-type]
             yield x, ((y.clamp(-1, 1) + 1) * 127.5).round() / 255
 
     fake = pairwise_figures(e, copies(), len(rows), [e.reference.names[r] for r in rows], "reconstruction by the codec")

@@ -106,7 +106,7 @@ class Begun:
 class Model(ABC):
     """Codec, text encoder and a generator of one pack: what draws. Made by `sfumato.load`. How it draws, its kinds say (`latents`)."""
 
-    codec: Autoencoder
+    codec: Autoencoder | None
     text: TextEncoder | None
     meta: dict[str, Any]
     name: str
@@ -217,7 +217,7 @@ class Model(ABC):
         self.check(request)
         if request.seed is None:
             request = replace(request, seed=secrets.randbelow(2**31))
-        if self.way != "gpt":  # whose steps are its codes
+        if self.way not in ("gpt", "gan"):  # whose steps are its codes, or one
             request = replace(request, steps=self.steps_of(request))
         seeds = [request.seed + i for i in range(request.count)]  # type: ignore[operator]
         return [Row(request, i, seed, self._style_of(request, seed)) for i, seed in enumerate(seeds)]
@@ -243,6 +243,7 @@ class Model(ABC):
         if request.init is None:
             return None
         init, mask = self._pictures_of(request)
+        assert self.codec is not None
         whole = init.mode == "RGBA"
         side, channels = self.side(request), self.codec.spec.image_channels
         small = to_tensor(framed(init, self.size), channels).to(self.device)
@@ -265,7 +266,7 @@ class Model(ABC):
         """What `decode` takes, after each step, for rows that share steps, guidance and what they begin from."""
 
     @property
-    def generator(self) -> nn.Module:
+    def network(self) -> nn.Module:
         """The network that draws."""
         return getattr(self, self.part)
 
@@ -291,6 +292,7 @@ class Model(ABC):
         return x
 
     def _decoded(self, z: Tensor) -> Tensor:
+        assert self.codec is not None
         return self.codec.decode(z.float())
 
     @torch.no_grad()

@@ -17,11 +17,16 @@ from sfumato.diffusion.path import PathConfig, make_path
 from sfumato.metrics.judge import Judge
 from sfumato.pipelines.codes import CodesModel
 from sfumato.pipelines.find import bundled, find
+from sfumato.pipelines.gan import GANModel
 from sfumato.pipelines.generate import Model
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-DRAWING = {"latent-diffusion": ("denoiser", ("path", "prediction")), "codes": ("prior", ())}  # kinds of packs: their generator, what else they say
+DRAWING = {  # kinds of packs: their generator, the other networks that it draws with, what else they say
+    "latent-diffusion": ("denoiser", ("codec",), ("path", "prediction")),
+    "codes": ("prior", ("codec",), ()),
+    "gan": ("generator", (), ("discriminator",)),
+}
 
 
 def choose_device(device: Device) -> torch.device:
@@ -52,26 +57,27 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
     path = find(model)
     tensors, meta = load_pack(path)
     if meta["kind"] not in DRAWING:
-        raise FileError(f"{path} is of kind {meta['kind']!r} and does not draw by itself: name a run of `sfumato train diffusion` or `train prior`")
-    part, needed = DRAWING[meta["kind"]]
-    if missing := [k for k in (*needed, "codec", part, "size", "styles", "labels", "words") if k not in meta]:
+        raise FileError(f"{path} is of kind {meta['kind']!r} and does not draw by itself: name a run of `sfumato train diffusion`, prior or gan")
+    part, others, needed = DRAWING[meta["kind"]]
+    if missing := [k for k in (*needed, *others, part, "size", "styles", "labels", "words") if k not in meta]:
         raise FileError(f"{path} lacks {', '.join(missing)} in its metadata: it was not written whole, or not by sfumato")
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    networks = {"codec": _empty(meta["codec"]), part: _empty(meta[part])}
+    networks = {name: _empty(meta[name]) for name in (*others, part)}
     if "text" in meta:
         networks["text"] = _empty(meta["text"], meta["tokenizer"])
+    tensors = {k: v for k, v in tensors.items() if part != "generator" or not k.startswith("discriminator.")}  # which draws nothing
     foreign = [k for k in tensors if k.partition(".")[0] not in networks]
     if foreign:
         raise FileError(f"{path} holds tensors that belong to nothing it describes: {', '.join(foreign[:3])}")
     for name, network in networks.items():
         networks[name] = zoo.load_into(network, tensors, f"{name}.").to(where)
     networks[part].to(kind)
+    common: dict[str, Any] = {"text": networks.get("text"), "meta": meta, "name": path.stem, "device": where, "dtype": kind}
+    if part == "generator":
+        return GANModel(generator=networks[part], **common)
     upscaler, digest = upscaler_for(networks["codec"])
-    common: dict[str, Any] = {
-        "codec": networks["codec"], "text": networks.get("text"), "meta": meta, "name": path.stem, "device": where, "dtype": kind,
-        "upscaler": None if upscaler is None else upscaler.to(where), "upscaler_hash": digest,
-    }  # fmt: skip
+    common |= {"codec": networks["codec"], "upscaler": None if upscaler is None else upscaler.to(where), "upscaler_hash": digest}
     if part == "prior":
         return CodesModel(prior=networks[part], **common)
     return LatentDiffusion(denoiser=networks[part], path=make_path(from_json(PathConfig, meta["path"], "path")), **common)

@@ -8,13 +8,13 @@ is trusted as far as it tells pictures from copies (see `Adversary.trust`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.gans.discriminators import PatchConfig, PatchDiscriminator
-from sfumato.losses.adversarial import Kind, adaptive_weight, discriminator_loss, generator_loss, lecam_penalty, r1_penalty
+from sfumato.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, lecam_penalty, middle, r1_penalty
 
 MEMORY = 0.99  # of the running averages of scores
 QUICK = 0.95  # of that of the share right
@@ -28,7 +28,7 @@ class AdversaryConfig:
     """
 
     weight: float = 0.0
-    loss: Kind = "hinge"
+    loss: Literal["hinge", "non-saturating", "least-squares"] = "hinge"
     discriminator: PatchConfig = field(default_factory=PatchConfig)
     begins: float = 0.5
     joins: float = 0.6
@@ -137,13 +137,13 @@ class Adversary:
             of_real, of_fake = network(real).float(), network(fake).float()
         else:
             of_real, of_fake = network(torch.cat([real, fake])).float().chunk(2)
-        loss = plain = discriminator_loss(c.loss, of_real, of_fake)
+        loss = plain = discriminator_loss(c.loss, of_real, of_fake) / 2
         if c.lecam:
             loss = loss + c.lecam * lecam_penalty(of_real, of_fake, self.controls.scores.clone())
         if c.r1:
             loss = loss + c.r1 * r1_penalty(of_real, real)
-        middle = self.controls.scores.mean() if c.loss == "least-squares" else torch.zeros((), device=real.device)
-        found = {"real_right": (of_real > middle).float().mean(), "fake_right": (of_fake < middle).float().mean()}
+        half = middle(c.loss, *self.controls.scores)
+        found = {"real_right": (of_real > half).float().mean(), "fake_right": (of_fake < half).float().mean()}
         with torch.no_grad():
             right = (found["real_right"] + found["fake_right"]) / 2
             self.seen.append(mean_of_processes(torch.stack([of_real.mean(), of_fake.mean(), right])))

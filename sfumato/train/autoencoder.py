@@ -306,7 +306,7 @@ class AutoencoderTask:
             "pictures": len(self.train), "cells": cells, "codes": 0 if isinstance(b, KLConfig) else b.codebook_size, "bottleneck": b.kind,
             "parameters": sum(p.numel() for p in self.networks["codec"].parameters()), "values": r.size**2 * some.shape[1],
             "variety": float(some.std(0).mean()) if len(some) > 1 else 0.0, "adversary": r.adversary.weight > 0, "most": r.adversary.most,
-            "blank": float(discriminator_loss(r.adversary.loss, torch.zeros(1), torch.zeros(1))),
+            "blank": float(discriminator_loss(r.adversary.loss, torch.zeros(1), torch.zeros(1))) / 2,
         }  # fmt: skip
 
     @cached_property

@@ -1,6 +1,6 @@
-"""What training a generator over a frozen codec needs, whatever the generator is: pictures as the codec sees them, and what is said of each.
+"""What training a generator needs, whatever the generator is: pictures, and what is said of each; and over a frozen codec, as the codec sees them.
 
-Pictures are encoded once, several augmented ones per drawing, and captions are made anew each time from what those pictures show.
+For a codec pictures are encoded once, several augmented ones per drawing; captions are made anew each time from what those pictures show.
 """
 
 from __future__ import annotations
@@ -108,27 +108,27 @@ class Taught:
             raise ValueError(f"memory (=True) compares captions: it needs {self.part}.text_width > 0, or must be False")
 
 
-class Conditioned:
-    """A frozen codec and text encoder, pictures, and what is said of them. `net` is the recipe's config of the generator, as the data has it."""
+class Lessons:
+    """Pictures of one size, what is said of them, and a frozen text encoder. `net` is the recipe's config of the generator, as the data has it."""
 
-    measures = True  # whether the generator sees latents, which are standardised
+    codec: Autoencoder | None = None
     of_codes: tuple[str, ...] = ()  # parts of the generator that mean the codes of one codec
 
-    def __init__(self, recipe: Taught, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
-        self.recipe, self.seed, self.device, self.bf16 = recipe, seed, torch.device(device), bf16
+    def __init__(self, recipe: Taught, seed: int, size: int, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
+        self.recipe, self.seed, self.size, self.device, self.bf16 = recipe, seed, size, torch.device(device), bf16
         net = getattr(recipe, recipe.part)
-        part = frozen_part(codec, run, "codec")
-        self.codec, self.codec_meta = self._load_codec(part)
-        self.size = int(self.codec_meta["size"])
-        self.shown = subjects(recipe.data, self.size, limit=recipe.limit, labels=recipe.labels)
+        self.shown = subjects(recipe.data, size, limit=recipe.limit, labels=recipe.labels)
         self.styles = self.shown.styles if net.styles else []
         self.net = self._of_data(net)
         self.text, self.text_meta = self._load_text(frozen_part(text, run, "text")) if self.net.text_width else (None, {})
         own = recipe.data != EMOJI  # drawn as often as they come, whatever their styles; of the drawings every style is drawn as often as another
         self.groups = [np.arange(len(self.shown.style))] if own else [np.flatnonzero(self.shown.style == s) for s in range(len(self.shown.styles))]
         self.groups = [g for g in self.groups if len(g)]
-        if self.measures:
-            self._measure(part)
+
+    @property
+    def image_channels(self) -> int:
+        """3: pictures are seen over white; 4: with alpha."""
+        return self.net.image_channels  # type: ignore[no-any-return]
 
     def _of_data(self, net: Net) -> Net:
         """The recipe's, with as many styles, labels and things to remember as there are; without text where nothing is said."""
@@ -139,21 +139,22 @@ class Conditioned:
                 translated(f"memory has no effect: {things:,} different captions are more than the {MOST_THINGS:,} that it keeps"), file=sys.stderr
             )
         text_width = net.text_width if shown.captioned else 0
-        return replace(net, text_width=text_width, styles=len(self.styles), labels=len(shown.labels), memory=things if things <= MOST_THINGS else 0)
+        memory = {"memory": things if things <= MOST_THINGS else 0} if hasattr(net, "memory") else {}
+        return replace(net, text_width=text_width, styles=len(self.styles), labels=len(shown.labels), **memory)
 
-    def begun(self, network: nn.Module) -> nn.Module:
+    def begun(self, network: nn.Module, part: str = "") -> nn.Module:
         """The network with a memory of the names of things, and with the weights of the one in `recipe.init`: all of them, or, for one's own
         pictures, all that have the same name, shape and meaning. Raises ValueError where it is of another shape or of another codec's codes.
         """
-        if network.memory is not None:
+        if getattr(network, "memory", None) is not None:
             network.memory.keys.data.copy_(self._names())  # type: ignore[union-attr, operator]
         if not self.recipe.init:
             return network
-        check_begun(self.recipe, self.net)
-        part = self.recipe.part
+        part = part or self.recipe.part
+        check_begun(self.recipe, network.config, part)
         tensors, meta = load_pack(find(self.recipe.init))
         codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
-        same = not self.of_codes or hash_tensors(codec) == hash_tensors(self.codec.state_dict())
+        same = not self.of_codes or hash_tensors(codec) == hash_tensors(self.codec.state_dict())  # type: ignore[union-attr]
         if self.recipe.data == EMOJI:
             if not same:
                 raise ValueError(f"init (={self.recipe.init!r}) learned the codes of another codec: name that codec with --codec, or leave init out")
@@ -161,19 +162,12 @@ class Conditioned:
         own, said = network.state_dict(), self.shown.about()
         named = {"style": meta["styles"] == self.styles, "label": meta["labels"] == self.shown.labels, "memory": meta["words"] == said["words"]}
         named |= dict.fromkeys(self.of_codes, same)
-        fits = lambda k: named.get(k.partition(".")[0].partition("_")[0], True)  # noqa: E731  # a row of another thing is worth nothing
+        fits = lambda k: named.get(k.removeprefix("told.").partition(".")[0].partition("_")[0], True)  # noqa: E731  # a row of another thing is worth nothing
         taken = {k: v for k, v in own.items() if (t := tensors.get(f"{part}.{k}")) is not None and t.shape == v.shape and fits(k)}
         network.load_state_dict(own | {k: tensors[f"{part}.{k}"].to(v) for k, v in taken.items()})
         return network
 
-    # --- frozen parts and pictures ----------------------------------------------------------------------------------------------------------------
-
-    def _load_codec(self, pack: Path) -> tuple[Autoencoder, dict[str, Any]]:
-        tensors, meta = load_pack(pack)
-        if "codec" not in meta:
-            raise FileError(f"{pack} holds no codec: name a run of `sfumato train autoencoder`")
-        codec = zoo.load_into(zoo.make(meta["codec"]), tensors, "codec.").to(memory_format=torch.channels_last)  # type: ignore[arg-type, call-overload]
-        return codec.to(self.device), meta
+    # --- text and pictures ------------------------------------------------------------------------------------------------------------------------
 
     def _load_text(self, pack: Path) -> tuple[TextEncoder, dict[str, Any]]:
         tensors, meta = load_pack(pack)
@@ -199,35 +193,16 @@ class Conditioned:
         return self.as_seen(render(self.shown.pixels, [self.scene(int(i)) for i in indices], self.size))
 
     def as_seen(self, rgba: Tensor) -> Tensor:
-        """Pictures "b 4 h w" in [0, 1], premultiplied, as the codec takes them: in [-1, 1], over white where it has no alpha."""
-        x = over(rgba) if self.codec.spec.image_channels == 3 else rgba
+        """Pictures "b 4 h w" in [0, 1], premultiplied, as the network takes them: in [-1, 1], over white where it has no alpha."""
+        x = over(rgba) if self.image_channels == 3 else rgba
         return (x * 2 - 1).to(self.device).contiguous(memory_format=torch.channels_last)
-
-    def _measure(self, part: Path) -> None:
-        """Standardises the codec's latents over augmented pictures of this run's own data, once: the run's copy of the codec keeps the result."""
-        if self.codec_meta.get("measured"):
-            return
-        count = len(self.shown.pixels) * self.recipe.each
-        n = min(2048, count)
-        every = np.linspace(0, count - 1, n).astype(int)
-        measure_latents(self.codec, (self.pictures(every[i : i + 64]) for i in range(0, n, 64)))
-        meta = {k: v for k, v in self.codec_meta.items() if k != "hash"} | {"measured": True}
-        save_pack(part, {f"codec.{k}": v for k, v in self.codec.state_dict().items()}, meta)
-
-    def made_from(self) -> dict[str, Any]:
-        """What a cache of encoded pictures depends on."""
-        return {
-            "codec": hash_tensors(self.codec.state_dict()),
-            "seed": self.seed,
-            "variety": to_json(self.recipe.variety),
-            "each": self.recipe.each,
-            "drawings": self.shown.digest,
-        }
 
     def _hot(self, style: np.ndarray) -> Tensor:
         """Style indices "b" as weights "b styles"; all zero where there is none."""
         at = torch.from_numpy(np.asarray(style))
-        return F.one_hot(at.clamp_min(0), max(len(self.styles), 1))[:, : len(self.styles)].float() * (at >= 0)[:, None]
+        if not self.styles:
+            return torch.zeros(len(at), 0)
+        return F.one_hot(at.clamp_min(0), len(self.styles)).float() * (at >= 0)[:, None]
 
     # --- what is said -----------------------------------------------------------------------------------------------------------------------------
 
@@ -292,18 +267,11 @@ class Conditioned:
         cond = self.cond(captions, self._hot(np.array(styles)), torch.tensor(labels))
         return cond, silent(cond, torch.ones(len(asked), dtype=torch.bool, device=self.device))
 
-    def packed(self, network: nn.Module, meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The pack that draws: codec, text encoder and the generator."""
-        part = self.recipe.part
-        parts = {"codec": self.codec, part: network} | ({"text": self.text} if self.text else {})
+    def packed(self, networks: dict[str, nn.Module], meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The pack that draws: the networks, those that are frozen among them."""
+        parts = networks | ({"text": self.text} if self.text else {})
         tensors = {f"{name}.{k}": v for name, net in parts.items() for k, v in net.state_dict().items()}
-        meta = {
-            "codec": self.codec_meta["codec"],
-            part: to_json(self.net),
-            "size": self.size,
-            "styles": self.styles,
-            "labels": self.shown.labels,
-        } | meta
+        meta = {self.recipe.part: to_json(self.net), "size": self.size, "styles": self.styles, "labels": self.shown.labels} | meta
         meta |= self.shown.about()
         meta["credits"] += [c for c in self._inherited() if c not in meta["credits"]]
         return tensors, meta | ({"text": self.text_meta["text"], "tokenizer": self.text_meta["tokenizer"]} if self.text else {})
@@ -313,14 +281,64 @@ class Conditioned:
         return list(read_metadata(find(self.recipe.init)).get("credits") or []) if self.recipe.init else []  # type: ignore[call-overload]
 
 
-def check_begun(recipe: Taught, net: Any) -> None:
-    """Raises ValueError where `recipe.init` has no generator of this shape.
+class Conditioned(Lessons):
+    """The same over a frozen codec."""
+
+    codec: Autoencoder
+    measures = True  # whether the generator sees latents, which are standardised
+
+    def __init__(self, recipe: Taught, seed: int, codec: Path, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
+        self.recipe, self.device = recipe, torch.device(device)
+        part = frozen_part(codec, run, "codec")
+        self.codec, self.codec_meta = self._load_codec(part)
+        super().__init__(recipe, seed, int(self.codec_meta["size"]), text, run, device, bf16)
+        if self.measures:
+            self._measure(part)
+
+    @property
+    def image_channels(self) -> int:
+        return self.codec.spec.image_channels
+
+    def _load_codec(self, pack: Path) -> tuple[Autoencoder, dict[str, Any]]:
+        tensors, meta = load_pack(pack)
+        if "codec" not in meta:
+            raise FileError(f"{pack} holds no codec: name a run of `sfumato train autoencoder`")
+        codec = zoo.load_into(zoo.make(meta["codec"]), tensors, "codec.").to(memory_format=torch.channels_last)  # type: ignore[arg-type, call-overload]
+        return codec.to(self.device), meta  # type: ignore[return-value]
+
+    def _measure(self, part: Path) -> None:
+        """Standardises the codec's latents over augmented pictures of this run's own data, once: the run's copy of the codec keeps the result."""
+        if self.codec_meta.get("measured"):
+            return
+        count = len(self.shown.pixels) * self.recipe.each
+        n = min(2048, count)
+        every = np.linspace(0, count - 1, n).astype(int)
+        measure_latents(self.codec, (self.pictures(every[i : i + 64]) for i in range(0, n, 64)))
+        meta = {k: v for k, v in self.codec_meta.items() if k != "hash"} | {"measured": True}
+        save_pack(part, {f"codec.{k}": v for k, v in self.codec.state_dict().items()}, meta)
+
+    def made_from(self) -> dict[str, Any]:
+        """What a cache of encoded pictures depends on."""
+        return {
+            "codec": hash_tensors(self.codec.state_dict()),
+            "seed": self.seed,
+            "variety": to_json(self.recipe.variety),
+            "each": self.recipe.each,
+            "drawings": self.shown.digest,
+        }
+
+    def packed(self, networks: dict[str, nn.Module], meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return super().packed({"codec": self.codec} | networks, {"codec": self.codec_meta["codec"]} | meta)
+
+
+def check_begun(recipe: Taught, net: Any, part: str = "") -> None:
+    """Raises ValueError where `recipe.init` has no such part of this shape.
 
     For one's own pictures other styles, labels, words and things are no hindrance, other widths are.
     """
     pack = find(recipe.init)
     meta = read_metadata(pack)
-    part = recipe.part
+    part = part or recipe.part
     found = meta.get(part)
     apart = OF_DATA if recipe.data != EMOJI else ()
     if not isinstance(found, dict) or any(found.get(k) != v for k, v in to_json(net).items() if k not in apart):

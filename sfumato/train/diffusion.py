@@ -183,7 +183,7 @@ class DiffusionTask(Conditioned):
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         meta = {"kind": "latent-diffusion", "path": to_json(self.recipe.path), "prediction": self.recipe.objective.prediction}
-        return self.packed(networks["denoiser"], meta)
+        return self.packed({"denoiser": networks["denoiser"]}, meta)
 
 
 def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:

@@ -9,72 +9,37 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sfumato.core.runlog import read_log
-
-Line = dict[str, Any]
-Facts = dict[str, Any]
+from sfumato.train import diseases
+from sfumato.train.finding import Facts, Finding, Line, equal, not_finite
 
 DEAD = 0.5  # share of codes that are used, below which the others are a disease
 FEW_LATENTS = 16  # of the training pictures for each code
-EQUAL = 0.02  # mean standard deviation over pictures, of a range of 2
 RIGHT, WRONG = 0.97, 0.55  # share that a discriminator takes for what they are: too strong above, too weak below
 WORSE_THAN_BLANK = 1.3  # times the loss of a discriminator that says nothing, which one that learns stays below
 AT_CAP = 0.5  # share of steps with the adaptive weight at its cap
-SKIPPED = 3  # steps that were not finite
 FELL = 3.0  # dB below the best
 OVERFIT, WORSE = 3.0, 0.3  # dB between training and held-out pictures; dB of held-out ones below their best
 SOFT = 0.35  # share of the originals' detail that copies keep; healthy VQGANs of 8 x 8 codes keep 0.45
 DEAD_CHANNELS = 0.1  # share of latent channels that carry anything
 LATE = 0.8  # of a run, before which copies may be blurred still
 LINES = 5  # of the log, that a judgement is made from
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`name` of the disease, what is seen, and what helps."""
-
-    name: str
-    sees: str
-    helps: str
-
-    @property
-    def says(self) -> str:
-        return f"{self.sees}; what helps: {self.helps}"
+LOOK = {"psnr", "kid"}  # what a line of a look has, of a codec or of a GAN
 
 
 def diagnose(lines: Sequence[Line], facts: Facts) -> list[Finding]:
     """All that is wrong with a run, the most fundamental first. Of what follows from something else only the cause is named."""
-    looks, steps = [line for line in lines if "psnr" in line], [line for line in lines if "images_per_s" in line]
-    if (found := _equal(facts)) is not None:
+    gan = facts.get("kind") == "gan"
+    rules, causes = (diseases.RULES, diseases.CAUSES) if gan else (RULES, CAUSES)
+    looks, steps = [line for line in lines if LOOK & line.keys()], [line for line in lines if "images_per_s" in line]
+    if (found := equal(facts)) is not None:
         return [found]
-    found = [f for rule in RULES if (f := rule(looks, steps, facts)) is not None]
+    found = [f for rule in rules if (f := rule(looks, steps, facts)) is not None]
     names = {f.name for f in found}
-    return [f for f in found if not names & CAUSES.get(f.name, set())]
-
-
-def _equal(facts: Facts) -> Finding | None:
-    if facts.get("variety", 1.0) >= EQUAL:
-        return None
-    return Finding(
-        "equal-data",
-        f"the training pictures are all but equal: they differ by {facts['variety']:.4f} of a range of 2",
-        "other pictures; `sfumato data check` names copies",
-    )
-
-
-def _not_finite(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Finding | None:
-    skipped = steps[-1].get("skipped", 0) if steps else 0
-    if skipped < SKIPPED:
-        return None
-    return Finding(
-        "not-finite",
-        f"{skipped:,} steps were not finite and were skipped",
-        "a lower --loop.lr, --dtype fp32, or --loop.auto, which goes back to a checkpoint with half the learning rate",
-    )
+    return [f for f in found if not names & causes.get(f.name, set())]
 
 
 def _too_many_codes(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Finding | None:
@@ -225,7 +190,7 @@ def _posterior(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Fi
 
 
 RULES: tuple[Callable[[Sequence[Line], Sequence[Line], Facts], Finding | None], ...] = (
-    _not_finite,
+    not_finite,
     _posterior,
     _too_many_codes,
     _dead,
@@ -259,7 +224,7 @@ class Doctor:
     def look(self, log: Path) -> list[dict[str, Any]]:
         """JSON lines of what was not found at the look before; the log says what that was, also to a run that was gone on with."""
         lines = read_log(log)
-        looks = [line["images"] for line in lines if "psnr" in line]
+        looks = [line["images"] for line in lines if LOOK & line.keys()]
         before = [line for line in lines if line["images"] <= looks[-2]] if len(looks) > 1 else []
         said = {f.name for f in diagnose(before, self.facts)} if before else set()
         return [{"finding": f.name, "says": f.says} for f in diagnose(lines, self.facts) if f.name not in said]

@@ -124,7 +124,8 @@ Loss = Callable[[dict[str, nn.Module], Batch, float], tuple[Tensor, dict[str, Te
 @dataclass(frozen=True)
 class Phase:
     """One optimiser: the networks it changes, its loss (networks, batch, progress in [0, 1]) -> (scalar, statistics), its period in steps (every
-    step until the progress `thinned`), from which progress on it works, and betas where they are not the loop's.
+    step until the progress `thinned`), from which progress on it works, and betas where they are not the loop's. `shares` names an earlier phase of
+    the same networks whose optimiser it uses instead of one of its own.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Phase:
     begins: float = 0.0
     thinned: float = 0.0
     betas: tuple[float, float] | None = None
+    shares: str = ""
 
 
 class Task(Protocol):
@@ -143,6 +145,7 @@ class Task(Protocol):
     What a task may have besides: `after_step(averages, images, finite) -> statistics`, once after all phases of a step, for what is not learned by
     gradients; `remarks(run) -> list of JSON lines`, after each look, which are said and logged; `full_precision`, names of networks that autocast
     leaves alone; `partly_used`, True where a loss does not reach all parameters; `splittable`, False where a loss compares pictures of a batch;
+    `shardable`, False where parameters must be whole in each process, and `broadcasts`, False where a process keeps its own buffers;
     `complete_from`, the progress from which on all its parts work, before which a run is not ended for want of a better score.
     """
 
@@ -192,6 +195,12 @@ def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
         raise ValueError(f"device (={loop.device!r}) is not available here: use auto or {state.device.type}")
     with state.main_process_first():
         return make(state.device)
+
+
+def check_sharding(task: Task, distributed: str) -> None:
+    """Raises ValueError where a launcher would cut up networks that must be whole."""
+    if distributed in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") and not getattr(task, "shardable", True):
+        raise ValueError(f"{task.kind} cannot be trained with {distributed}, which cuts networks up: use several processes without it (torchrun)")
 
 
 def begun_with(run: Path) -> dict[str, Any] | None:
@@ -253,8 +262,13 @@ class Trainer:
             mixed_precision="bf16" if loop.dtype == "bf16" else "no",
             log_with=list(loop.trackers) or None,
             project_dir=str(run),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=getattr(task, "partly_used", False))],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    find_unused_parameters=getattr(task, "partly_used", False), broadcast_buffers=getattr(task, "broadcasts", True)
+                )
+            ],
         )
+        check_sharding(task, str(self.accelerator.distributed_type).rpartition(".")[2])
         self.device = self.accelerator.device
         world = self.accelerator.num_processes
         if loop.batch_size % (world * loop.accumulate):
@@ -266,7 +280,10 @@ class Trainer:
         if loop.compile:
             for network in self.prepared.values():
                 network.compile()
-        self.optimisers = {p.name: self._optimiser(p) for p in task.phases}
+        self.optimisers: dict[str, torch.optim.Optimizer] = {}
+        for p in task.phases:
+            self.optimisers[p.name] = self.optimisers[p.shares] if p.shares else self._optimiser(p)
+        self.owners = [p for p in task.phases if not p.shares]  # of the optimisers
         self.accumulate = loop.accumulate  # doubled where a batch does not fit into memory
         self.counters = {"images": 0, "steps": 0, "skipped": 0, "skipped_in_a_row": 0, "stale": 0, "rollbacks": 0}
         self.best = -math.inf
@@ -545,7 +562,7 @@ class Trainer:
         """Every tensor that the run needs to go on exactly."""
         tensors = {f"raw.{n}.{k}": v for n, net in self.task.networks.items() for k, v in net.state_dict().items()}
         tensors |= {f"ema.{n}.{k}": v for n, net in self.averages.items() for k, v in net.state_dict().items()}
-        for phase in self.task.phases:
+        for phase in self.owners:
             if self.optimisers[phase.name].state:  # asking an optimiser that never stepped would make it step
                 found = get_optimizer_state_dict(self._module(phase), self.optimisers[phase.name])["state"]
                 tensors |= {f"optimiser.{phase.name}.{p}#{k}": v for p, values in found.items() for k, v in values.items()}
@@ -563,7 +580,7 @@ class Trainer:
     def _save_here(self) -> None:
         images = self.counters["images"]
         counters = self.counters | {"best": self.best if math.isfinite(self.best) else None}
-        stateless = {p.name: self._stateless(p) for p in self.task.phases}
+        stateless = {p.name: self._stateless(p) for p in self.owners}
         self._save_pack(self.run / checkpoint_name("model", images))
         save_tensors(self.run / checkpoint_name("state", images), self.state(), {"run": self.config, "counters": counters, "stateless": stateless})
         for kind in ("state", "model"):
@@ -612,7 +629,7 @@ class Trainer:
             for name, network in networks.items():
                 start = f"{prefix}.{name}."
                 network.load_state_dict({k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)})
-        for phase in self.task.phases:
+        for phase in self.owners:
             start = f"optimiser.{phase.name}."
             state: dict[str, dict[str, Tensor]] = defaultdict(dict)
             for key, v in tensors.items():

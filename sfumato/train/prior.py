@@ -173,7 +173,7 @@ class PriorTask(Conditioned):
         return {"validation_loss": total / weight, "validation_right": right / weight, "score": -total / weight}
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.packed(networks["prior"], {"kind": "codes"})
+        return self.packed({"prior": networks["prior"]}, {"kind": "codes"})
 
 
 def train(recipe: PriorRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:

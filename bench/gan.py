@@ -1,0 +1,360 @@
+"""GANs under one protocol: `python bench/gan.py --data DIR`, a folder with the IDX files of Fashion-MNIST. One JSON on stdout.
+
+- study: six losses with no penalty, WGAN-GP, R1, and R1 with R2, three seeds each, one pair of networks, equal pictures seen (after "Are GANs Created
+  Equal?", arXiv 1711.10337): kernel and Frechet distance to held-out pictures, diversity, pictures a second, failures, and a picture of each;
+- race: our preset against DCGAN and WGAN-GP at equal seconds, the learning rates of those two tuned first;
+- step: one step of WGAN-GP beside the plain textbook step on the same networks, by turns.
+
+Every cell is kept in `--out`: a run that was stopped is gone on with. Features are those of a classifier trained here on the same classes and of the
+default feature net; each figure is given with both.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import tyro
+from common import ROOT, claim, emit, of_parts
+from torch import Tensor
+from tqdm import tqdm
+from vqgan import idx_folder
+
+from sfumato.core.images import grid, to_pil
+from sfumato.core.rng import torch_rng
+from sfumato.core.runlog import read_log
+from sfumato.core.seams import Cond
+from sfumato.gans.dcgan import DCGANConfig
+from sfumato.gans.pair import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
+from sfumato.gans.r3gan import R3GANConfig
+from sfumato.gans.residual import ResidualConfig
+from sfumato.losses.adversarial import Kind
+from sfumato.metrics.distribution import Moments, frechet_distance, kernel_distance
+from sfumato.metrics.diversity import pairwise_distance
+from sfumato.metrics.features import feature_net, look
+from sfumato.metrics.judge import Judge
+from sfumato.nn.backbones import over, resize
+from sfumato.pipelines.evaluate import picture_set
+from sfumato.pipelines.load import load_judge
+from sfumato.train import gan, judge
+from sfumato.train.gan import GANRecipe, PenaltyConfig
+from sfumato.train.loop import Diverged, LoopConfig
+
+PARTS = ("study", "race", "step")
+SIDE = 32
+LOSSES: tuple[Kind, ...] = get_args(Kind)
+PENALTIES = {
+    "none": PenaltyConfig(),
+    "wgan-gp": PenaltyConfig(gp=10.0),
+    "r1": PenaltyConfig(r1=1.0),
+    "r1+r2": PenaltyConfig(r1=1.0, r2=1.0),
+}
+COLLAPSED = 0.3  # diversity of the real pictures', below which a run has failed
+TRIED = (5e-5, 2e-4, 8e-4)  # learning rates of the baselines
+RIVALS = ("r3gan", "dcgan", "wgan-gp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compares GANs, and prints one JSON object."""
+
+    data: Path
+    """A folder with the IDX files of Fashion-MNIST (Debian's `dataset-fashion-mnist` has them)."""
+    images: int = 48_000
+    """Pictures that each cell of the study sees."""
+    seeds: int = 3
+    minutes: float = 4.0
+    """Training time of each run of the race."""
+    count: int = 2048
+    """Pictures drawn by each, and held-out ones that they are compared with."""
+    only: str = ",".join(PARTS)
+    """Parts, with commas."""
+    losses: str = ",".join(LOSSES)
+    """Losses of the study, with commas."""
+    penalties: str = ",".join(PENALTIES)
+    """Penalties of the study, with commas."""
+    out: Path = ROOT / "runs" / "bench-gan"
+    """Where cells are kept."""
+    repeats: int = 7
+    """Of a timed step."""
+    seed: int = 0
+    quick: bool = False
+    """A smoke run of seconds: its figures mean nothing."""
+
+
+# --- what looks at pictures -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """Two feature nets, by their names, and the features of held-out pictures."""
+
+    looks: dict[str, Callable[[Tensor], Tensor]]
+    real: dict[str, Tensor]
+
+
+def folders(options: Options) -> tuple[Path, Path]:
+    """(pictures to learn from, pictures to compare with)."""
+    counts = (400, 128) if options.quick else (60_000, options.count)
+    train, test = (idx_folder(options.data, options.out / part, n, part) for part, n in zip(("train", "t10k"), counts, strict=True))
+    return train, test
+
+
+def eyes(options: Options) -> Eyes:
+    train, test = folders(options)
+    recipe, loop = judge.preset_smoke() if options.quick else judge.preset_own()
+    recipe = replace(recipe, data=str(train), limit=0)
+    run = judge.train(recipe, replace(loop, dtype="fp32", seed=options.seed), options.out / "classifier").run
+    net, classifier = feature_net(), load_judge(run)
+    looks: dict[str, Callable[[Tensor], Tensor]] = {"classifier": partial(seen_by, classifier), net.name: lambda x: look(net, x)[0]}
+    reference = picture_set(test, SIDE)
+    x = torch.cat([over(b) for b in reference.batches(range(len(reference)))])
+    return Eyes(looks, {name: f(x) for name, f in looks.items()})
+
+
+@torch.no_grad()
+def seen_by(classifier: Judge, rgb: Tensor) -> Tensor:
+    """Its pooled features "n 256"."""
+    net = classifier.network
+    return torch.cat([net.trunk(resize(p, net.config.size) * 2 - 1).mean((2, 3)) for p in rgb.split(128)])
+
+
+# --- one run --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def pair_of(network: Any, options: Options) -> dict[str, Any]:
+    """A pair at the side of the data; small where it is only tried."""
+    if options.quick:
+        network = replace(network, width=16, most=16)
+    return {"generator": GeneratorConfig(network=network, size=SIDE), "discriminator": DiscriminatorConfig(network=network, size=SIDE)}
+
+
+def loop_of(options: Options, images: int, seed: int, **more: Any) -> LoopConfig:
+    _, loop = gan.preset_own()
+    batch = 16 if options.quick else 64
+    images = max(images // batch, 2) * batch
+    loop = replace(loop, images=images, batch_size=batch, warmup=min(loop.warmup, images // 10), seed=seed, dtype="fp32", keep=1, **more)
+    return replace(loop, save_every=images, sample_every=10 * images, log_every=max(images // 20, batch))
+
+
+def outcome(options: Options, name: str, recipe: GANRecipe, loop: LoopConfig, sight: Callable[[], Eyes]) -> dict[str, Any]:
+    """What came of a run, from its file where it was made before."""
+    told = options.out / "cells" / f"{name}.json"
+    if told.exists():
+        return json.loads(told.read_text())  # type: ignore[no-any-return]
+    run, found = options.out / "runs" / name, {"failed": False}
+    began = time.perf_counter()
+    try:
+        trainer = gan.train(recipe, loop, run, text=run)
+    except Diverged as e:
+        found = {"failed": True, "why": str(e)}
+    else:
+        found["seconds"] = time.perf_counter() - began
+        found["images_per_s"] = float(np.median([line["images_per_s"] for line in read_log(run / "log.jsonl") if "images_per_s" in line]))
+        found["skipped"] = trainer.counters["skipped"]
+        generator = trainer.task.drawing(trainer.averages)  # type: ignore[attr-defined]
+        found |= compared(options, generator, sight(), told.with_suffix(".png"))
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(json.dumps(found))
+    return found
+
+
+@torch.no_grad()
+def compared(options: Options, generator: Any, sight: Eyes, picture: Path) -> dict[str, Any]:
+    """Distances and diversity of what averaged weights draw, and twenty of the pictures."""
+    count = len(next(iter(sight.real.values())))
+    z = torch.stack([torch.randn(generator.config.z, generator=torch_rng(options.seed, "bench/z", i)) for i in range(count)])
+    x = torch.cat([generator(p, Cond()) for p in z.split(128)])
+    if not bool(torch.isfinite(x).all()):
+        return {"failed": True, "why": "not finite"}
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    grid(to_pil(x[:20].clamp(-1, 1)), columns=20).save(picture, optimize=True)
+    found: dict[str, Any] = {}
+    for name, f in sight.looks.items():
+        fake, real = f((x.clamp(-1, 1) + 1) / 2), sight.real[name]
+        found[f"kid, {name}"] = kernel_distance(real, fake)
+        found[f"frechet, {name}"] = frechet_distance(*(Moments().update(v) for v in (real, fake)))
+        found[f"diversity, {name}"] = pairwise_distance(fake) / pairwise_distance(real)
+    return found | {"failed": found["diversity, classifier"] < COLLAPSED}
+
+
+# --- study ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def study(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    train, _ = folders(options)
+    sight = _once(lambda: eyes(options))
+    network = DCGANConfig(width=32, most=128, norm="group")
+    images = 64 if options.quick else options.images
+    cells = [(k, p, s) for s in range(options.seeds) for k in _named(options.losses, LOSSES) for p in _named(options.penalties, PENALTIES)]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for kind, penalty, seed in tqdm(cells, desc="study", file=sys.stderr):
+        recipe = GANRecipe(data=str(train), loss=kind, penalty=PENALTIES[penalty], betas=(0.0, 0.99), **pair_of(network, options))  # type: ignore[arg-type]
+        name = f"{kind} + {penalty}"
+        found.setdefault(name, []).append(outcome(options, f"{kind}-{penalty}-{seed}", recipe, loop_of(options, images, seed), sight))
+    rows = {name: summary(cells) for name, cells in found.items()}
+    best = min((r for r in rows if rows[r]["failures"] == 0), key=lambda r: rows[r]["kid, classifier"][0], default="")
+    claims = [claim("the best: kernel distance by the classifier", rows[best]["kid, classifier"][0])] if best else []
+    claims.append(claim("cells that failed", sum(r["failures"] for r in rows.values())))
+    return claims, {"rows": rows, "best": best, "images": images, "features": "a classifier trained on the same classes, and the default feature net"}
+
+
+def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of what did not fail, and how many did."""
+    good = [c for c in cells if not c["failed"]]
+    numbers = [k for k, v in (good[0] if good else {}).items() if isinstance(v, float)]
+    spread = lambda v: [float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0]  # noqa: E731
+    return {"failures": len(cells) - len(good)} | {k: spread([c[k] for c in good]) for k in numbers}
+
+
+def _named(given: str, known: Any) -> list[str]:
+    wanted = [v.strip() for v in given.split(",") if v.strip()]
+    if unknown := [v for v in wanted if v not in known]:
+        raise ValueError(f"(={unknown[0]!r}) must be one of {', '.join(known)}")
+    return wanted
+
+
+def _once(make: Callable[[], Eyes]) -> Callable[[], Eyes]:
+    made: list[Eyes] = []
+
+    def get() -> Eyes:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get
+
+
+# --- race -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def rivals(options: Options, data: str) -> dict[str, GANRecipe]:
+    """Our preset and the two that it is measured against, as their papers have them."""
+    ours, dcgan, wgan = (PRESET()[0] for PRESET in (gan.preset_own, gan.preset_dcgan, gan.preset_wgan_gp))
+    pairs = {
+        "r3gan": R3GANConfig(width=32, most=128, blocks=1),
+        "dcgan": DCGANConfig(width=64, most=256),
+        "wgan-gp": ResidualConfig(width=32, most=128),
+    }
+    whole = {"data": data, "labels": "none"}
+    found = {"r3gan": replace(ours, augment="none"), "dcgan": dcgan, "wgan-gp": wgan}
+    return {name: replace(recipe, **whole, **pair_of(pairs[name], options)) for name, recipe in found.items()}  # type: ignore[arg-type]
+
+
+def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    train, _ = folders(options)
+    sight, recipes = _once(lambda: eyes(options)), rivals(options, str(train))
+    images = {name: paced(options, name, recipe) for name, recipe in recipes.items()}
+    rates = {"r3gan": gan.preset_own()[1].lr}
+    for name in RIVALS[1:]:
+        tried = {
+            lr: outcome(options, f"race-{name}-{lr:g}-0", recipes[name], loop_of(options, images[name], 0, lr=lr), sight)
+            for lr in (TRIED[1:2] if options.quick else TRIED)
+        }
+        rates[name] = min(tried, key=lambda lr: tried[lr].get("kid, classifier", np.inf))
+    found = {
+        name: [
+            outcome(options, f"race-{name}-{rates[name]:g}-{s}", recipe, loop_of(options, images[name], s, lr=rates[name]), sight)
+            for s in range(options.seeds)
+        ]
+        for name, recipe in recipes.items()
+    }
+    claims = []
+    for name in RIVALS[1:]:
+        for eye in ("classifier", feature_net().name):
+            ratio, low, high = ratio_of([c.get(f"kid, {eye}", np.nan) for c in found["r3gan"]], [c.get(f"kid, {eye}", np.nan) for c in found[name]])
+            claims.append(claim(f"kernel distance by the {eye}: ours / {name}, at most", high, "", "<= 1"))
+            claims.append(claim(f"... {name}: the ratio itself", ratio, "", "<= 0.7"))
+            claims.append(claim(f"... {name}: at least", low))
+    return claims, {"rows": {n: summary(c) for n, c in found.items()}, "learning rates": rates, "images": images}
+
+
+def ratio_of(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """The ratio of means with its 95 % interval over all drawings of seeds with replacement, exactly: there are few."""
+    a, b = np.array(ours), np.array(theirs)
+    picks = np.stack(np.meshgrid(*[np.arange(len(a))] * len(a), indexing="ij"), -1).reshape(-1, len(a))
+    ratios = (a[picks].mean(1)[:, None] / b[picks].mean(1)[None]).ravel()
+    return float(a.mean() / b.mean()), float(np.quantile(ratios, 0.025)), float(np.quantile(ratios, 0.975))
+
+
+def paced(options: Options, name: str, recipe: GANRecipe) -> int:
+    """Pictures that fit into the time of a race, from some steps of it."""
+    if options.quick:
+        return 64
+    told = options.out / "cells" / f"pace-{name}-{options.minutes:g}.txt"
+    if not told.exists():
+        loop = loop_of(options, 10**7, 0)
+        loop = replace(loop, log_every=loop.batch_size)
+        run = options.out / "runs" / f"pace-{name}"
+        gan.train(recipe, loop, run, text=run, stop_at=30 * loop.batch_size)
+        lines = [line for line in read_log(run / "log.jsonl") if "images_per_s" in line]
+        span = [line["images"] / line["images_per_s"] for line in lines]  # seconds since the beginning
+        speed = (lines[-1]["images"] - lines[9]["images"]) / (span[-1] - span[9])
+        told.parent.mkdir(parents=True, exist_ok=True)
+        told.write_text(str(int(speed * 60 * options.minutes)))
+    return int(told.read_text())
+
+
+# --- one step, beside a textbook's ----------------------------------------------------------------------------------------------------------------
+
+
+def step(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A discriminator's step of WGAN-GP: ours, through the task, and as every tutorial writes it."""
+    train, _ = folders(options)
+    network = ResidualConfig(width=32, most=128)
+    recipe = GANRecipe(data=str(train), loss="wasserstein", penalty=PenaltyConfig(gp=10.0), **pair_of(network, options))  # type: ignore[arg-type]
+    task = gan.GANTask(recipe, options.seed, options.out, options.out / "step")
+    batch = task.batch(np.arange(64))
+    critic, generator = Discriminator(task.of_discriminator), Generator(task.net)
+    critic.load_state_dict(task.networks["discriminator"].state_dict())
+    generator.load_state_dict(task.networks["generator"].state_dict())
+    ours = torch.optim.Adam(task.networks["discriminator"].parameters(), lr=1e-4, betas=(0.0, 0.9))
+    plain = torch.optim.Adam(critic.parameters(), lr=1e-4, betas=(0.0, 0.9))
+
+    def one() -> None:
+        ours.zero_grad()
+        task.judge(task.networks, batch, 0.0)[0].backward()
+        ours.step()
+
+    def textbook() -> None:
+        plain.zero_grad()
+        with torch.no_grad():
+            fake = generator(batch["z"][:, 0], Cond())
+        u = torch.rand(len(fake), 1, 1, 1)
+        mixed = (u * batch["x"] + (1 - u) * fake).requires_grad_()
+        scores = critic(mixed, Cond())
+        (slope,) = torch.autograd.grad(scores, mixed, torch.ones_like(scores), create_graph=True)
+        penalty = ((slope.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+        (critic(fake, Cond()).mean() - critic(batch["x"], Cond()).mean() + 10 * penalty).backward()
+        plain.step()
+
+    seconds: dict[str, list[float]] = {"ours": [], "textbook": []}
+    for i in tqdm(range(2 if options.quick else 2 + options.repeats), desc="step", file=sys.stderr):
+        for name, go in (("ours", one), ("textbook", textbook)):
+            began = time.perf_counter()
+            go()
+            if i:
+                seconds[name].append(time.perf_counter() - began)
+    median = {k: float(np.median(v)) for k, v in seconds.items()}
+    return [claim("WGAN-GP, one step: textbook / ours", median["textbook"] / median["ours"], "times", ">= 1")], median
+
+
+def run(options: Options) -> dict[str, Any]:
+    options.out.mkdir(parents=True, exist_ok=True)
+    return of_parts({"study": study, "race": race, "step": step}, options.only, options, options.seed)
+
+
+def main(argv: list[str] | None = None) -> None:
+    emit(run(tyro.cli(Options, args=argv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""A generator and a discriminator of one size and one condition, whatever networks they are made of.
+
+What is said (style, label, pooled text) becomes a vector: the generator gets it beside z, the discriminator compares it with what it sees
+(projection, arXiv 1802.05637, eq. 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from sfumato.core.seams import Cond
+from sfumato.gans.dcgan import DCGANConfig, DCGANDiscriminator, DCGANGenerator
+from sfumato.gans.r3gan import R3GANConfig, R3GANDiscriminator, R3GANGenerator
+from sfumato.gans.residual import ResidualConfig, ResidualDiscriminator, ResidualGenerator
+from sfumato.gans.style import EqualLinear, StyleConfig, StyleDiscriminator, StyleGenerator
+from sfumato.nn.conditions import told
+
+CENTRE = 0.998  # memory of the mean of w, in steps
+NetworkConfig = DCGANConfig | ResidualConfig | R3GANConfig | StyleConfig
+GENERATORS = {"dcgan": DCGANGenerator, "residual": ResidualGenerator, "r3gan": R3GANGenerator, "style": StyleGenerator}
+DISCRIMINATORS = {"dcgan": DCGANDiscriminator, "residual": ResidualDiscriminator, "r3gan": R3GANDiscriminator, "style": StyleDiscriminator}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PairConfig:
+    network: NetworkConfig = field(default_factory=R3GANConfig)
+    size: int = 64
+    image_channels: int = 3
+    text_width: int = 0
+    styles: int = 0
+    labels: int = 0
+    told: int = 64
+
+    def __post_init__(self) -> None:
+        if self.size < 8 or self.size & (self.size - 1):
+            raise ValueError(f"size (={self.size}) must be a power of two, 8 at least: sides double from 4 on")
+        if self.image_channels not in (3, 4):
+            raise ValueError(f"image_channels (={self.image_channels}) must be 3 (RGB) or 4 (RGBA)")
+
+    @property
+    def conditional(self) -> bool:
+        return bool(self.text_width or self.styles or self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig(_PairConfig):
+    """`z` unit Gaussian numbers; `told` numbers of what is said, where there is something (`text_width`, `styles`, `labels`)."""
+
+    kind: str = "generator"
+    z: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig(_PairConfig):
+    """`spectral` bounds every layer by its largest singular value (arXiv 1802.05957)."""
+
+    kind: str = "discriminator"
+    spectral: bool = False
+
+
+class Told(nn.Module):
+    """What is said -> a vector "b told"."""
+
+    def __init__(self, config: GeneratorConfig | DiscriminatorConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.memory = self.style_token = None
+        if c.text_width:
+            self.pooled = nn.Linear(c.text_width, c.told)
+        if c.styles:  # one row more: no style
+            self.style = nn.Embedding(c.styles + 1, c.told)
+        if c.labels:  # one row more: no label
+            self.label = nn.Embedding(c.labels + 1, c.told)
+
+    def forward(self, cond: Cond, like: Float[Tensor, "b _"]) -> Float[Tensor, "b told"]:
+        return told(self, cond, like.new_zeros(len(like), self.config.told), like)[0]
+
+
+def _unit(v: Tensor) -> Tensor:
+    """Of mean square 1."""
+    return F.rms_norm(v, (v.shape[-1],), eps=1e-8)
+
+
+class Generator(nn.Module):
+    """net(z "b z", Cond) -> image "b c size size". With style networks `style` gives w, and `draw` a picture of it."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.told = Told(c) if c.conditional else None
+        vector = c.z + (c.told if c.conditional else 0)
+        self.network = GENERATORS[c.network.kind](c.network, vector, c.size, c.image_channels)  # type: ignore[arg-type]
+        if isinstance(c.network, StyleConfig):
+            self.register_buffer("centre", torch.zeros(c.network.w))  # the running mean of w
+
+    @property
+    def noises(self) -> int:
+        """Numbers of noise that a picture takes besides z."""
+        return self.network.noises if isinstance(self.network, StyleGenerator) else 0
+
+    def style(self, z: Float[Tensor, "b z"], cond: Cond) -> Float[Tensor, "b s"]:
+        """What the network draws from: w of a style network, of others z with what is said."""
+        styled = isinstance(self.network, StyleGenerator)
+        v = _unit(z) if styled else z
+        if self.told is not None:
+            v = torch.cat([v, _unit(self.told(cond, z))], dim=1)
+        if not styled:
+            return v
+        w = self.network.style(v)  # type: ignore[operator]
+        if self.training:
+            self.centre.lerp_(w.detach().float().mean(0), 1 - CENTRE)
+        return w
+
+    def truncated(self, z: Float[Tensor, "b z"], cond: Cond, truncation: float) -> Float[Tensor, "b s"]:
+        """`style` nearer to what is usual: w pulled to its mean, the rest of the way `truncation` (arXiv 1812.04948, appendix B); of other networks z
+        in [-2 truncation, 2 truncation] only (arXiv 1809.11096), where there is nothing above 1. 1 changes nothing.
+        """
+        if truncation == 1:
+            return self.style(z, cond)
+        if isinstance(self.network, StyleGenerator):
+            return torch.lerp(self.centre, self.style(z, cond), truncation)
+        if truncation > 1:
+            raise ValueError(f"truncation (={truncation}) must be at most 1: only networks with a style go further than they learned")
+        low, high = torch.special.ndtr(torch.tensor([-2.0, 2.0], dtype=torch.float64) * truncation)
+        inside = torch.special.ndtri(low + torch.special.ndtr(z.cpu().double()) * (high - low))  # not every device has fp64
+        return self.style(inside.to(z), cond)
+
+    def draw(self, w: Float[Tensor, "b s"], noise: Float[Tensor, "b n"] | None = None) -> Float[Tensor, "b c size size"]:
+        return self.network(w, noise) if isinstance(self.network, StyleGenerator) else self.network(w)
+
+    def forward(self, z: Float[Tensor, "b z"], cond: Cond, noise: Float[Tensor, "b n"] | None = None) -> Float[Tensor, "b c size size"]:
+        return self.draw(self.style(z, cond), noise)
+
+
+class Discriminator(nn.Module):
+    """net(x "b c size size", Cond) -> scores "b", large where it takes a picture for a real one of what is said."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.network = DISCRIMINATORS[c.network.kind](c.network, c.size, c.image_channels)  # type: ignore[arg-type]
+        self.mixes: bool = self.network.mixes  # whether a score depends on the other pictures of a batch
+        linear = EqualLinear if isinstance(c.network, StyleConfig) else nn.Linear
+        self.score = linear(self.network.features, 1)
+        self.told = Told(c) if c.conditional else None
+        self.project = linear(c.told, self.network.features, bias=False) if c.conditional else None
+        if c.spectral:
+            bound(self)
+
+    def forward(self, x: Float[Tensor, "b c size size"], cond: Cond) -> Float[Tensor, " b"]:
+        seen = self.network(x)
+        score = self.score(seen)[:, 0]
+        if self.told is None or self.project is None:
+            return score
+        return score + (self.project(self.told(cond, seen)) * seen).sum(1) / seen.shape[1] ** 0.5
+
+
+def bound(network: nn.Module) -> None:
+    """Spectral norm of every convolution, linear layer and embedding; layers with a scale of their own lose it."""
+    for m in list(network.modules()):
+        if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding)):
+            if not m.weight.is_meta and not bool(m.weight.any()):  # a layer that starts at zero has no direction
+                nn.init.xavier_uniform_(m.weight)
+            spectral_norm(m)
+            if hasattr(m, "scale"):
+                m.scale = 1.0  # type: ignore[assignment]

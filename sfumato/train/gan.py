@@ -1,0 +1,554 @@
+"""Trains a generator and a discriminator against each other (arXiv 1406.2661): every loss, penalty and pair under one protocol.
+
+Both see each step's pictures; what the generator makes of fresh noise is judged beside them, both changed alike (`augment`). Penalties on the
+discriminator's slopes come in its own step, or lazily every few steps in a step of their own, with the rate and the betas that StyleGAN2 gives them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato.core.config import to_json
+from sfumato.core.images import grid, to_pil
+from sfumato.core.rng import torch_rng
+from sfumato.core.seams import Cond
+from sfumato.data.augment import Variety
+from sfumato.data.folder import evenly
+from sfumato.data.shards import same_source
+from sfumato.data.subjects import EMOJI
+from sfumato.gans.augment import Augment, ada, diffaugment
+from sfumato.gans.dcgan import DCGANConfig
+from sfumato.gans.pair import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
+from sfumato.gans.r3gan import R3GANConfig
+from sfumato.gans.residual import ResidualConfig
+from sfumato.gans.style import StyleConfig
+from sfumato.losses.adversarial import (
+    Kind,
+    beside,
+    between,
+    discriminator_loss,
+    generator_loss,
+    lecam_penalty,
+    middle,
+    slope_penalty,
+    squared_slopes,
+)
+from sfumato.metrics.distribution import kernel_distance
+from sfumato.metrics.diversity import pairwise_distance
+from sfumato.metrics.features import feature_net, look
+from sfumato.nn.backbones import over
+from sfumato.train.adversary import MEMORY, mean_of_processes
+from sfumato.train.conditioned import Lessons, Taught
+from sfumato.train.doctor import Doctor
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
+
+STILL = Variety(place=0.0, scale=(1.0, 1.0), angle=0.0, flip=0.0, recolour=0.0)
+MIRRORED = Variety(place=0.0, scale=(1.0, 1.0), angle=0.0, flip=0.5, recolour=0.0)
+LOOKED_AT = 256  # pictures of each kind, at each look
+QUICK = 0.95  # of the running averages that a controller follows
+MOST_P = 0.85  # of ADA
+BLANK = 1e-8  # of a slope
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyConfig:
+    """Weights of the penalties on the discriminator, 0 is none: r1 at real and r2 at generated pictures (gamma of arXiv 1801.04406), gp between them
+    (WGAN-GP, 1704.00028), dragan beside real ones (1705.07215), lecam on its scores (2104.03310). `one_sided` lets gp and dragan punish steep slopes
+    only. `every` steps there is one, as many times as heavy; more than 1 makes it a step of its own.
+    """
+
+    r1: float = 0.0
+    r2: float = 0.0
+    gp: float = 0.0
+    dragan: float = 0.0
+    lecam: float = 0.0
+    one_sided: bool = False
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("r1", "r2", "gp", "dragan", "lecam"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"penalty.{name} (={getattr(self, name)}) must be at least 0: 0 is none")
+        if self.every < 1:
+            raise ValueError(f"penalty.every (={self.every}) must be at least 1: discriminator steps from one penalty to the next")
+
+    @property
+    def of_slopes(self) -> bool:
+        return bool(self.r1 or self.r2 or self.gp or self.dragan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """What a controller may move, and by what. ADA's probability follows overfitting; `penalty` says what the weight of the penalties follows:
+    overfitting (the share of real pictures taken for real, as a sign in [-1, 1], is to be `target`) or the slope at real pictures (to be `slope`).
+    `images` take ADA's p from 0 to 1, and a penalty's weight from 1 to `most` times what the recipe says; 1 / `most` is the least.
+    """
+
+    penalty: Literal["none", "overfit", "slope"] = "none"
+    target: float = 0.6
+    slope: float = 1.0
+    images: int = 100_000
+    most: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not -1 < self.target < 1 or self.slope <= 0 or self.images < 1 or self.most <= 1:
+            raise ValueError(
+                f"adapt.target (={self.target}) must be between -1 and 1, slope (={self.slope}) above 0, images (={self.images}) at least 1, "
+                f"most (={self.most}) above 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GANRecipe(Taught):
+    """Everything that decides what a pair becomes.
+
+    `steps` discriminator steps for each of the generator; `d_lr` is the discriminator's learning rate relative to the loop's; `betas` are of both.
+    `augment` changes what the discriminator sees; ADA begins with probability `p`. `freeze` parts of the discriminator next to the picture stay as
+    `init` has them (arXiv 2002.10964).
+    """
+
+    part: ClassVar[str] = "generator"
+    kind: str = "train-gan"
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: Kind = "relativistic"
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    augment: Augment = "none"
+    p: float = 0.0
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    steps: int = 1
+    d_lr: float = 1.0
+    betas: tuple[float, float] = (0.0, 0.99)
+    freeze: int = 0
+    variety: Variety = MIRRORED
+    each: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        g, d = self.generator, self.discriminator
+        for name in ("size", "image_channels"):
+            if getattr(g, name) != getattr(d, name):
+                raise ValueError(f"generator.{name} (={getattr(g, name)}) must be discriminator.{name} (={getattr(d, name)})")
+        if self.penalty.of_slopes and getattr(d.network, "norm", "none") == "batch" and d.network.kind == "dcgan":
+            raise ValueError(
+                "discriminator.network.norm (='batch') makes scores depend on the other pictures: a penalty on slopes needs group or none"
+            )
+        if self.steps < 1 or self.d_lr <= 0:
+            raise ValueError(f"steps (={self.steps}) must be at least 1 and d_lr (={self.d_lr}) above 0")
+        if not 0 <= self.p <= MOST_P:
+            raise ValueError(f"p (={self.p}) must be between 0 and {MOST_P}: above that a generator learns the changes themselves")
+        if self.adapt.penalty != "none" and not self.penalty.of_slopes:
+            raise ValueError(f"adapt.penalty (={self.adapt.penalty!r}) moves the weight of penalties on slopes: one of them must be above 0")
+        if self.adapt.penalty == "slope" and not (self.penalty.r1 or self.penalty.r2):
+            raise ValueError("adapt.penalty (='slope') follows what penalty.r1 or penalty.r2 measure: one of them must be above 0, or take overfit")
+        if self.freeze < 0 or (self.freeze and not self.init):
+            raise ValueError(f"freeze (={self.freeze}) must be at least 0, and needs init: what is frozen is to have learned before")
+        if self.memory:
+            raise ValueError("memory (=True) is of diffusion and priors: leave it out")
+
+
+# --- presets --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def preset_bundled() -> tuple[GANRecipe, LoopConfig]:
+    """The pair of R3GAN, smaller: a relativistic loss with R1 and R2, without any normalisation (arXiv 2501.05441), 64 x 64 pictures.
+
+    `sfumato train gan --data emoji --out runs/gan`
+    """
+    recipe = GANRecipe(penalty=PenaltyConfig(r1=1.0, r2=1.0), augment="ada")
+    return recipe, LoopConfig(
+        images=200_000, batch_size=32, lr=2e-4, warmup=2_000, decay=0.3, weight_decay=0.0, clip=0.0, log_every=3_200, save_every=16_000,
+        sample_every=16_000,
+    )  # fmt: skip
+
+
+def preset_own() -> tuple[GANRecipe, LoopConfig]:
+    """The same for one's own pictures, by class where sub-folders say one.
+
+    `sfumato train gan --data DIR --out runs/gan`
+    """
+    recipe, loop = preset_bundled()
+    return replace(recipe, labels="auto"), loop
+
+
+def preset_dcgan() -> tuple[GANRecipe, LoopConfig]:
+    """DCGAN (arXiv 1511.06434) with the non-saturating loss.
+
+    `sfumato train gan --preset dcgan --data DIR --out runs/dcgan`
+    """
+    network = DCGANConfig()
+    recipe, loop = preset_own()
+    return replace(
+        recipe, generator=GeneratorConfig(network=network), discriminator=DiscriminatorConfig(network=network), loss="non-saturating",
+        penalty=PenaltyConfig(), augment="none", betas=(0.5, 0.999),
+    ), loop  # fmt: skip
+
+
+def preset_wgan_gp() -> tuple[GANRecipe, LoopConfig]:
+    """WGAN-GP (arXiv 1704.00028): residual networks, five discriminator steps for one of the generator.
+
+    `sfumato train gan --preset wgan-gp --data DIR --out runs/wgan`
+    """
+    network = ResidualConfig()
+    recipe, loop = preset_own()
+    return replace(
+        recipe, generator=GeneratorConfig(network=network), discriminator=DiscriminatorConfig(network=network), loss="wasserstein",
+        penalty=PenaltyConfig(gp=10.0), augment="none", steps=5, betas=(0.0, 0.9),
+    ), loop  # fmt: skip
+
+
+def preset_sngan() -> tuple[GANRecipe, LoopConfig]:
+    """SNGAN (arXiv 1802.05957): residual networks, spectral norms and the hinge loss.
+
+    `sfumato train gan --preset sngan --data DIR --out runs/sngan`
+    """
+    recipe, loop = preset_wgan_gp()
+    return replace(recipe, discriminator=replace(recipe.discriminator, spectral=True), loss="hinge", penalty=PenaltyConfig()), loop
+
+
+def preset_stylegan() -> tuple[GANRecipe, LoopConfig]:
+    """The style-based pair (arXiv 1912.04958) with lazy R1 and ADA (2006.06676).
+
+    `sfumato train gan --preset stylegan --data DIR --out runs/style`
+    """
+    network = StyleConfig()
+    recipe, loop = preset_own()
+    return replace(
+        recipe, generator=GeneratorConfig(network=network), discriminator=DiscriminatorConfig(network=network), loss="non-saturating",
+        penalty=PenaltyConfig(r1=1.0, every=16),
+    ), replace(loop, lr=2e-3)  # fmt: skip
+
+
+def preset_smoke() -> tuple[GANRecipe, LoopConfig]:
+    """A pair that trains in seconds, to try the tools."""
+    network = R3GANConfig(width=16, most=32, blocks=1)
+    recipe, loop = preset_bundled()
+    made = {"network": network, "size": 16, "told": 16}
+    recipe = replace(recipe, generator=GeneratorConfig(z=16, **made), discriminator=DiscriminatorConfig(**made), limit=12)  # type: ignore[arg-type]
+    return recipe, replace(loop, images=640, batch_size=16, warmup=64, save_every=320, sample_every=320, log_every=64)
+
+
+PRESETS = {
+    "bundled": preset_bundled, "own": preset_own, "dcgan": preset_dcgan, "wgan-gp": preset_wgan_gp, "sngan": preset_sngan,
+    "stylegan": preset_stylegan, "smoke": preset_smoke,
+}  # fmt: skip
+
+
+# --- what a run remembers -------------------------------------------------------------------------------------------------------------------------
+
+
+class Balance(nn.Module):
+    """ADA's `p` and what the penalties' weights are multiplied with; running averages of the scores (real, generated), of the sign of real ones, and
+    of the slope at real pictures.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.register_buffer("p", torch.full((), p))
+        self.register_buffer("louder", torch.ones(()))
+        self.register_buffer("scores", torch.zeros(2))
+        self.register_buffer("sign", torch.zeros(()))
+        self.register_buffer("slope", torch.zeros(()))
+
+    def forward(self) -> None:
+        """Nothing to compute."""
+
+    @torch.no_grad()
+    def follow(self, seen: dict[str, Tensor], recipe: GANRecipe, images: int) -> None:
+        """Takes what a step saw into the averages, and moves what may be moved by as much as `images` are worth."""
+        for name, memory in (("scores", MEMORY), ("sign", QUICK), ("slope", QUICK)):
+            if name in seen:
+                getattr(self, name).lerp_(seen[name], 1 - memory)
+        a, share = recipe.adapt, images / recipe.adapt.images
+        overfit = torch.sign(self.sign - a.target)
+        if recipe.augment == "ada":
+            self.p.add_(overfit * share).clamp_(0, MOST_P)
+        if a.penalty != "none":
+            towards = overfit if a.penalty == "overfit" else torch.sign(self.slope - a.slope)
+            self.louder.mul_(a.most ** (towards * share)).clamp_(1 / a.most, a.most)
+
+
+# --- the task -------------------------------------------------------------------------------------------------------------------------------------
+
+
+class GANTask(Lessons):
+    """See `sfumato.train.loop.Task`."""
+
+    kind = "gan"
+    splittable = False  # halves of a batch would give batch norms other statistics
+    shardable = False  # a phase asks one network for gradients that another gets
+    broadcasts = False  # a network judges twice before its gradients are asked for: buffers must not change between
+
+    def __init__(self, recipe: GANRecipe, seed: int, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
+        super().__init__(recipe, seed, recipe.generator.size, text, run, device, bf16)
+        of_data = {name: getattr(self.net, name) for name in ("text_width", "styles", "labels")}
+        self.of_discriminator = replace(recipe.discriminator, **of_data)
+        torch.manual_seed(seed)
+        generator, discriminator = Generator(self.net), Discriminator(self.of_discriminator)
+        self.balance = Balance(recipe.p)
+        self.networks: dict[str, nn.Module] = {
+            "generator": self.begun(generator), "discriminator": self.begun(discriminator, "discriminator"), "balance": self.balance,
+        }  # fmt: skip
+        parts = discriminator.network.parts
+        if recipe.freeze >= len(parts):
+            raise ValueError(f"freeze (={recipe.freeze}) must be below {len(parts)}, the parts of this discriminator: one at least is to learn")
+        for part in parts[: recipe.freeze]:
+            part.requires_grad_(False)
+        self.phases = self._phases()
+        self.full_precision = ("discriminator",) if recipe.penalty.of_slopes else ()
+        self.seen: dict[str, Tensor] = {}
+        self.loop = LoopConfig()
+
+    def _phases(self) -> list[Phase]:
+        """Discriminator, generator, and where penalties are lazy a step of theirs, with its share of the rate (arXiv 1912.04958, appendix B)."""
+        r = self.recipe
+        k = r.penalty.every if r.penalty.of_slopes else 1
+        share = k / (k + 1) if k > 1 else 1.0
+        betas = (r.betas[0] ** share, r.betas[1] ** share)
+        phases = [Phase("discriminator", ("discriminator",), self.judge, 1, r.d_lr * share, betas=betas)]
+        if k > 1:
+            phases.append(Phase("penalty", ("discriminator",), self.smooth, k, r.d_lr * share, betas=betas, shares="discriminator"))
+        return [*phases, Phase("generator", ("generator",), self.fool, r.steps, betas=r.betas)]
+
+    # --- training -----------------------------------------------------------------------------------------------------------------------------------
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """Pictures, what is said of them, and two portions of noise a picture: one to judge, one to fool with."""
+        indices, _, said = self.said(positions)
+        rngs = [torch_rng(self.seed, "train/z", int(p)) for p in positions]
+        z = torch.stack([torch.randn(2, self.net.z, generator=g) for g in rngs])
+        return {"x": self.pictures(indices.numpy()), "z": z} | said
+
+    def drawn(self, network: nn.Module, z: Tensor, cond: Cond) -> Tensor:
+        n = self.networks["generator"].noises
+        return network(z, cond, torch.randn(len(z), n, device=z.device) if n else None)  # type: ignore[no-any-return, arg-type]
+
+    def changed(self, x: Tensor) -> Tensor:
+        """As the discriminator sees it."""
+        match self.recipe.augment:
+            case "diffaugment":
+                return diffaugment(x)
+            case "ada":
+                return ada(x, self.balance.p)
+        return x
+
+    def judge(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss, with its penalties where they are not lazy."""
+        r, cond = self.recipe, self.heard(batch)
+        slopes = r.penalty.of_slopes and r.penalty.every == 1
+        real, fake = (x.requires_grad_(slopes) for x in self._both(batch, cond))  # type: ignore[union-attr]
+        of_real, of_fake = self._scores(networks["discriminator"], real, fake, cond)
+        loss = plain = discriminator_loss(r.loss, of_real, of_fake)
+        found = self._noted(of_real.detach(), of_fake.detach()) | {"classification": plain.detach()}
+        if r.penalty.lecam:
+            loss = loss + r.penalty.lecam * lecam_penalty(of_real, of_fake, self.balance.scores.clone())
+        if slopes:
+            penalty, more = self._slopes(networks["discriminator"], real, fake, of_real, of_fake, cond)
+            loss, found = loss + penalty, found | more
+        return loss, found
+
+    def smooth(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The penalties alone, as many times as heavy as they are rare."""
+        cond, p = self.heard(batch), self.recipe.penalty
+        real, fake = (None if x is None else x.requires_grad_() for x in self._both(batch, cond, fakes=bool(p.r2 or p.gp)))
+        assert real is not None
+        network = networks["discriminator"]
+        of_real = network(real, cond).float()
+        of_fake = network(fake, cond).float() if p.r2 else None
+        penalty, found = self._slopes(network, real, fake, of_real, of_fake, cond)
+        return penalty * p.every + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
+
+    def fool(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The generator's loss; nothing is left with the discriminator."""
+        cond, discriminator = self.heard(batch), self.networks["discriminator"]
+        fake = self.changed(self.drawn(networks["generator"], batch["z"][:, 1], cond))
+        with _resting(discriminator):
+            if self.recipe.loss == "relativistic":
+                of_real, of_fake = self._scores(discriminator, self.changed(batch["x"]), fake, cond)
+                return generator_loss("relativistic", of_fake, of_real.detach()), {}
+            return generator_loss(self.recipe.loss, discriminator(fake.float(), cond).float()), {}
+
+    @torch.no_grad()
+    def _both(self, batch: Batch, cond: Cond, fakes: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Real and generated pictures as the discriminator sees them, without a way back."""
+        real = self.changed(batch["x"]).detach()
+        return real, self.changed(self.drawn(self.networks["generator"], batch["z"][:, 0], cond).to(real)) if fakes else None
+
+    def _scores(self, network: nn.Module, real: Tensor, fake: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Of both together, but apart where statistics of a batch would tell them apart."""
+        if self.networks["discriminator"].mixes:
+            return network(real, cond).float(), network(fake, cond).float()
+        twice = Cond(**{k: v if v is None or isinstance(v, dict) else torch.cat([v, v]) for k, v in cond.__dict__.items()})
+        return network(torch.cat([real, fake]), twice).float().chunk(2)  # type: ignore[return-value]
+
+    def _slopes(
+        self, network: nn.Module, real: Tensor, fake: Tensor | None, of_real: Tensor, of_fake: Tensor | None, cond: Cond
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """All penalties on slopes, weighed, and how steep the discriminator is at real pictures."""
+        p, total, found = self.recipe.penalty, of_real.new_zeros(()), {}
+        if p.r1 or p.r2:
+            at_real = squared_slopes(of_real, real)
+            total = total + p.r1 / 2 * at_real.mean()
+            found["slope"] = (at_real.detach() + BLANK).sqrt().mean()
+        if p.r2 and fake is not None and of_fake is not None:
+            total = total + p.r2 / 2 * squared_slopes(of_fake, fake).mean()
+        if p.gp and fake is not None:
+            u = torch.rand(len(real), device=real.device)
+            total = total + p.gp * self._towards_one(network, between(real.detach(), fake.detach(), u), cond)
+        if p.dragan:
+            total = total + p.dragan * self._towards_one(network, beside(real.detach(), torch.rand_like(real)), cond)
+        if "slope" in found:
+            self.seen["slope"] = mean_of_processes(found["slope"].clone())
+        return total * self.balance.louder, found | {"penalty": total.detach()}
+
+    def _towards_one(self, network: nn.Module, x: Tensor, cond: Cond) -> Tensor:
+        x = x.requires_grad_()
+        return slope_penalty(network(x, cond).float(), x, one_sided=self.recipe.penalty.one_sided)
+
+    def _noted(self, of_real: Tensor, of_fake: Tensor) -> dict[str, Tensor]:
+        """What the averages follow, and what the log says of the scores."""
+        half = mean_of_processes(middle(self.recipe.loss, of_real, of_fake))
+        sign = torch.sign(of_real - half).mean()
+        self.seen |= {"scores": mean_of_processes(torch.stack([of_real.mean(), of_fake.mean()])), "sign": mean_of_processes(sign.clone())}
+        return {
+            "real_right": (of_real > half).float().mean(),
+            "fake_right": (of_fake < half).float().mean(),
+            "real_score": of_real.mean(),
+            "fake_score": of_fake.mean(),
+        }
+
+    def after_step(self, averages: dict[str, nn.Module], images: int, finite: bool) -> dict[str, float]:
+        seen, self.seen = self.seen, {}
+        if finite:
+            self.balance.follow(seen, self.recipe, self.loop.batch_size)
+        found = {"ada_p": float(self.balance.p)} if self.recipe.augment == "ada" else {}
+        return found | ({"penalty_weight": float(self.balance.louder)} if self.recipe.adapt.penalty != "none" else {})
+
+    # --- looking ------------------------------------------------------------------------------------------------------------------------------------
+
+    def noise(self, purpose: str, count: int) -> Tensor:
+        return torch.stack([torch.randn(self.net.z, generator=torch_rng(self.seed, purpose, i)) for i in range(count)]).to(self.device)
+
+    @torch.no_grad()
+    def drawing(self, networks: dict[str, nn.Module]) -> Any:
+        """The averaged generator, ready to draw: batch norms with the statistics of its own pictures, not of the raw network's."""
+        generator = copy.deepcopy(networks["generator"])
+        norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm2d)]
+        if norms:
+            for m in norms:
+                m.reset_running_stats()
+                m.momentum = None  # the mean of all that comes
+            known = self.looked_at["cond"]
+            count = len(_rows(known))
+            for i, z in _parts(self.noise("norms/z", count // 64 * 64 or count), 64):  # as many in each, since all weigh the same
+                generator.train()(z, known[i : i + 64])
+        return generator.eval()
+
+    def samples(self, networks: dict[str, nn.Module]) -> Image.Image:
+        """The preview prompts in fixed styles with fixed noise, two of each."""
+        cond, _ = self.preview()
+        return grid(to_pil(self.drawing(networks)(self.noise("preview/z", len(_rows(cond))), cond)), columns=8)
+
+    @cached_property
+    def looked_at(self) -> dict[str, Any]:
+        """Training pictures as they are, evenly from all of them, with what is said of them, and their features."""
+        rows = np.array(evenly(len(self.shown.pixels), LOOKED_AT))
+        x = self.as_seen(F.avg_pool2d(self.shown.pixels[torch.from_numpy(rows)].float() / 255, 2)).contiguous()
+        rng = np.random.default_rng(self.seed)
+        texts = [self.shown.caption(self.shown.scene(int(r), STILL, rng), rng) if self.text else None for r in rows]
+        cond = self.cond(texts, self._hot(self.shown.style[rows]), torch.from_numpy(self.shown.label[rows]))
+        return {"x": x, "cond": cond, "features": self._features(x)}
+
+    @cached_property
+    def apart(self) -> tuple[Tensor, Cond]:
+        """Pictures that no training sees, with what is said of them."""
+        shown = self.shown.validation()
+        cond = self.cond(shown.captions, self._hot(shown.style), torch.from_numpy(shown.label))
+        return self.as_seen(shown.pixels).contiguous(), cond
+
+    def _features(self, x: Tensor) -> Tensor:
+        u = (x.clamp(-1, 1) + 1) / 2
+        return look(feature_net(), (over(u) if u.shape[1] == 4 else u).cpu())[0]
+
+    def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]:
+        """Kernel distance and diversity (of the real ones 1) of what averaged weights draw; the scores of training, held-out and drawn pictures."""
+        generator, discriminator, known = self.drawing(networks), self.networks["discriminator"], self.looked_at
+        fake = torch.cat([generator(z, known["cond"][i : i + 64]) for i, z in _parts(self.noise("look/z", len(known["x"])), 64)])
+        finite = float(torch.isfinite(fake).flatten(1).all(1).float().mean())
+        if finite < 1:
+            return {"finite": finite}
+        features, real = self._features(fake), known["features"]
+        found = {
+            "kid": kernel_distance(real, features),
+            "diversity": pairwise_distance(features) / max(pairwise_distance(real), 1e-12),
+        }
+        discriminator.eval()
+        for name, x, cond in (("train", known["x"], known["cond"]), ("held_out", *self.apart), ("drawn", fake, known["cond"])):
+            scores = torch.cat([discriminator(p, cond[i : i + 64]) for i, p in _parts(x, 64)])
+            found |= {f"{name}_score": float(scores.mean())} | ({"train_spread": float(scores.std())} if name == "train" else {})
+        discriminator.train()
+        return found | {"score": -found["kid"]}
+
+    def remarks(self, run: Path) -> list[dict[str, Any]]:
+        """What the doctor sees that it did not say before."""
+        self.doctor.save(run)
+        return self.doctor.look(run / "log.jsonl")
+
+    @cached_property
+    def doctor(self) -> Doctor:
+        parameters = {f"{name}_parameters": sum(p.numel() for p in self.networks[name].parameters()) for name in ("generator", "discriminator")}
+        some = self.looked_at["x"]
+        variety = float(some.std(0).mean()) if len(some) > 1 else 0.0
+        return Doctor({"kind": "gan", "images": self.loop.images, "pictures": len(self.shown.pixels), "variety": variety} | parameters)
+
+    def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        parts = {"generator": self.drawing(networks), "discriminator": networks["discriminator"]}
+        return self.packed(parts, {"kind": "gan", "discriminator": to_json(self.of_discriminator)})
+
+
+def _parts(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    for i in range(0, len(x), size):
+        yield i, x[i : i + size]
+
+
+def _rows(cond: Cond) -> Tensor:
+    return next(v for v in (cond.style, cond.label, cond.pooled) if v is not None)
+
+
+@contextmanager
+def _resting(network: nn.Module) -> Iterator[None]:
+    """A network that passes gradients on and keeps none."""
+    learning = [p for p in network.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+def train(recipe: GANRecipe, loop: LoopConfig, out: Path, *, text: Path, stop_at: int | None = None) -> Trainer:
+    """Trains, or goes on with, a pair in the run folder `out`; `text` is a run or pack, copied in on the first start."""
+    loop = settled(loop, out)
+    if loop.compile and recipe.penalty.of_slopes:
+        raise ValueError("compile (=True) has no second derivative, which a penalty on slopes needs: leave one of them out")
+    if recipe.data != EMOJI:
+        same_source(Path(out), recipe.data)
+    task = main_first(loop, lambda device: GANTask(recipe, loop.seed, Path(text), Path(out), device, loop.dtype == "bf16"))
+    task.loop = loop  # type: ignore[attr-defined]
+    trainer = Trainer(task, loop, out, recipe)
+    trainer.train(stop_at=stop_at)
+    return trainer

@@ -1,0 +1,177 @@
+"""Generators and discriminators: shapes, what they hear, spectral norms, modulation, and augmentations that change both kinds of pictures alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sfumato.core.config import from_json, to_json
+from sfumato.core.seams import Cond
+from sfumato.gans.augment import ada, diffaugment
+from sfumato.gans.dcgan import DCGANConfig
+from sfumato.gans.pair import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, NetworkConfig
+from sfumato.gans.r3gan import GroupedBlock, R3GANConfig
+from sfumato.gans.residual import ResidualConfig
+from sfumato.gans.style import StyleConfig, Styled, spread_of
+
+NETWORKS: list[NetworkConfig] = [
+    DCGANConfig(width=16, most=32),
+    ResidualConfig(width=16, most=32),
+    R3GANConfig(width=16, most=32),
+    StyleConfig(width=16, most=32, w=24),
+]
+
+
+def pair(network: NetworkConfig, size: int = 16, channels: int = 3, spectral: bool = False, **told: int) -> tuple[Generator, Discriminator]:
+    torch.manual_seed(0)
+    made = {"network": network, "size": size, "image_channels": channels, "told": 8} | told
+    return Generator(GeneratorConfig(z=12, **made)).eval(), Discriminator(DiscriminatorConfig(spectral=spectral, **made)).eval()  # type: ignore[arg-type]
+
+
+def said(count: int) -> Cond:
+    g = torch.Generator().manual_seed(1)
+    style = torch.eye(3)[torch.arange(count) % 3]
+    return Cond(text=torch.zeros(count, 1, 5), pooled=torch.randn(count, 5, generator=g), style=style, label=torch.arange(count) % 4)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.kind)
+@pytest.mark.parametrize(("size", "channels"), [(8, 3), (32, 4)])
+def test_a_pair_fits_together(network: NetworkConfig, size: int, channels: int) -> None:
+    generator, discriminator = pair(network, size, channels)
+    x = generator(torch.randn(5, 12), Cond())
+    assert x.shape == (5, channels, size, size)
+    assert 0.01 < float(x.std()) < 3, "neither nothing nor too much at the start"
+    scores = discriminator(x, Cond())
+    assert scores.shape == (5,)
+    scores.sum().backward()
+    assert all(p.grad is not None for p in discriminator.parameters())
+    used = {n for n, p in generator.named_parameters() if p.grad is not None}
+    assert used == {n for n, _ in generator.named_parameters()}
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.kind)
+def test_both_hear_what_is_said(network: NetworkConfig) -> None:
+    generator, discriminator = pair(network, text_width=5, styles=3, labels=4)
+    z, cond = torch.randn(4, 12, generator=torch.Generator().manual_seed(2)), said(4)
+    x = generator(z, cond)
+    scores = discriminator(x, cond)
+    for change in ({"pooled": cond.pooled + 1}, {"style": cond.style.flip(1)}, {"label": (cond.label + 1) % 4}):  # type: ignore[operator, union-attr]
+        other = replace(cond, **change)
+        assert not torch.equal(generator(z, other), x), change
+        assert not torch.equal(discriminator(x, other), scores), change
+    assert generator(z, Cond()).shape == x.shape, "nothing said at all"
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.kind)
+def test_any_discriminator_can_be_bounded(network: NetworkConfig) -> None:
+    _, discriminator = pair(replace(network, norm="none") if network.kind == "dcgan" else network, spectral=True, labels=4)  # type: ignore[arg-type]
+    discriminator.train()
+    x = torch.randn(4, 3, 16, 16)
+    for _ in range(30):
+        discriminator(x, said(4))
+    layers = [m for m in discriminator.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.Embedding))]
+    assert layers
+    for m in layers:
+        assert float(torch.linalg.matrix_norm(m.weight.flatten(1), 2)) == pytest.approx(1, rel=0.1)
+        assert getattr(m, "scale", 1.0) == 1.0
+
+
+def test_configs_go_through_json() -> None:
+    for network in NETWORKS:
+        for config in (GeneratorConfig(network=network, labels=3), DiscriminatorConfig(network=network, spectral=True)):
+            assert from_json(type(config), to_json(config)) == config
+    with pytest.raises(ValueError, match=r"size \(=48\) must be a power of two"):
+        GeneratorConfig(size=48)
+    with pytest.raises(ValueError, match=r"width x wider \(=20\) must be a multiple of group"):
+        R3GANConfig(width=10)
+
+
+# --- the parts of networks ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_demodulation_is_that_of_the_weights() -> None:
+    """Scaling what enters and what leaves a convolution is the same as scaling its weights for each picture (arXiv 1912.04958, eq. 1 and 3)."""
+    torch.manual_seed(0)
+    layer = Styled(6, 5, 7)
+    x, w = torch.randn(3, 6, 8, 8), torch.randn(3, 7)
+    noise = torch.randn(3, 1, 8, 8)
+    torch.nn.init.constant_(layer.strength, 0.3)
+    ours = layer(x, w, noise)
+    s = layer.style(w)
+    for i in range(3):
+        weight = layer.conv.weight * layer.conv.scale * s[i][None, :, None, None]
+        weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        theirs = F.leaky_relu(F.conv2d(x[i : i + 1], weight, padding=1) + 0.3 * noise[i], 0.2) * 2**0.5
+        torch.testing.assert_close(ours[i : i + 1], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_and_style_of_a_style_network() -> None:
+    generator, _ = pair(StyleConfig(width=16, most=32, w=24))
+    z = torch.randn(2, 12)
+    for layer in generator.network.layers:  # type: ignore[union-attr]
+        torch.nn.init.constant_(layer.strength, 0.5)
+    assert generator.noises == 16 + 2 * 64 + 2 * 256
+    noise = torch.randn(2, generator.noises)
+    assert not torch.equal(generator(z, Cond(), noise), generator(z, Cond()))
+    w = generator.style(z, Cond())
+    assert w.shape == (2, 24)
+    assert torch.equal(generator.draw(w, noise), generator(z, Cond(), noise))
+    torch.testing.assert_close(generator.style(3 * z, Cond()), w), "only the direction of z counts"
+
+
+def test_a_new_residual_block_is_the_identity() -> None:
+    x = torch.randn(2, 32, 4, 4)
+    assert torch.equal(GroupedBlock(32, R3GANConfig(), 8)(x), x)
+
+
+def test_the_spread_of_a_group_by_hand() -> None:
+    x = torch.zeros(4, 2, 3, 3)
+    x[0] = 4.0
+    assert torch.allclose(spread_of(x), torch.full((4, 1, 3, 3), 3**0.5), atol=1e-4)
+    assert spread_of(torch.zeros(6, 2, 3, 3)).shape == (6, 1, 3, 3)
+    assert float(spread_of(torch.ones(4, 2, 3, 3)).max()) < 1e-3
+
+
+# --- augmentation ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_probability_nothing_changes() -> None:
+    x = torch.randn(4, 3, 16, 16)
+    assert torch.equal(ada(x, 0.0), x)
+    assert torch.equal(ada(x, torch.zeros(())), x)
+
+
+@pytest.mark.parametrize("change", [diffaugment, lambda x: ada(x, 0.8)], ids=["diffaugment", "ada"])
+def test_changes_are_differentiable_and_drawn_anew(change: object) -> None:
+    x = torch.rand(16, 4, 16, 16, requires_grad=True)
+    torch.manual_seed(3)
+    a, again = change(x), change(x)  # type: ignore[operator]
+    torch.manual_seed(3)
+    assert torch.equal(change(x), a)  # type: ignore[operator]
+    assert not torch.equal(a, again)
+    (gradient,) = torch.autograd.grad(a.square().sum(), x)
+    assert int((gradient.flatten(1).abs().sum(1) > 0).sum()) == 16
+    assert torch.isfinite(a).all()
+
+
+def test_a_shift_and_a_hole_lose_what_they_should() -> None:
+    x = torch.ones(256, 1, 32, 32).expand(-1, 4, -1, -1)
+    torch.manual_seed(0)
+    alpha = diffaugment(x)[:, 3]  # which no colour changes
+    share = float((alpha == 1).float().mean())
+    kept = 1 - 0.25 * 0.73  # of a hole of a quarter of the picture, whose middle may be at the edge
+    assert share == pytest.approx(kept * (1 - 2 / 32) ** 2, abs=0.05)
+    assert set(alpha.unique().tolist()) == {0.0, 1.0}
+
+
+def test_ada_changes_as_many_as_it_should() -> None:
+    x = torch.rand(1500, 3, 64, 64)
+    torch.manual_seed(0)
+    same = (ada(x, 0.1) == x).flatten(1).all(1).float().mean()
+    # mirroring half of the time, a quarter turn three times of four, a shift, size, two rotations together, width, a movement;
+    # of colours brightness, contrast, mirrored brightness half of the time, hue, saturation
+    untouched = (1 - 0.05) * (1 - 0.075) * 0.9 * 0.9 * 0.9 * 0.9 * 0.9 * (0.9 * 0.9 * 0.95 * 0.9 * 0.9)
+    assert float(same) == pytest.approx(untouched, abs=0.035)

@@ -1,0 +1,330 @@
+"""Training a pair and drawing with it: what learns when, penalties in their steps, controllers, exact resume, conditions, transfer, truncation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sfumato.apps.cli import main
+from sfumato.core.checkpoint import checkpoints, load_tensors
+from sfumato.core.config import from_json, to_json
+from sfumato.core.request import GenerateRequest
+from sfumato.core.runlog import read_log
+from sfumato.gans.dcgan import DCGANConfig
+from sfumato.gans.residual import ResidualConfig
+from sfumato.gans.style import StyleConfig
+from sfumato.losses.adversarial import KINDS
+from sfumato.pipelines.gan import GANModel
+from sfumato.pipelines.load import load
+from sfumato.train.gan import PRESETS, AdaptConfig, Balance, GANRecipe, GANTask, PenaltyConfig, preset_smoke, train
+from sfumato.train.loop import LoopConfig, check_sharding
+
+RECIPE, LOOP = preset_smoke()
+LOOP = replace(LOOP, device="cpu", images=96, warmup=16, save_every=96, sample_every=96, log_every=16)
+TEXT = Path("emoji")
+SMALL = {"dcgan": DCGANConfig(width=16, most=32, norm="group"), "residual": ResidualConfig(width=16, most=32),
+         "style": StyleConfig(width=16, most=32, w=16)}  # fmt: skip
+
+
+def of(network: str = "", told: dict[str, int] | None = None, **more: object) -> GANRecipe:
+    change = ({"network": SMALL[network]} if network else {}) | (told or {})
+    pair = {"generator": replace(RECIPE.generator, **change), "discriminator": replace(RECIPE.discriminator, **change)}
+    return replace(RECIPE, **pair, **more)  # type: ignore[arg-type]
+
+
+def task_of(recipe: GANRecipe, run: Path) -> GANTask:
+    return GANTask(recipe, 0, TEXT, run)
+
+
+def same_states(a: Path, b: Path) -> None:
+    one, two = (load_tensors(checkpoints(p, "state")[-1])[0] for p in (a, b))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one), [k for k in one if not torch.equal(one[k], two[k])][:5]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gan")
+    train(RECIPE, replace(LOOP, images=320, sample_every=160), out, text=TEXT)
+    return out
+
+
+# --- training -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_shows(run: Path) -> None:
+    log = read_log(run / "log.jsonl")
+    look = [line for line in log if "kid" in line][-1]
+    assert {"kid", "diversity", "train_score", "held_out_score", "drawn_score", "score"} <= look.keys()
+    step = next(line for line in log if "discriminator/loss" in line)
+    assert {"generator/loss", "discriminator/slope", "discriminator/real_right", "ada_p"} <= step.keys()
+    assert sorted((run / "samples").glob("*.png"))
+
+
+@pytest.mark.parametrize("loss", KINDS)
+@pytest.mark.parametrize("network", ["", *SMALL])
+def test_each_phase_teaches_its_own_network(loss: str, network: str, tmp_path: Path) -> None:
+    """The generator's loss reaches every parameter of the generator and none of the discriminator, and the other way round."""
+    task = task_of(of(network, loss=loss, penalty=PenaltyConfig(r1=0.1, r2=0.1)), tmp_path)
+    batch = task.batch(np.arange(8))
+    for name in ("generator", "discriminator"):
+        for p in task.networks[name].parameters():
+            if not bool(p.any()):  # what starts at nothing hides what is behind it
+                torch.nn.init.normal_(p, std=0.1)
+    both = {name: dict(task.networks[name].named_parameters()) for name in ("generator", "discriminator")}
+    for mine, other, go in (("generator", "discriminator", task.fool), ("discriminator", "generator", task.judge)):
+        loss_of, _ = go(task.networks, batch, 0.0)
+        nothing = torch.autograd.grad(loss_of, list(both[other].values()), allow_unused=True, retain_graph=True)
+        assert all(g is None for g in nothing), other
+        gradients = torch.autograd.grad(loss_of, list(both[mine].values()), allow_unused=True)
+        for name, g in zip(both[mine], gradients, strict=True):
+            assert g is not None, (mine, name)
+            assert float(g.abs().sum()) > 0 or g.ndim <= 1, (mine, name)
+        assert all(p.requires_grad for p in both[other].values()), "as before"
+
+
+def test_lazy_penalties_are_as_heavy_as_frequent_ones(tmp_path: Path) -> None:
+    """Every 4 steps 4 times the penalty: the same on average, in a step of its own with the rate and betas of arXiv 1912.04958, appendix B."""
+    often, rarely = (task_of(of(penalty=PenaltyConfig(r1=2.0, every=k)), tmp_path / str(k)) for k in (1, 4))
+    assert [p.name for p in often.phases] == ["discriminator", "generator"]
+    d, penalty, _ = rarely.phases
+    assert (penalty.name, penalty.every, penalty.shares, penalty.lr_scale) == ("penalty", 4, "discriminator", 0.8)
+    assert d.betas == penalty.betas == (0.0, 0.99**0.8)
+    batch = often.batch(np.arange(8))
+    with_it, found = often.judge(often.networks, batch, 0.0)
+    alone, _ = rarely.smooth(rarely.networks, batch, 0.0)
+    assert float(alone) == pytest.approx(4 * float(found["penalty"]), rel=1e-5)
+    without, _ = rarely.judge(rarely.networks, batch, 0.0)
+    assert float(with_it) == pytest.approx(float(without) + float(found["penalty"]), rel=1e-5)
+
+
+def test_both_phases_of_one_network_share_an_optimiser(tmp_path: Path) -> None:
+    trainer = train(of(penalty=PenaltyConfig(r1=1.0, every=2)), replace(LOOP, images=64), tmp_path, text=TEXT)
+    optimisers = trainer.optimisers
+    assert optimisers["penalty"] is optimisers["discriminator"]
+    steps = {int(s["step"]) for s in optimisers["discriminator"].state.values()}
+    assert steps == {4 + 2}
+    assert not any(k.startswith("optimiser.penalty") for k in load_tensors(checkpoints(tmp_path, "state")[-1])[0])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        of(
+            "style",
+            augment="ada",
+            p=0.3,
+            loss="non-saturating",
+            penalty=PenaltyConfig(r1=1.0, every=2),
+            adapt=AdaptConfig(penalty="slope", images=500),
+        ),
+        of("residual", loss="wasserstein", penalty=PenaltyConfig(gp=10.0, lecam=0.1), steps=2, augment="diffaugment"),
+    ],
+    ids=["style", "residual"],
+)
+def test_a_stop_and_a_resume_change_nothing(recipe: GANRecipe, tmp_path: Path) -> None:
+    loop = replace(LOOP, save_every=32)
+    train(recipe, loop, tmp_path / "whole", text=TEXT)
+    for stop in (32, 64, None):
+        train(recipe, loop, tmp_path / "parts", text=TEXT, stop_at=stop)
+    same_states(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("network", ["residual", "style"])
+def test_a_bounded_discriminator_is_kept_and_the_generator_draws(network: str, tmp_path: Path) -> None:
+    recipe = of(network, {"labels": 1}, penalty=PenaltyConfig(), loss="hinge", labels="group")
+    recipe = replace(recipe, discriminator=replace(recipe.discriminator, spectral=True))
+    train(recipe, LOOP, tmp_path, text=TEXT)
+    model = load(tmp_path)
+    assert len(model.generate(label=model.meta["labels"][0], seed=1)) == 1
+
+
+def test_averaged_weights_draw_with_statistics_of_their_own(tmp_path: Path) -> None:
+    task = task_of(of("residual"), tmp_path)
+    raw = task.networks["generator"]
+    drawing = task.drawing(task.networks)
+    cond, z = task.looked_at["cond"][:64], task.noise("norms/z", 64)
+    x, y = raw.train()(z, cond), drawing(z, cond)  # with the statistics of this very batch
+    torch.testing.assert_close(x, y, atol=0.05, rtol=0.05)
+    before = [b.clone() for b in raw.buffers()]
+    task.drawing(task.networks)
+    assert all(torch.equal(a, b) for a, b in zip(before, raw.buffers(), strict=True)), "the network itself is left as it is"
+
+
+def test_what_a_loop_may_not_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no second derivative"):
+        train(RECIPE, replace(LOOP, compile=True), tmp_path / "run", text=TEXT)
+    with pytest.raises(ValueError, match="gan cannot be trained with FSDP, which cuts networks up"):
+        check_sharding(task_of(RECIPE, tmp_path), "FSDP")
+    check_sharding(task_of(RECIPE, tmp_path), "MULTI_CPU")
+
+
+def test_batches_are_a_pure_function_of_the_position(tmp_path: Path) -> None:
+    task = task_of(RECIPE, tmp_path)
+    whole, parts = task.batch(np.arange(24)), [task.batch(np.arange(s, s + 6)) for s in range(0, 24, 6)]
+    for key in ("x", "z"):
+        assert torch.equal(whole[key], torch.cat([p[key] for p in parts]))
+    assert not torch.equal(whole["z"][:, 0], whole["z"][:, 1])
+
+
+# --- controllers ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_controller_follows_overfitting_and_is_bounded() -> None:
+    recipe = of(augment="ada", adapt=AdaptConfig(penalty="overfit", images=1000, most=5.0))
+    balance = Balance(0.0)
+    for _ in range(3000):
+        balance.follow({"sign": torch.ones(())}, recipe, 10)
+    assert float(balance.p) == pytest.approx(0.85)
+    assert float(balance.louder) == pytest.approx(5)
+    for _ in range(3000):
+        balance.follow({"sign": torch.zeros(())}, recipe, 10)
+    assert float(balance.p) == 0
+    assert float(balance.louder) == pytest.approx(0.2)
+
+
+def test_a_controller_brings_the_slope_to_where_it_should_be() -> None:
+    """A discriminator whose slope halves when the penalty doubles: the weight settles where the slope is what was asked for."""
+    recipe = of(adapt=AdaptConfig(penalty="slope", slope=0.5, images=2000, most=100.0))
+    balance = Balance(0.0)
+    for _ in range(4000):
+        balance.follow({"slope": 2 / balance.louder}, recipe, 10)
+    assert float(balance.slope) == pytest.approx(0.5, rel=0.1)
+    assert float(balance.louder) == pytest.approx(4, rel=0.1)
+
+
+# --- conditions, transfer ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_text_and_style_are_heard(tmp_path: Path) -> None:
+    width = 256
+    train(of(told={"text_width": width, "styles": 1}), LOOP, tmp_path, text=TEXT)
+    model = load(tmp_path)
+    assert len(model.styles) > 1
+    a, b = (next(model.pictures(GenerateRequest(prompt=p, seed=3, style=model.styles[0]))).image for p in ("a cat", "a rocket"))
+    assert a.tobytes() != b.tobytes()
+
+
+def test_ones_own_pictures_by_class(own_folder: Path, tmp_path: Path) -> None:
+    train(of(data=str(own_folder), limit=0, labels="auto"), LOOP, tmp_path / "run", text=tmp_path / "nowhere")
+    model = load(tmp_path / "run")
+    assert isinstance(model, GANModel)
+    assert model.meta["labels"] == ["circle", "square"]
+    a, b = (next(model.pictures(GenerateRequest(label=n, seed=3))).image for n in ("circle", "square"))
+    assert a.tobytes() != b.tobytes()
+
+
+def test_it_begins_from_another_pair_and_freezes_a_part(run: Path, own_folder: Path, tmp_path: Path) -> None:
+    recipe = of(data=str(own_folder), limit=0, init=str(run), freeze=2)
+    task = task_of(recipe, tmp_path)
+    theirs = load_tensors(checkpoints(run, "model")[-1])[0]
+    for name in ("generator", "discriminator"):
+        assert all(torch.equal(v, theirs[f"{name}.{k}"]) for k, v in task.networks[name].state_dict().items())
+    trainer = train(recipe, LOOP, tmp_path / "run", text=TEXT)
+    ours = trainer.task.networks["discriminator"].state_dict()
+    still = {k for k, v in ours.items() if torch.equal(v, theirs[f"discriminator.{k}"])}
+    assert {"network.first.weight", "network.blocks.1.0.mix.weight"} <= still
+    assert "network.blocks.2.0.mix.weight" not in still
+    with pytest.raises(ValueError, match=r"freeze \(=9\) must be below 3, the parts of this discriminator"):
+        task_of(replace(recipe, freeze=9), tmp_path / "frozen")
+    with pytest.raises(ValueError, match="must hold a generator of the recipe's shape"):
+        task_of(of("style", data=str(own_folder), limit=0, init=str(run)), tmp_path / "other")
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_request_is_the_same_picture(run: Path) -> None:
+    model = load(run)
+    request = GenerateRequest(seed=5, count=3)
+    a, b = (list(model.pictures(request)) for _ in range(2))
+    assert [p.png() for p in a] == [p.png() for p in b]
+    alone = next(model.pictures(replace(request, seed=7, count=1)))
+    assert np.abs(np.asarray(alone.image).astype(int) - np.asarray(a[2].image)).max() <= 1
+    assert a[0].image.tobytes() != a[1].image.tobytes()
+
+
+@pytest.mark.parametrize("network", ["", "style"])
+def test_truncation_pulls_towards_what_is_usual(network: str, tmp_path: Path) -> None:
+    train(of(network), LOOP, tmp_path, text=TEXT)
+    model = load(tmp_path)
+    spread = {}
+    for t in (0.0, 0.5, 1.0):
+        if t == 0 and not network:
+            continue
+        images = [np.asarray(i).astype(float) for i in model.generate(seed=0, count=16, truncation=t)]
+        spread[t] = float(np.std(images, axis=0).mean())
+    assert list(spread.values()) == sorted(spread.values())
+    assert spread.get(0.0, 0.0) < 1, "at 0 there is one picture, but for places of noise"
+    assert spread[0.5] < spread[1.0]
+
+
+def test_what_a_pair_cannot_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "a.png")
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", str(run), "--init", "cat.png", "--out", out])
+    assert "draws from noise in one pass and begins from no picture" in capsys.readouterr().err
+    main(
+        [
+            "generate",
+            "--model",
+            str(run),
+            "--steps",
+            "4",
+            "--guidance",
+            "2",
+            "--temperature",
+            "0.5",
+            "--truncation",
+            "0.7",
+            "--seed",
+            "1",
+            "--out",
+            out,
+        ]
+    )
+    said = capsys.readouterr().err
+    for name in ("steps", "guidance", "temperature"):
+        assert f"{name} has no effect" in said
+    assert "truncation has no effect" not in said
+    main(["generate", "--from", out, "--model", str(run), "--out", str(tmp_path / "b.png")])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", str(run), "--truncation", "1.5", "--out", str(tmp_path / "c.png")])
+    assert "truncation (=1.5) must be at most 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"truncation \(=3\) must be between 0 and 2"):
+        GenerateRequest(truncation=3)
+
+
+def test_recipes_go_through_json_and_say_what_is_wrong() -> None:
+    for preset in PRESETS.values():
+        recipe, loop = preset()
+        assert from_json(GANRecipe, json.loads(json.dumps(to_json(recipe)))) == recipe
+        assert from_json(LoopConfig, json.loads(json.dumps(to_json(loop)))) == loop
+    batch = replace(RECIPE.discriminator, network=DCGANConfig())
+    for change, said in (
+        ({"discriminator": replace(RECIPE.discriminator, size=32)}, r"generator.size \(=16\) must be discriminator.size \(=32\)"),
+        ({"discriminator": batch}, "a penalty on slopes needs group or none"),
+        ({"steps": 0}, r"steps \(=0\) must be at least 1"),
+        ({"p": 0.9}, "must be between 0 and 0.85"),
+        ({"freeze": 2}, "needs init"),
+        ({"memory": True}, "memory"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            replace(RECIPE, **change)
+    for change in ({"r1": -1.0}, {"every": 0}):
+        with pytest.raises(ValueError, match="penalty"):
+            PenaltyConfig(**change)  # type: ignore[arg-type]
+
+
+def test_from_folder_to_picture_by_commands(own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["train", "gan", "--preset", "smoke", "--data", str(own_folder), "--out", "runs/gan", "--loop.images", "96", "--device", "cpu"])
+    main(["generate", "--model", "runs/gan", "--truncation", "0.7", "--seed", "1", "--out", "a.png"])
+    assert (tmp_path / "a.png").exists()
+    main(["train", "gan", "--preset", "smoke", "--data", str(own_folder), "--out", "runs/other", "--plan"])
