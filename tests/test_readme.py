@@ -211,7 +211,8 @@ def test_every_command_and_flag_that_is_named_exists(name: str, capsys: pytest.C
         ["evaluate"],
         ["sample"],
         ["convert"],
-        *(["train", what] for what in ("all", "autoencoder", "text", "diffusion", "prior")),
+        ["train", "autoencoder", "--preset", "vqgan", "recipe.codec.bottleneck:vq-config"],
+        *(["train", what] for what in ("all", "autoencoder", "text", "diffusion", "prior", "gan")),
     ):
         with pytest.raises(SystemExit) as done:
             main([*argv, "--help"])

@@ -46,11 +46,12 @@ def _too_many_codes(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) 
     each = facts["pictures"] * facts["cells"] / facts["codes"] if facts.get("codes") else math.inf
     if each >= FEW_LATENTS:
         return None
-    right = codes_for(facts["pictures"] * facts["cells"])
+    right, kind = codes_for(facts["pictures"] * facts["cells"]), facts.get("bottleneck", "vq")
     return Finding(
         "too-many-codes",
         f"{facts['codes']:,} codes for {facts['pictures']:,} pictures: {each:.1f} latents a code",
-        f"more pictures, or about {right:,} codes (--recipe.codec.bottleneck.{'steps' if facts.get('bottleneck') == 'fsq' else 'size'})",
+        f"more pictures, or about {right:,} codes (at the end of the command: recipe.codec.bottleneck:{kind}-config "
+        f"--recipe.codec.bottleneck.{'steps' if kind == 'fsq' else 'size'} ...)",
     )
 
 
