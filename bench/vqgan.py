@@ -32,6 +32,7 @@ from sfumato.codecs.bottlenecks.vq import VQ, VQConfig, use_of
 from sfumato.codecs.resnets import ResnetConfig, ResnetDecoder, ResnetEncoder
 from sfumato.core.images import grid, to_pil
 from sfumato.core.runlog import read_log
+from sfumato.data.augment import STILL
 from sfumato.gans.discriminators import PatchConfig, PatchDiscriminator
 from sfumato.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from sfumato.metrics.distribution import compare_pairs, kernel_distance
@@ -40,7 +41,7 @@ from sfumato.metrics.intervals import jackknife, mean_interval
 from sfumato.metrics.pairwise import ssim
 from sfumato.metrics.stability import sharpness
 from sfumato.pipelines.codec import load_codec
-from sfumato.train.autoencoder import STILL, AutoencoderRecipe, AutoencoderTask, preset_vae, preset_vqgan, preset_vqvae, psnr_over_white, train
+from sfumato.train.autoencoder import AutoencoderRecipe, AutoencoderTask, preset_vae, preset_vqgan, preset_vqvae, psnr_over_white, train
 from sfumato.train.loop import LoopConfig, Trainer
 
 PARTS = ("codecs", "pictures", "step")

@@ -34,8 +34,8 @@ Pictures from words, and the models behind them.
   credits [FILE]        whose works a model learned from, with their licences
   paths                 where things are kept, and how to be rid of them
   data check DIR        what a folder of one's own pictures is good for; also data show DIR, data shard DIR --out SHARDS
-  train WHAT ...        train an autoencoder, a text encoder, a diffusion model or a prior; train all --data DIR: everything on your own pictures
-  doctor RUN            what is wrong with a run of train autoencoder, and what helps
+  train WHAT ...        train an autoencoder, text encoder, diffusion model, prior or GAN; train all --data DIR: everything on your own pictures
+  doctor RUN            what is wrong with a run of train autoencoder or gan, and what helps
   sample RUN            draw from a VAE, or go from one picture to another in a codec's latents
   convert FILE OUT      a VQGAN of taming-transformers or diffusers into a model of ours, and back with --to
   pack RUN              make one small file that draws from a finished run

@@ -125,6 +125,10 @@ CURVES = (  # titles and the keys of a log that are drawn together
     ("Loss", ("loss", "codec/loss", "discriminator/loss")),
     ("Discriminator: share of patches taken for what they are", ("discriminator/real_right", "discriminator/fake_right")),
     ("Adversarial weight: found on the last layer, and as used", ("codec/adaptive", "codec/adversarial_weight")),
+    ("What is drawn: kernel distance, and diversity (of real pictures 1)", ("kid", "diversity")),
+    ("Scores of training, held-out and drawn pictures", ("train_score", "held_out_score", "drawn_score")),
+    ("Gradients", ("discriminator/grad_norm", "generator/grad_norm")),
+    ("ADA's probability, and the weight of penalties", ("ada_p", "penalty_weight")),
     ("Pictures a second", ("images_per_s",)),
 )
 
@@ -151,11 +155,11 @@ def run_doctor(asked: Doctor) -> Iterator[str]:
     if not findings:
         yield translated("nothing is wrong, as far as the log tells")
     out = asked.out or run / "doctor.html"
-    write_bytes(out, _page(run, lines, [(f.name, f.sees, f.helps) for f in findings]).encode())
+    write_bytes(out, _page(run, kind, lines, [(f.name, f.sees, f.helps) for f in findings]).encode())
     yield str(out)
 
 
-def _page(run: Path, lines: list[dict[str, Any]], findings: list[tuple[str, str, str]]) -> str:
+def _page(run: Path, kind: str, lines: list[dict[str, Any]], findings: list[tuple[str, str, str]]) -> str:
     import html
 
     from PIL import Image
@@ -166,7 +170,15 @@ def _page(run: Path, lines: list[dict[str, Any]], findings: list[tuple[str, str,
     parts = [f'<p class="remark"><b>{html.escape(n)}</b>: {html.escape(translated(f"{s}; what helps: {h}"))}</p>' for n, s, h in findings]
     parts = parts or [f'<p class="remark">{html.escape(translated("nothing is wrong, as far as the log tells"))}</p>']
     last = {k: v for line in lines for k, v in line.items() if not isinstance(v, str)}
-    parts.append(facts({k: last[k] for k in ("images", "psnr", "ssim", "distance", "kernel", "usage", "perplexity", "bits", "skipped") if k in last}))
+    parts.append(
+        facts(
+            {
+                k: last[k]
+                for k in ("images", "psnr", "ssim", "distance", "kernel", "usage", "perplexity", "bits", "kid", "diversity", "skipped")
+                if k in last
+            }
+        )
+    )
     for title, keys in CURVES:
         drawn = {k: [(line["images"], line[k]) for line in lines if k in line and "images" in line] for k in keys}
         drawn = {k: v for k, v in drawn.items() if v}
@@ -174,8 +186,9 @@ def _page(run: Path, lines: list[dict[str, Any]], findings: list[tuple[str, str,
             parts.append(f"<h2>{html.escape(title)}</h2>{svg(Curve(title, 'images', '', drawn))}")
     samples = sorted((run / "samples").glob("*.png"))
     if samples:
-        parts.append(f"<h2>Held-out pictures, each with its copy</h2>{picture(Shot(samples[-1].stem, Image.open(samples[-1])))}")
-    if checkpoints(run, "model"):
+        shown = "Held-out pictures, each with its copy" if kind == "autoencoder" else "What it draws"
+        parts.append(f"<h2>{shown}</h2>{picture(Shot(samples[-1].stem, Image.open(samples[-1])))}")
+    if kind == "autoencoder" and checkpoints(run, "model"):
         parts += _codebook(run)
     said = [f"{line['images']:,}: {translated(line['says'])}" + _acted(line) for line in lines if "says" in line]
     if said:

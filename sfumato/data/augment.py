@@ -86,6 +86,9 @@ class Variety:
             raise ValueError(f"count + pair + scene (={self.count + self.pair + self.scene}) must be at most 1: they are rates of one choice")
 
 
+STILL = Variety(place=0.0, scale=(1.0, 1.0), angle=0.0, recolour=0.0)  # as the drawings are, or mirrored
+
+
 def draw_scene(
     rng: np.random.Generator,
     variety: Variety,

@@ -55,7 +55,6 @@ from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, begun_with, ma
 
 OWN = Variety(place=0.9, scale=(1.0, 1.35), angle=0.0, recolour=0.0)
 WIDE = Variety(place=0.6, scale=(0.6, 1.25), angle=20.0, recolour=0.15, count=0.05, pair=0.05, scene=0.1)
-STILL = Variety(place=0.0, scale=(1.0, 1.0), angle=0.0, recolour=0.0)
 LOOKED_AT = 512  # held-out pictures, and as many of the training, that every look measures
 FIT_LATENTS = 32_768  # from which k-means makes a codebook, or 8 a code where that is more
 COUNTED = 512  # pictures whose codes a pack counts

@@ -24,7 +24,7 @@ from sfumato.core.config import to_json
 from sfumato.core.images import grid, to_pil
 from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Cond
-from sfumato.data.augment import Variety
+from sfumato.data.augment import STILL, Variety
 from sfumato.data.folder import evenly
 from sfumato.data.shards import same_source
 from sfumato.data.subjects import EMOJI
@@ -49,13 +49,12 @@ from sfumato.metrics.distribution import kernel_distance
 from sfumato.metrics.diversity import pairwise_distance
 from sfumato.metrics.features import feature_net, look
 from sfumato.nn.backbones import over
+from sfumato.nn.conditions import concat_conds
 from sfumato.train.adversary import MEMORY, mean_of_processes
 from sfumato.train.conditioned import Lessons, Taught
 from sfumato.train.doctor import Doctor
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
-STILL = Variety(place=0.0, scale=(1.0, 1.0), angle=0.0, flip=0.0, recolour=0.0)
-MIRRORED = Variety(place=0.0, scale=(1.0, 1.0), angle=0.0, flip=0.5, recolour=0.0)
 LOOKED_AT = 256  # pictures of each kind, at each look
 QUICK = 0.95  # of the running averages that a controller follows
 MOST_P = 0.85  # of ADA
@@ -132,7 +131,7 @@ class GANRecipe(Taught):
     d_lr: float = 1.0
     betas: tuple[float, float] = (0.0, 0.99)
     freeze: int = 0
-    variety: Variety = MIRRORED
+    variety: Variety = STILL
     each: int = 1
 
     def __post_init__(self) -> None:
@@ -141,7 +140,7 @@ class GANRecipe(Taught):
         for name in ("size", "image_channels"):
             if getattr(g, name) != getattr(d, name):
                 raise ValueError(f"generator.{name} (={getattr(g, name)}) must be discriminator.{name} (={getattr(d, name)})")
-        if self.penalty.of_slopes and getattr(d.network, "norm", "none") == "batch" and d.network.kind == "dcgan":
+        if self.penalty.of_slopes and isinstance(d.network, DCGANConfig) and d.network.norm == "batch":
             raise ValueError(
                 "discriminator.network.norm (='batch') makes scores depend on the other pictures: a penalty on slopes needs group or none"
             )
@@ -390,8 +389,7 @@ class GANTask(Lessons):
         """Of both together, but apart where statistics of a batch would tell them apart."""
         if self.networks["discriminator"].mixes:
             return network(real, cond).float(), network(fake, cond).float()
-        twice = Cond(**{k: v if v is None or isinstance(v, dict) else torch.cat([v, v]) for k, v in cond.__dict__.items()})
-        return network(torch.cat([real, fake]), twice).float().chunk(2)  # type: ignore[return-value]
+        return network(torch.cat([real, fake]), concat_conds([cond, cond], len(real))).float().chunk(2)  # type: ignore[return-value]
 
     def _slopes(
         self, network: nn.Module, real: Tensor, fake: Tensor | None, of_real: Tensor, of_fake: Tensor | None, cond: Cond
@@ -467,7 +465,7 @@ class GANTask(Lessons):
         rows = np.array(evenly(len(self.shown.pixels), LOOKED_AT))
         x = self.as_seen(F.avg_pool2d(self.shown.pixels[torch.from_numpy(rows)].float() / 255, 2)).contiguous()
         rng = np.random.default_rng(self.seed)
-        texts = [self.shown.caption(self.shown.scene(int(r), STILL, rng), rng) if self.text else None for r in rows]
+        texts = [self.shown.caption(self.shown.scene(int(r), replace(STILL, flip=0.0), rng), rng) if self.text else None for r in rows]
         cond = self.cond(texts, self._hot(self.shown.style[rows]), torch.from_numpy(self.shown.label[rows]))
         return {"x": x, "cond": cond, "features": self._features(x)}
 

@@ -172,6 +172,14 @@ def test_batches_are_a_pure_function_of_the_position(tmp_path: Path) -> None:
     assert not torch.equal(whole["z"][:, 0], whole["z"][:, 1])
 
 
+def test_the_doctor_reads_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", str(run)])
+    page = Path(capsys.readouterr().out.strip().splitlines()[-1]).read_text()
+    assert "What it draws" in page
+    assert "diversity" in page
+    assert "Codebook" not in page
+
+
 # --- controllers ----------------------------------------------------------------------------------------------------------------------------------
 
 
