@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from sfumato.core.images import premultiply
 from sfumato.core.request import GenerateRequest
+from sfumato.core.runlog import read_log
 from sfumato.metrics.intervals import bootstrap as interval
 from sfumato.pipelines.generate import Model
 
@@ -54,6 +55,13 @@ def of_parts(work: dict[str, Callable[[Any], tuple[list[dict[str, Any]], dict[st
         found, details[name] = work[name](options)
         claims += found
     return report(started, seed, claims, details)
+
+
+def speed_of(log: Path, skip: int) -> float:
+    """Pictures a second of a training, without its first `skip` lines."""
+    lines = [line for line in read_log(log) if "images_per_s" in line]
+    span = [line["images"] / line["images_per_s"] for line in lines]  # seconds since the beginning
+    return (lines[-1]["images"] - lines[skip]["images"]) / (span[-1] - span[skip])
 
 
 # --- the report -------------------------------------------------------------------------------------------------------------------------------

@@ -16,14 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 import tyro
-from common import ROOT, claim, emit, of_parts
+from common import ROOT, claim, emit, of_parts, speed_of
 from torch import Tensor
 from tqdm import tqdm
 from vqgan import idx_folder
@@ -108,7 +108,9 @@ def folders(options: Options) -> tuple[Path, Path]:
     return train, test
 
 
+@cache
 def eyes(options: Options) -> Eyes:
+    """Made once, when the first run is to be looked at."""
     train, test = folders(options)
     recipe, loop = judge.preset_smoke() if options.quick else judge.preset_own()
     recipe = replace(recipe, data=str(train), limit=0)
@@ -145,7 +147,7 @@ def loop_of(options: Options, images: int, seed: int, **more: Any) -> LoopConfig
     return replace(loop, save_every=images, sample_every=10 * images, log_every=max(images // 20, batch))
 
 
-def outcome(options: Options, name: str, recipe: GANRecipe, loop: LoopConfig, sight: Callable[[], Eyes]) -> dict[str, Any]:
+def outcome(options: Options, name: str, recipe: GANRecipe, loop: LoopConfig) -> dict[str, Any]:
     """What came of a run, from its file where it was made before."""
     told = options.out / "cells" / f"{name}.json"
     if told.exists():
@@ -161,15 +163,16 @@ def outcome(options: Options, name: str, recipe: GANRecipe, loop: LoopConfig, si
         found["images_per_s"] = float(np.median([line["images_per_s"] for line in read_log(run / "log.jsonl") if "images_per_s" in line]))
         found["skipped"] = trainer.counters["skipped"]
         generator = trainer.task.drawing(trainer.averages)  # type: ignore[attr-defined]
-        found |= compared(options, generator, sight(), told.with_suffix(".png"))
+        found |= compared(options, generator, told.with_suffix(".png"))
     told.parent.mkdir(parents=True, exist_ok=True)
     told.write_text(json.dumps(found))
     return found
 
 
 @torch.no_grad()
-def compared(options: Options, generator: Any, sight: Eyes, picture: Path) -> dict[str, Any]:
+def compared(options: Options, generator: Any, picture: Path) -> dict[str, Any]:
     """Distances and diversity of what averaged weights draw, and twenty of the pictures."""
+    sight = eyes(options)
     count = len(next(iter(sight.real.values())))
     z = torch.stack([torch.randn(generator.config.z, generator=torch_rng(options.seed, "bench/z", i)) for i in range(count)])
     x = torch.cat([generator(p, Cond()) for p in z.split(128)])
@@ -191,20 +194,26 @@ def compared(options: Options, generator: Any, sight: Eyes, picture: Path) -> di
 
 def study(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     train, _ = folders(options)
-    sight = _once(lambda: eyes(options))
     network = DCGANConfig(width=32, most=128, norm="group")
     images = 64 if options.quick else options.images
-    cells = [(k, p, s) for s in range(options.seeds) for k in _named(options.losses, LOSSES) for p in _named(options.penalties, PENALTIES)]
+    losses, penalties = _named(options.losses, LOSSES), _named(options.penalties, PENALTIES)
+    if options.quick:
+        losses, penalties = losses[-2:], penalties[:2]
+    cells = [(k, p, s) for s in range(seeds_of(options)) for k in losses for p in penalties]
     found: dict[str, list[dict[str, Any]]] = {}
     for kind, penalty, seed in tqdm(cells, desc="study", file=sys.stderr):
         recipe = GANRecipe(data=str(train), loss=kind, penalty=PENALTIES[penalty], betas=(0.0, 0.99), **pair_of(network, options))  # type: ignore[arg-type]
         name = f"{kind} + {penalty}"
-        found.setdefault(name, []).append(outcome(options, f"{kind}-{penalty}-{seed}", recipe, loop_of(options, images, seed), sight))
+        found.setdefault(name, []).append(outcome(options, f"{kind}-{penalty}-{seed}", recipe, loop_of(options, images, seed)))
     rows = {name: summary(cells) for name, cells in found.items()}
     best = min((r for r in rows if rows[r]["failures"] == 0), key=lambda r: rows[r]["kid, classifier"][0], default="")
     claims = [claim("the best: kernel distance by the classifier", rows[best]["kid, classifier"][0])] if best else []
     claims.append(claim("cells that failed", sum(r["failures"] for r in rows.values())))
     return claims, {"rows": rows, "best": best, "images": images, "features": "a classifier trained on the same classes, and the default feature net"}
+
+
+def seeds_of(options: Options) -> int:
+    return 1 if options.quick else options.seeds
 
 
 def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -220,17 +229,6 @@ def _named(given: str, known: Any) -> list[str]:
     if unknown := [v for v in wanted if v not in known]:
         raise ValueError(f"(={unknown[0]!r}) must be one of {', '.join(known)}")
     return wanted
-
-
-def _once(make: Callable[[], Eyes]) -> Callable[[], Eyes]:
-    made: list[Eyes] = []
-
-    def get() -> Eyes:
-        if not made:
-            made.append(make())
-        return made[0]
-
-    return get
 
 
 # --- race -----------------------------------------------------------------------------------------------------------------------------------------
@@ -251,19 +249,19 @@ def rivals(options: Options, data: str) -> dict[str, GANRecipe]:
 
 def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     train, _ = folders(options)
-    sight, recipes = _once(lambda: eyes(options)), rivals(options, str(train))
+    recipes = rivals(options, str(train))
     images = {name: paced(options, name, recipe) for name, recipe in recipes.items()}
     rates = {"r3gan": gan.preset_own()[1].lr}
     for name in RIVALS[1:]:
         tried = {
-            lr: outcome(options, f"race-{name}-{lr:g}-0", recipes[name], loop_of(options, images[name], 0, lr=lr), sight)
+            lr: outcome(options, f"race-{name}-{lr:g}-0", recipes[name], loop_of(options, images[name], 0, lr=lr))
             for lr in (TRIED[1:2] if options.quick else TRIED)
         }
         rates[name] = min(tried, key=lambda lr: tried[lr].get("kid, classifier", np.inf))
     found = {
         name: [
-            outcome(options, f"race-{name}-{rates[name]:g}-{s}", recipe, loop_of(options, images[name], s, lr=rates[name]), sight)
-            for s in range(options.seeds)
+            outcome(options, f"race-{name}-{rates[name]:g}-{s}", recipe, loop_of(options, images[name], s, lr=rates[name]))
+            for s in range(seeds_of(options))
         ]
         for name, recipe in recipes.items()
     }
@@ -295,11 +293,8 @@ def paced(options: Options, name: str, recipe: GANRecipe) -> int:
         loop = replace(loop, log_every=loop.batch_size)
         run = options.out / "runs" / f"pace-{name}"
         gan.train(recipe, loop, run, text=run, stop_at=30 * loop.batch_size)
-        lines = [line for line in read_log(run / "log.jsonl") if "images_per_s" in line]
-        span = [line["images"] / line["images_per_s"] for line in lines]  # seconds since the beginning
-        speed = (lines[-1]["images"] - lines[9]["images"]) / (span[-1] - span[9])
         told.parent.mkdir(parents=True, exist_ok=True)
-        told.write_text(str(int(speed * 60 * options.minutes)))
+        told.write_text(str(int(speed_of(run / "log.jsonl", 9) * 60 * options.minutes)))
     return int(told.read_text())
 
 

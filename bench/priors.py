@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from common import ROOT, claim, emit, of_parts
+from common import ROOT, claim, emit, of_parts, speed_of
 from torch import Tensor
 from tqdm import tqdm
 from vqgan import idx_folder
@@ -177,10 +177,7 @@ def trained(options: Options, g: Ground, name: str) -> Path:
     if not told.exists():
         short = replace(loop, images=10**9, warmup=1000, log_every=loop.batch_size, save_every=10**9, sample_every=10**9)
         train(recipe, short, timing, **frozen, stop_at=20 * loop.batch_size)
-        lines = [line for line in read_log(timing / "log.jsonl") if "images_per_s" in line]
-        span = [line["images"] / line["images_per_s"] for line in lines]  # seconds since the beginning
-        speed = (lines[-1]["images"] - lines[4]["images"]) / (span[-1] - span[4])
-        told.write_text(str(int(speed * 60 * options.minutes)))
+        told.write_text(str(int(speed_of(timing / "log.jsonl", 4) * 60 * options.minutes)))
     lend(timing, run)
     images = int(told.read_text()) // loop.batch_size * loop.batch_size
     every = images // 4 // loop.batch_size * loop.batch_size

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.nn.layers import Norm, norm_of
+from sfumato.nn.layers import Norm, channels_at, check_groups, norm_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,7 @@ class DCGANConfig:
     norm: Norm = "batch"
 
     def __post_init__(self) -> None:
-        if self.norm == "group" and (self.width % 16 or self.most % 16):
-            raise ValueError(f"width (={self.width}) and most (={self.most}) must be multiples of 16 with norm group")
-
-    def widths(self, size: int) -> list[int]:
-        """Channels at size/2, size/4, ... 4."""
-        return [min(self.width * 2**i, self.most) for i in range(size.bit_length() - 3)]
+        check_groups(self.norm, width=self.width, most=self.most)
 
 
 def _begin(module: nn.Module) -> None:
@@ -44,7 +39,7 @@ class DCGANGenerator(nn.Module):
 
     def __init__(self, config: DCGANConfig, vector: int, size: int, channels: int) -> None:
         super().__init__()
-        widths = config.widths(size)[::-1]
+        widths = channels_at(config.width, config.most, size // 2)[::-1]
         self.first = nn.Sequential(nn.ConvTranspose2d(vector, widths[0], 4, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         rest: list[nn.Module] = []
         for a, b in itertools.pairwise(widths):
@@ -61,7 +56,7 @@ class DCGANDiscriminator(nn.Module):
 
     def __init__(self, config: DCGANConfig, size: int, channels: int) -> None:
         super().__init__()
-        widths = config.widths(size)
+        widths = channels_at(config.width, config.most, size // 2)
         layers = [nn.Sequential(nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2))]
         for a, b in itertools.pairwise(widths):
             layers.append(nn.Sequential(nn.Conv2d(a, b, 4, 2, 1, bias=config.norm == "none"), norm_of(config.norm, b), nn.LeakyReLU(0.2)))

@@ -117,16 +117,20 @@ class Generator(nn.Module):
             self.centre.lerp_(w.detach().float().mean(0), 1 - CENTRE)
         return w
 
+    def check_truncation(self, truncation: float) -> None:
+        """Raises ValueError for what this network cannot do."""
+        if truncation > 1 and not isinstance(self.network, StyleGenerator):
+            raise ValueError(f"truncation (={truncation}) must be at most 1: only networks with a style go further than they learned")
+
     def truncated(self, z: Float[Tensor, "b z"], cond: Cond, truncation: float) -> Float[Tensor, "b s"]:
         """`style` nearer to what is usual: w pulled to its mean, the rest of the way `truncation` (arXiv 1812.04948, appendix B); of other networks z
         in [-2 truncation, 2 truncation] only (arXiv 1809.11096), where there is nothing above 1. 1 changes nothing.
         """
+        self.check_truncation(truncation)
         if truncation == 1:
             return self.style(z, cond)
         if isinstance(self.network, StyleGenerator):
             return torch.lerp(self.centre, self.style(z, cond), truncation)
-        if truncation > 1:
-            raise ValueError(f"truncation (={truncation}) must be at most 1: only networks with a style go further than they learned")
         low, high = torch.special.ndtr(torch.tensor([-2.0, 2.0], dtype=torch.float64) * truncation)
         inside = torch.special.ndtri(low + torch.special.ndtr(z.cpu().double()) * (high - low))  # not every device has fp64
         return self.style(inside.to(z), cond)

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.nn.layers import channels_at
+
 SLOPE = 0.2
 
 
@@ -31,10 +33,6 @@ class R3GANConfig:
             inner = getattr(self, name) * self.wider
             if inner % self.group:
                 raise ValueError(f"{name} x wider (={inner}) must be a multiple of group (={self.group})")
-
-    def widths(self, size: int) -> list[int]:
-        """Channels at size, size/2, ... 4."""
-        return [min(self.width * 2**i, self.most) for i in range(size.bit_length() - 2)]
 
 
 def _scaled(layer: nn.Module, gain: float) -> nn.Module:
@@ -67,7 +65,7 @@ class R3GANGenerator(nn.Module):
 
     def __init__(self, config: R3GANConfig, vector: int, size: int, channels: int) -> None:
         super().__init__()
-        widths = config.widths(size)[::-1]
+        widths = channels_at(config.width, config.most, size)[::-1]
         depth = config.blocks * len(widths)
         self.base = nn.Parameter(torch.randn(widths[0], 4, 4))
         self.first = _scaled(nn.Linear(vector, widths[0], bias=False), 1.0)
@@ -87,7 +85,7 @@ class R3GANDiscriminator(nn.Module):
 
     def __init__(self, config: R3GANConfig, size: int, channels: int) -> None:
         super().__init__()
-        widths = config.widths(size)
+        widths = channels_at(config.width, config.most, size)
         depth = config.blocks * len(widths)
         self.first = _scaled(nn.Conv2d(channels, widths[0], 1), 1.0)
         self.blocks = nn.ModuleList(nn.Sequential(*(GroupedBlock(w, config, depth) for _ in range(config.blocks))) for w in widths)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfumato.nn.layers import Norm, norm_of
+from sfumato.nn.layers import Norm, channels_at, check_groups, norm_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +22,7 @@ class ResidualConfig:
     norm: Norm = "batch"
 
     def __post_init__(self) -> None:
-        if self.norm == "group" and (self.width % 16 or self.most % 16):
-            raise ValueError(f"width (={self.width}) and most (={self.most}) must be multiples of 16 with norm group")
-
-    def widths(self, size: int) -> list[int]:
-        """Channels at size, size/2, ... 4."""
-        return [min(self.width * 2**i, self.most) for i in range(size.bit_length() - 2)]
+        check_groups(self.norm, width=self.width, most=self.most)
 
 
 class UpBlock(nn.Module):
@@ -73,7 +68,7 @@ class ResidualGenerator(nn.Module):
 
     def __init__(self, config: ResidualConfig, vector: int, size: int, channels: int) -> None:
         super().__init__()
-        widths = config.widths(size)[::-1]
+        widths = channels_at(config.width, config.most, size)[::-1]
         self.first = nn.Linear(vector, 16 * widths[0])
         self.blocks = nn.Sequential(*(UpBlock(a, b, config.norm) for a, b in itertools.pairwise(widths)))
         self.last = nn.Sequential(norm_of(config.norm, widths[-1]), nn.ReLU(), nn.Conv2d(widths[-1], channels, 3, padding=1), nn.Tanh())
@@ -88,7 +83,7 @@ class ResidualDiscriminator(nn.Module):
 
     def __init__(self, config: ResidualConfig, size: int, channels: int) -> None:
         super().__init__()
-        widths = config.widths(size)
+        widths = channels_at(config.width, config.most, size)
         self.blocks = nn.Sequential(
             DownBlock(channels, widths[0], first=True, down=False),
             *(DownBlock(a, b) for a, b in itertools.pairwise(widths)),

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.nn.layers import channels_at
+
 GAIN = 2**0.5  # of the activation
 
 
@@ -28,10 +30,6 @@ class StyleConfig:
     w: int = 256
     mapping: int = 4
     mapping_lr: float = 0.01
-
-    def widths(self, size: int) -> list[int]:
-        """Channels at size, size/2, ... 4."""
-        return [min(self.width * 2**i, self.most) for i in range(size.bit_length() - 2)]
 
 
 class EqualLinear(nn.Linear):
@@ -91,7 +89,7 @@ class StyleGenerator(nn.Module):
 
     def __init__(self, config: StyleConfig, vector: int, size: int, channels: int) -> None:
         super().__init__()
-        widths, s = config.widths(size)[::-1], config.w
+        widths, s = channels_at(config.width, config.most, size)[::-1], config.w
         self.sides = [4] + [4 * 2**i for i in range(1, len(widths)) for _ in (0, 1)]
         self.mapping = nn.ModuleList(EqualLinear(vector if i == 0 else s, s, lr=config.mapping_lr) for i in range(config.mapping))
         self.start = nn.Parameter(torch.randn(widths[0], 4, 4))
@@ -131,7 +129,7 @@ class StyleDiscriminator(nn.Module):
 
     def __init__(self, config: StyleConfig, size: int, channels: int) -> None:
         super().__init__()
-        widths = config.widths(size)
+        widths = channels_at(config.width, config.most, size)
         self.first = EqualConv(channels, widths[0], 1)
         self.convs = nn.ModuleList(
             nn.ModuleList([EqualConv(a, a, 3), EqualConv(a, b, 3), EqualConv(a, b, 1, bias=False)]) for a, b in itertools.pairwise(widths)

@@ -32,6 +32,18 @@ def norm_of(kind: Norm, width: int, groups: int = 16, eps: float = 1e-5) -> nn.M
     return known[kind]()
 
 
+def channels_at(first: int, most: int, size: int) -> list[int]:
+    """Channels at sides of `size`, size/2, ... 4: twice as many at each half, `most` at most."""
+    return [min(first * 2**i, most) for i in range(size.bit_length() - 2)]
+
+
+def check_groups(norm: Norm, **channels: int) -> None:
+    """Raises ValueError where group norm cannot cut these numbers of channels into its groups of 16."""
+    if norm == "group" and any(n % 16 for n in channels.values()):
+        said = " and ".join(f"{name} (={n})" for name, n in channels.items())
+        raise ValueError(f"{said} must be multiples of 16 with norm group")
+
+
 class ResBlock(nn.Module):
     """x + conv(act(conv(act(norm(x))))): a pre-activation residual block with a single norm (arXiv 1603.05027).
 

@@ -28,11 +28,10 @@ class GANModel(Model):
         return 1
 
     def check_way(self, request: GenerateRequest) -> None:
-        """Raises ValueError for an init picture, which nothing here turns into noise."""
+        """Raises ValueError for an init picture, which nothing here turns into noise, and for a truncation that the network does not have."""
         if request.init is not None:
             raise ValueError(f"init (={request.init!r}) must be left out: this model draws from noise in one pass and begins from no picture")
-        if request.truncation > 1 and not self.generator.noises:  # type: ignore[operator]
-            raise ValueError(f"truncation (={request.truncation}) must be at most 1: only networks with a style go further than they learned")
+        self.generator.check_truncation(request.truncation)  # type: ignore[operator]
 
     @torch.no_grad()
     def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:

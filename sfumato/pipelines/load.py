@@ -66,8 +66,8 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
     networks = {name: _empty(meta[name]) for name in (*others, part)}
     if "text" in meta:
         networks["text"] = _empty(meta["text"], meta["tokenizer"])
-    tensors = {k: v for k, v in tensors.items() if part != "generator" or not k.startswith("discriminator.")}  # which draws nothing
-    foreign = [k for k in tensors if k.partition(".")[0] not in networks]
+    spare = {"discriminator"} if part == "generator" else set()  # which draws nothing
+    foreign = [k for k in tensors if k.partition(".")[0] not in networks.keys() | spare]
     if foreign:
         raise FileError(f"{path} holds tensors that belong to nothing it describes: {', '.join(foreign[:3])}")
     for name, network in networks.items():

@@ -65,7 +65,7 @@ BLANK = 1e-8  # of a slope
 class PenaltyConfig:
     """Weights of the penalties on the discriminator, 0 is none: r1 at real and r2 at generated pictures (gamma of arXiv 1801.04406), gp between them
     (WGAN-GP, 1704.00028), dragan beside real ones (1705.07215), lecam on its scores (2104.03310). `one_sided` lets gp and dragan punish steep slopes
-    only. `every` steps there is one, as many times as heavy; more than 1 makes it a step of its own.
+    only. Of those on slopes there is one every `every` steps, as many times as heavy; more than 1 makes it a step of its own.
     """
 
     r1: float = 0.0
@@ -461,13 +461,18 @@ class GANTask(Lessons):
 
     @cached_property
     def looked_at(self) -> dict[str, Any]:
-        """Training pictures as they are, evenly from all of them, with what is said of them, and their features."""
+        """Training pictures as they are, evenly from all of them, with what is said of them."""
         rows = np.array(evenly(len(self.shown.pixels), LOOKED_AT))
         x = self.as_seen(F.avg_pool2d(self.shown.pixels[torch.from_numpy(rows)].float() / 255, 2)).contiguous()
         rng = np.random.default_rng(self.seed)
         texts = [self.shown.caption(self.shown.scene(int(r), replace(STILL, flip=0.0), rng), rng) if self.text else None for r in rows]
         cond = self.cond(texts, self._hot(self.shown.style[rows]), torch.from_numpy(self.shown.label[rows]))
-        return {"x": x, "cond": cond, "features": self._features(x)}
+        return {"x": x, "cond": cond}
+
+    @cached_property
+    def real_features(self) -> Tensor:
+        """Of those pictures."""
+        return self._features(self.looked_at["x"])
 
     @cached_property
     def apart(self) -> tuple[Tensor, Cond]:
@@ -487,7 +492,7 @@ class GANTask(Lessons):
         finite = float(torch.isfinite(fake).flatten(1).all(1).float().mean())
         if finite < 1:
             return {"finite": finite}
-        features, real = self._features(fake), known["features"]
+        features, real = self._features(fake), self.real_features
         found = {
             "kid": kernel_distance(real, features),
             "diversity": pairwise_distance(features) / max(pairwise_distance(real), 1e-12),
