@@ -163,16 +163,15 @@ def outcome(options: Options, name: str, recipe: GANRecipe, loop: LoopConfig) ->
         found["images_per_s"] = float(np.median([line["images_per_s"] for line in read_log(run / "log.jsonl") if "images_per_s" in line]))
         found["skipped"] = trainer.counters["skipped"]
         generator = trainer.task.drawing(trainer.averages)  # type: ignore[attr-defined]
-        found |= compared(options, generator, told.with_suffix(".png"))
+        found |= compared(options, generator, eyes(options), told.with_suffix(".png"))
     told.parent.mkdir(parents=True, exist_ok=True)
     told.write_text(json.dumps(found))
     return found
 
 
 @torch.no_grad()
-def compared(options: Options, generator: Any, picture: Path) -> dict[str, Any]:
+def compared(options: Options, generator: Any, sight: Eyes, picture: Path) -> dict[str, Any]:
     """Distances and diversity of what averaged weights draw, and twenty of the pictures."""
-    sight = eyes(options)
     count = len(next(iter(sight.real.values())))
     z = torch.stack([torch.randn(generator.config.z, generator=torch_rng(options.seed, "bench/z", i)) for i in range(count)])
     x = torch.cat([generator(p, Cond()) for p in z.split(128)])
