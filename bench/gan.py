@@ -141,7 +141,7 @@ def pair_of(network: Any, options: Options) -> dict[str, Any]:
 
 def loop_of(options: Options, images: int, seed: int, **more: Any) -> LoopConfig:
     _, loop = gan.preset_own()
-    batch = 16 if options.quick else 64
+    batch = 16 if options.quick else 32
     images = max(images // batch, 2) * batch
     loop = replace(loop, images=images, batch_size=batch, warmup=min(loop.warmup, images // 10), seed=seed, dtype="fp32", keep=1, **more)
     return replace(loop, save_every=images, sample_every=10 * images, log_every=max(images // 20, batch))
