@@ -27,6 +27,7 @@ class R3GANConfig:
     blocks: int = 2
     wider: int = 2
     group: int = 16
+    patch: int = 1
 
     def __post_init__(self) -> None:
         for name in ("width", "most"):
@@ -65,13 +66,13 @@ class R3GANGenerator(nn.Module):
 
     def __init__(self, config: R3GANConfig, vector: int, size: int, channels: int) -> None:
         super().__init__()
-        widths = channels_at(config.width, config.most, size)[::-1]
+        widths = channels_at(config.width, config.most, size // config.patch)[::-1]
         depth = config.blocks * len(widths)
         self.base = nn.Parameter(torch.randn(widths[0], 4, 4))
         self.first = _scaled(nn.Linear(vector, widths[0], bias=False), 1.0)
         self.blocks = nn.ModuleList(nn.Sequential(*(GroupedBlock(w, config, depth) for _ in range(config.blocks))) for w in widths)
         self.wide = nn.ModuleList(_between(a, b) for a, b in itertools.pairwise(widths))
-        self.last = _scaled(nn.Conv2d(widths[-1], channels, 1, bias=False), 1.0)
+        self.last = _scaled(nn.Conv2d(widths[-1], channels, 1, bias=False), 1.0) if config.patch == 1 else _scaled(nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1, bias=False), 1.0)
 
     def forward(self, v: Float[Tensor, "b d"]) -> Float[Tensor, "b c size size"]:
         x = self.blocks[0](self.base * self.first(v)[:, :, None, None])
@@ -85,9 +86,9 @@ class R3GANDiscriminator(nn.Module):
 
     def __init__(self, config: R3GANConfig, size: int, channels: int) -> None:
         super().__init__()
-        widths = channels_at(config.width, config.most, size)
+        widths = channels_at(config.width, config.most, size // config.patch)
         depth = config.blocks * len(widths)
-        self.first = _scaled(nn.Conv2d(channels, widths[0], 1), 1.0)
+        self.first = _scaled(nn.Conv2d(channels, widths[0], 1) if config.patch == 1 else nn.Conv2d(channels, widths[0], 4, 2, 1), 1.0)
         self.blocks = nn.ModuleList(nn.Sequential(*(GroupedBlock(w, config, depth) for _ in range(config.blocks))) for w in widths)
         self.wide = nn.ModuleList(_between(a, b) for a, b in itertools.pairwise(widths))
         self.base = _scaled(nn.Conv2d(widths[-1], widths[-1], 4, groups=widths[-1], bias=False), 1.0)

@@ -345,28 +345,28 @@ class GANTask(Lessons):
 
     def judge(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss, with its penalties where they are not lazy."""
-        r, cond = self.recipe, self.heard(batch)
+        r, cond, network = self.recipe, self.heard(batch), networks["discriminator"]
         slopes = r.penalty.of_slopes and r.penalty.every == 1
-        real, fake = (x.requires_grad_(slopes) for x in self._both(batch, cond))  # type: ignore[union-attr]
-        of_real, of_fake = self._scores(networks["discriminator"], real, fake, cond)
+        real, fake = self._both(batch, cond)
+        of_real, of_fake, steep = self._steep(network, real, fake, cond) if slopes else (*self._scores(network, real, fake, cond), {})
         loss = plain = discriminator_loss(r.loss, of_real, of_fake)
         found = self._noted(of_real.detach(), of_fake.detach()) | {"classification": plain.detach()}
         if r.penalty.lecam:
             loss = loss + r.penalty.lecam * lecam_penalty(of_real, of_fake, self.balance.scores.clone())
         if slopes:
-            penalty, more = self._slopes(networks["discriminator"], real, fake, of_real, of_fake, cond)
+            penalty, more = self._slopes(network, real, fake, steep, cond)
             loss, found = loss + penalty, found | more
         return loss, found
 
     def smooth(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The penalties alone, as many times as heavy as they are rare."""
-        cond, p = self.heard(batch), self.recipe.penalty
-        real, fake = (None if x is None else x.requires_grad_() for x in self._both(batch, cond, fakes=bool(p.r2 or p.gp)))
-        assert real is not None
-        network = networks["discriminator"]
-        of_real = network(real, cond).float()
-        of_fake = network(fake, cond).float() if p.r2 else None
-        penalty, found = self._slopes(network, real, fake, of_real, of_fake, cond)
+        cond, p, network = self.heard(batch), self.recipe.penalty, networks["discriminator"]
+        real, fake = self._both(batch, cond)
+        if p.r1 or p.r2:
+            of_real, _, steep = self._steep(network, real, fake if p.r2 else None, cond)
+        else:
+            of_real, steep = network(real, cond).float(), {}
+        penalty, found = self._slopes(network, real, fake, steep, cond)
         return penalty * p.every + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
 
     def fool(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -380,10 +380,10 @@ class GANTask(Lessons):
             return generator_loss(self.recipe.loss, discriminator(fake.float(), cond).float()), {}
 
     @torch.no_grad()
-    def _both(self, batch: Batch, cond: Cond, fakes: bool = True) -> tuple[Tensor, Tensor | None]:
+    def _both(self, batch: Batch, cond: Cond) -> tuple[Tensor, Tensor]:
         """Real and generated pictures as the discriminator sees them, without a way back."""
         real = self.changed(batch["x"]).detach()
-        return real, self.changed(self.drawn(self.networks["generator"], batch["z"][:, 0], cond).to(real)) if fakes else None
+        return real, self.changed(self.drawn(self.networks["generator"], batch["z"][:, 0], cond).to(real))
 
     def _scores(self, network: nn.Module, real: Tensor, fake: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Of both together, but apart where statistics of a batch would tell them apart."""
@@ -391,18 +391,31 @@ class GANTask(Lessons):
             return network(real, cond).float(), network(fake, cond).float()
         return network(torch.cat([real, fake]), concat_conds([cond, cond], len(real))).float().chunk(2)  # type: ignore[return-value]
 
-    def _slopes(
-        self, network: nn.Module, real: Tensor, fake: Tensor | None, of_real: Tensor, of_fake: Tensor | None, cond: Cond
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _steep(self, network: nn.Module, real: Tensor, fake: Tensor | None, cond: Cond) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Scores of both, and the squared slopes that R1 and R2 ask for: both kinds in one pass back where R2 is wanted, else of the real ones alone."""
+        p = self.recipe.penalty
+        if fake is not None and p.r2 and not self.networks["discriminator"].mixes:
+            x = torch.cat([real, fake]).requires_grad_()
+            scores = network(x, concat_conds([cond, cond], len(real))).float()
+            at_real, at_fake = squared_slopes(scores, x).chunk(2)
+            return *scores.chunk(2), {"r1": at_real, "r2": at_fake}  # type: ignore[return-value]
+        real = real.requires_grad_(bool(p.r1 or p.r2))
+        of_real = of_fake = network(real, cond).float()
+        steep = {"r1": squared_slopes(of_real, real)} if p.r1 or p.r2 else {}
+        if fake is not None:
+            of_fake = network(fake.requires_grad_(bool(p.r2)), cond).float()
+            steep |= {"r2": squared_slopes(of_fake, fake)} if p.r2 else {}
+        return of_real, of_fake, steep
+
+    def _slopes(self, network: nn.Module, real: Tensor, fake: Tensor, steep: dict[str, Tensor], cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
         """All penalties on slopes, weighed, and how steep the discriminator is at real pictures."""
-        p, total, found = self.recipe.penalty, of_real.new_zeros(()), {}
-        if p.r1 or p.r2:
-            at_real = squared_slopes(of_real, real)
-            total = total + p.r1 / 2 * at_real.mean()
-            found["slope"] = (at_real.detach() + BLANK).sqrt().mean()
-        if p.r2 and fake is not None and of_fake is not None:
-            total = total + p.r2 / 2 * squared_slopes(of_fake, fake).mean()
-        if p.gp and fake is not None:
+        p, total, found = self.recipe.penalty, real.new_zeros(()), {}
+        if steep:
+            total = total + p.r1 / 2 * steep["r1"].mean()
+            found["slope"] = (steep["r1"].detach() + BLANK).sqrt().mean()
+        if "r2" in steep:
+            total = total + p.r2 / 2 * steep["r2"].mean()
+        if p.gp:
             u = torch.rand(len(real), device=real.device)
             total = total + p.gp * self._towards_one(network, between(real.detach(), fake.detach(), u), cond)
         if p.dragan:
