@@ -237,7 +237,7 @@ def rivals(options: Options, data: str) -> dict[str, GANRecipe]:
     """Our preset and the two that it is measured against, as their papers have them."""
     ours, dcgan, wgan = (PRESET()[0] for PRESET in (gan.preset_own, gan.preset_dcgan, gan.preset_wgan_gp))
     pairs = {
-        "r3gan": R3GANConfig(width=32, most=128, blocks=1),
+        "r3gan": R3GANConfig(),
         "dcgan": DCGANConfig(width=64, most=256),
         "wgan-gp": ResidualConfig(width=32, most=128),
     }

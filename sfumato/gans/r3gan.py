@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -17,17 +18,18 @@ SLOPE = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class R3GANConfig:
-    """`width` channels at the full side, twice as many at each half of it, `most` at most; `blocks` at each side, in which channels are `wider` times
-    as many, convolved in groups of `group`.
+    """`width` channels at the largest side, twice as many at each half of it, `most` at most; `blocks` at each side, in which channels are `wider`
+    times as many, convolved in groups of `group`. With `patch` 1 the largest side is the picture's, as in the paper; with 2 half of that, which takes
+    less than half the time.
     """
 
     kind: str = "r3gan"
     width: int = 32
-    most: int = 192
-    blocks: int = 2
+    most: int = 256
+    blocks: int = 1
     wider: int = 2
     group: int = 16
-    patch: int = 1
+    patch: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
         for name in ("width", "most"):
@@ -72,7 +74,7 @@ class R3GANGenerator(nn.Module):
         self.first = _scaled(nn.Linear(vector, widths[0], bias=False), 1.0)
         self.blocks = nn.ModuleList(nn.Sequential(*(GroupedBlock(w, config, depth) for _ in range(config.blocks))) for w in widths)
         self.wide = nn.ModuleList(_between(a, b) for a, b in itertools.pairwise(widths))
-        self.last = _scaled(nn.Conv2d(widths[-1], channels, 1, bias=False), 1.0) if config.patch == 1 else _scaled(nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1, bias=False), 1.0)
+        self.last = _painted(widths[-1], channels, config.patch)
 
     def forward(self, v: Float[Tensor, "b d"]) -> Float[Tensor, "b c size size"]:
         x = self.blocks[0](self.base * self.first(v)[:, :, None, None])
@@ -88,7 +90,8 @@ class R3GANDiscriminator(nn.Module):
         super().__init__()
         widths = channels_at(config.width, config.most, size // config.patch)
         depth = config.blocks * len(widths)
-        self.first = _scaled(nn.Conv2d(channels, widths[0], 1) if config.patch == 1 else nn.Conv2d(channels, widths[0], 4, 2, 1), 1.0)
+        first = nn.Conv2d(channels, widths[0], 1) if config.patch == 1 else nn.Conv2d(channels, widths[0], 4, 2, 1)
+        self.first = _scaled(first, 1.0)
         self.blocks = nn.ModuleList(nn.Sequential(*(GroupedBlock(w, config, depth) for _ in range(config.blocks))) for w in widths)
         self.wide = nn.ModuleList(_between(a, b) for a, b in itertools.pairwise(widths))
         self.base = _scaled(nn.Conv2d(widths[-1], widths[-1], 4, groups=widths[-1], bias=False), 1.0)
@@ -104,6 +107,15 @@ class R3GANDiscriminator(nn.Module):
         for widen, blocks in zip(self.wide, self.blocks[1:], strict=True):
             x = blocks(widen(F.avg_pool2d(x, 2)))
         return self.base(x)[:, :, 0, 0]
+
+
+def _painted(width: int, channels: int, patch: int) -> nn.Module:
+    """To pixels: 1x1, or twice the side with four of its inputs to each of them."""
+    if patch == 1:
+        return _scaled(nn.Conv2d(width, channels, 1, bias=False), 1.0)
+    layer = nn.ConvTranspose2d(width, channels, 4, 2, 1, bias=False)
+    nn.init.normal_(layer.weight, std=(4 * width) ** -0.5)
+    return layer
 
 
 def _between(a: int, b: int) -> nn.Module:

@@ -232,7 +232,7 @@ def preset_stylegan() -> tuple[GANRecipe, LoopConfig]:
 
 def preset_smoke() -> tuple[GANRecipe, LoopConfig]:
     """A pair that trains in seconds, to try the tools."""
-    network = R3GANConfig(width=16, most=32, blocks=1)
+    network = R3GANConfig(width=16, most=32, patch=1)
     recipe, loop = preset_bundled()
     made = {"network": network, "size": 16, "told": 16}
     recipe = replace(recipe, generator=GeneratorConfig(z=16, **made), discriminator=DiscriminatorConfig(**made), limit=12)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ NETWORKS: list[NetworkConfig] = [
     DCGANConfig(width=16, most=32),
     ResidualConfig(width=16, most=32),
     R3GANConfig(width=16, most=32),
+    R3GANConfig(width=16, most=32, patch=1),
     StyleConfig(width=16, most=32, w=24),
 ]
 
