@@ -17,19 +17,19 @@ COLLAPSED, FELL = 0.35, 0.6  # diversity of the real pictures', and of its own b
 EARLY = 0.1  # of a run, before which a generator may draw one thing
 OVERFIT = 0.5  # of the way from training to drawn scores that held-out ones have gone
 EXPLODED = 50.0  # times the usual norm of a gradient
-VANISHED = 0.02  # of the norm that it had
+VANISHED = 0.05  # of the norm that it had
 SURE = 0.97  # share of both kinds that a discriminator takes for what they are
-SWING = 0.5  # of the mean distance, by which it goes up and down
+SWING = 0.2  # of the mean distance, by which it goes up and down
 CONVERGED = 0.1  # of the first distance, below which ups and downs are noise
 NOISE = 0.25  # of the spread of scores, below which pictures are not told apart
-LINES, LOOKS = 5, 6
+LINES, LOOKS = 5, 8
 
 
 def _collapse(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Finding | None:
     seen = [line for line in looks if line["images"] >= EARLY * facts.get("images", 0)]
-    if len(seen) < 2:
+    if len(seen) < 3:
         return None
-    best, last = max(line["diversity"] for line in seen), max(line["diversity"] for line in seen[-2:])
+    best, last = max(line["diversity"] for line in seen), max(line["diversity"] for line in seen[-3:])
     if last >= COLLAPSED and last >= FELL * best:
         return None
     return Finding(
@@ -84,7 +84,7 @@ def _oscillation(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> 
     moves = [b - a for a, b in itertools.pairwise(distances)]
     turns = sum(a * b < 0 for a, b in itertools.pairwise(moves))
     size = sum(abs(m) for m in moves) / len(moves) / max(sum(distances) / len(distances), 1e-12)
-    if turns < LOOKS - 3 or size < SWING or max(distances) < CONVERGED * looks[0]["kid"]:
+    if turns < (LOOKS - 2) / 2 or size < SWING or max(distances) < CONVERGED * looks[0]["kid"]:
         return None
     return Finding(
         "oscillation",
