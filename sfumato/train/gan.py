@@ -392,7 +392,7 @@ class GANTask(Lessons):
         return network(torch.cat([real, fake]), concat_conds([cond, cond], len(real))).float().chunk(2)  # type: ignore[return-value]
 
     def _steep(self, network: nn.Module, real: Tensor, fake: Tensor | None, cond: Cond) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Scores of both, and the squared slopes that R1 and R2 ask for: both kinds in one pass back where R2 is wanted, else of the real ones alone."""
+        """Scores of both, and the squared slopes for R1 and R2: of both kinds in one pass back where R2 is wanted, else of real ones."""
         p = self.recipe.penalty
         if fake is not None and p.r2 and not self.networks["discriminator"].mixes:
             x = torch.cat([real, fake]).requires_grad_()

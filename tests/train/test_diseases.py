@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def test_the_doctor_of_pairs_speaks_chinese(monkeypatch: pytest.MonkeyPatch) -> 
         assert "the " not in translated(f.says)
 
 
-# --- planted ------------------------------------------------------------------------------------------------------------------------------------------
+# --- planted --------------------------------------------------------------------------------------------------------------------------------------
 
 LOOP = LoopConfig(
     images=16_000, batch_size=32, lr=1e-3, warmup=320, decay=0.3, weight_decay=0.0, clip=0.0, log_every=320, save_every=16_000, sample_every=2_000,
@@ -119,14 +120,18 @@ def found_in(recipe: GANRecipe, loop: LoopConfig, run: Path) -> tuple[list[str],
     return [f.name for f in diagnose(lines, facts_of(run))], {line["finding"] for line in lines if "finding" in line}
 
 
+@pytest.mark.slow
 def test_a_generator_that_runs_after_a_slow_discriminator_collapses(shapes: Path, tmp_path: Path) -> None:
     sick = pair(shapes, loss="hinge", penalty=PenaltyConfig(), d_lr=0.02)
     assert found_in(sick, replace(LOOP, images=6_400, sample_every=1_600), tmp_path) == (["mode-collapse"], {"mode-collapse"})
 
 
-def test_fifty_pictures_are_known_by_heart(shapes: Path, tmp_path: Path) -> None:
-    sick = pair(shapes, limit=60)
-    assert found_in(sick, LOOP, tmp_path) == (["discriminator-overfits"], {"discriminator-overfits"})
+def test_sixty_pictures_are_known_by_heart(shapes: Path, tmp_path: Path) -> None:
+    some = tmp_path / "some"
+    some.mkdir()
+    for path in sorted(shapes.iterdir())[:60]:
+        shutil.copy(path, some)
+    assert found_in(pair(some), LOOP, tmp_path / "run") == (["discriminator-overfits"], {"discriminator-overfits"})
 
 
 @pytest.mark.slow
