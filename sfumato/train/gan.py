@@ -348,6 +348,7 @@ class GANTask(Lessons):
         r, cond, network = self.recipe, self.heard(batch), networks["discriminator"]
         slopes = r.penalty.of_slopes and r.penalty.every == 1
         real, fake = self._both(batch, cond)
+        assert fake is not None
         of_real, of_fake, steep = self._steep(network, real, fake, cond) if slopes else (*self._scores(network, real, fake, cond), {})
         loss = plain = discriminator_loss(r.loss, of_real, of_fake)
         found = self._noted(of_real.detach(), of_fake.detach()) | {"classification": plain.detach()}
@@ -361,11 +362,8 @@ class GANTask(Lessons):
     def smooth(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The penalties alone, as many times as heavy as they are rare."""
         cond, p, network = self.heard(batch), self.recipe.penalty, networks["discriminator"]
-        real, fake = self._both(batch, cond)
-        if p.r1 or p.r2:
-            of_real, _, steep = self._steep(network, real, fake if p.r2 else None, cond)
-        else:
-            of_real, steep = network(real, cond).float(), {}
+        real, fake = self._both(batch, cond, fakes=bool(p.r2 or p.gp))
+        of_real, _, steep = self._steep(network, real, fake if p.r2 else None, cond)
         penalty, found = self._slopes(network, real, fake, steep, cond)
         return penalty * p.every + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
 
@@ -380,10 +378,10 @@ class GANTask(Lessons):
             return generator_loss(self.recipe.loss, discriminator(fake.float(), cond).float()), {}
 
     @torch.no_grad()
-    def _both(self, batch: Batch, cond: Cond) -> tuple[Tensor, Tensor]:
+    def _both(self, batch: Batch, cond: Cond, fakes: bool = True) -> tuple[Tensor, Tensor | None]:
         """Real and generated pictures as the discriminator sees them, without a way back."""
         real = self.changed(batch["x"]).detach()
-        return real, self.changed(self.drawn(self.networks["generator"], batch["z"][:, 0], cond).to(real))
+        return real, self.changed(self.drawn(self.networks["generator"], batch["z"][:, 0], cond).to(real)) if fakes else None
 
     def _scores(self, network: nn.Module, real: Tensor, fake: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Of both together, but apart where statistics of a batch would tell them apart."""
@@ -407,7 +405,9 @@ class GANTask(Lessons):
             steep |= {"r2": squared_slopes(of_fake, fake)} if p.r2 else {}
         return of_real, of_fake, steep
 
-    def _slopes(self, network: nn.Module, real: Tensor, fake: Tensor, steep: dict[str, Tensor], cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
+    def _slopes(
+        self, network: nn.Module, real: Tensor, fake: Tensor | None, steep: dict[str, Tensor], cond: Cond
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """All penalties on slopes, weighed, and how steep the discriminator is at real pictures."""
         p, total, found = self.recipe.penalty, real.new_zeros(()), {}
         if steep:
@@ -415,7 +415,7 @@ class GANTask(Lessons):
             found["slope"] = (steep["r1"].detach() + BLANK).sqrt().mean()
         if "r2" in steep:
             total = total + p.r2 / 2 * steep["r2"].mean()
-        if p.gp:
+        if p.gp and fake is not None:
             u = torch.rand(len(real), device=real.device)
             total = total + p.gp * self._towards_one(network, between(real.detach(), fake.detach(), u), cond)
         if p.dragan:
