@@ -30,7 +30,7 @@ from sfumato.codecs.convnets import ConvnetConfig
 from sfumato.core.checkpoint import FileError, hash_tensors, load_tensors
 from sfumato.core.runlog import read_log
 from sfumato.gans.discriminators import PatchConfig
-from sfumato.train import autoencoder
+from sfumato.train import autoencoder, gan
 from sfumato.train import loop as loop_module
 from sfumato.train.adversary import AdversaryConfig
 from sfumato.train.loop import Batch, Diverged, LoopConfig, Phase, Stopped, Trainer, checkpoint_name, checkpoints, faster_dtype, settled
@@ -673,6 +673,41 @@ def test_two_processes_share_a_codebook_and_a_discriminator(tmp_path: Path) -> N
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-5 if i < 2 else 0.1), (i, name)
 
 
+PAIRS = {
+    "gan-lazy": {"penalty": gan.PenaltyConfig(r1=1.0, r2=1.0, every=2), "adapt": gan.AdaptConfig(penalty="slope", images=64)},
+    "gan-between": {"penalty": gan.PenaltyConfig(gp=10.0, lecam=0.1), "loss": "wasserstein", "steps": 2},
+    "gan-dragan": {"penalty": gan.PenaltyConfig(dragan=1.0, every=3), "loss": "hinge", "augment": "ada", "p": 0.5},
+}
+
+
+def pair(what: str) -> tuple[gan.GANRecipe, LoopConfig]:
+    recipe, loop = gan.preset_smoke()
+    loop = replace(loop, images=96, batch_size=8, warmup=8, save_every=96, sample_every=96, log_every=8, device="cpu")
+    return replace(recipe, **({"augment": "none"} | PAIRS[what])), loop  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", PAIRS)
+def test_two_processes_train_one_pair(tmp_path: Path, what: str) -> None:
+    """Both end with the same networks and controllers, bit for bit. Where nothing is drawn at random besides noise, one process with the whole batch
+    gets nearly the same ones; where only the places of the penalty are, it begins with the same scores.
+    """
+    digests = set()
+    for process in two(what, tmp_path / "two"):
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        digests |= {line for line in said.splitlines() if line.startswith("networks")}
+    assert len(digests) == 1
+    alone = gan.train(*pair(what), tmp_path / "one", text=tmp_path / "one")
+    one, both = ([line for line in read_log(tmp_path / n / "log.jsonl") if "images_per_s" in line] for n in ("one", "two"))
+    steps = {"gan-lazy": len(one), "gan-between": 1, "gan-dragan": 0}[what]
+    for a, b in zip(one[:steps], both[:steps], strict=True):
+        for name in ("real_score", "fake_score", "classification"):
+            assert a[f"discriminator/{name}"] == pytest.approx(b[f"discriminator/{name}"], rel=1e-3, abs=1e-4), (a["images"], name)
+    if what == "gan-lazy":
+        assert float(alone.task.networks["balance"].louder) != 1.0  # type: ignore[arg-type]
+        assert_same(tmp_path / "one", tmp_path / "two", 1e-3)
+
+
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
     both = two("toy-slow", tmp_path / "run")
     stdout = both[1].stdout
@@ -714,8 +749,8 @@ def drive(what: str, out: str) -> None:
             bad = BAD_ON_ONE_RANK if what == "toy-bad" else range(0)
             done = fit(Path(out), task=Loud(pause=0.2) if what == "toy-slow" else Toy(bad=bad))
             print(f"{done.accelerator.num_processes} processes, {done.counters['skipped']} skipped")
-        elif what == "vqgan":
-            done = autoencoder.train(*vqgan(), Path(out))
+        elif what == "vqgan" or what in PAIRS:
+            done = autoencoder.train(*vqgan(), Path(out)) if what == "vqgan" else gan.train(*pair(what), Path(out), text=Path(out))
             print("networks", hash_tensors({f"{n}.{k}": v for n, net in done.task.networks.items() for k, v in net.state_dict().items()}))
         else:
             recipe, loop = smoke()
