@@ -58,6 +58,7 @@ PENALTIES = {
     "r1+r2": PenaltyConfig(r1=1.0, r2=1.0),
 }
 COLLAPSED = 0.3  # diversity of the real pictures', by either net, below which a run has failed
+RATE = 2e-4  # of the study
 TRIED = (5e-5, 2e-4, 8e-4)  # learning rates of the baselines
 RIVALS = ("r3gan", "dcgan", "wgan-gp")
 
@@ -139,11 +140,11 @@ def pair_of(network: Any, options: Options) -> dict[str, Any]:
     return {"generator": GeneratorConfig(network=network, size=SIDE), "discriminator": DiscriminatorConfig(network=network, size=SIDE)}
 
 
-def loop_of(options: Options, images: int, seed: int, **more: Any) -> LoopConfig:
+def loop_of(options: Options, images: int, seed: int, lr: float, batch: int = 32) -> LoopConfig:
     _, loop = gan.preset_own()
-    batch = 16 if options.quick else 32
+    batch = 16 if options.quick else batch
     images = max(images // batch, 2) * batch
-    loop = replace(loop, images=images, batch_size=batch, warmup=min(loop.warmup, images // 10), seed=seed, dtype="fp32", keep=1, **more)
+    loop = replace(loop, images=images, batch_size=batch, warmup=min(loop.warmup, images // 10), seed=seed, lr=lr, dtype="fp32", keep=1)
     return replace(loop, save_every=images, sample_every=10 * images, log_every=max(images // 20, batch))
 
 
@@ -203,7 +204,7 @@ def study(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     for kind, penalty, seed in tqdm(cells, desc="study", file=sys.stderr):
         recipe = GANRecipe(data=str(train), loss=kind, penalty=PENALTIES[penalty], betas=(0.0, 0.99), **pair_of(network, options))  # type: ignore[arg-type]
         name = f"{kind} + {penalty}"
-        found.setdefault(name, []).append(outcome(options, f"{kind}-{penalty}-{seed}", recipe, loop_of(options, images, seed)))
+        found.setdefault(name, []).append(outcome(options, f"{kind}-{penalty}-{seed}", recipe, loop_of(options, images, seed, RATE)))
     rows = {name: summary(cells) for name, cells in found.items()}
     best = min((r for r in rows if rows[r]["failures"] == 0), key=lambda r: rows[r]["kid, classifier"][0], default="")
     claims = [claim("the best: kernel distance by the classifier", rows[best]["kid, classifier"][0])] if best else []
@@ -249,17 +250,18 @@ def rivals(options: Options, data: str) -> dict[str, GANRecipe]:
 def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     train, _ = folders(options)
     recipes = rivals(options, str(train))
-    images = {name: paced(options, name, recipe) for name, recipe in recipes.items()}
+    batches = {"r3gan": gan.preset_own()[1].batch_size, "dcgan": gan.preset_dcgan()[1].batch_size, "wgan-gp": gan.preset_wgan_gp()[1].batch_size}
+    images = {name: paced(options, name, recipe, batches[name]) for name, recipe in recipes.items()}
     rates = {"r3gan": gan.preset_own()[1].lr}
     for name in RIVALS[1:]:
         tried = {
-            lr: outcome(options, f"race-{name}-{lr:g}-0", recipes[name], loop_of(options, images[name], 0, lr=lr))
+            lr: outcome(options, f"race-{name}-{lr:g}-0", recipes[name], loop_of(options, images[name], 0, lr, batches[name]))
             for lr in (TRIED[1:2] if options.quick else TRIED)
         }
         rates[name] = min(tried, key=lambda lr: tried[lr].get("kid, classifier", np.inf))
     found = {
         name: [
-            outcome(options, f"race-{name}-{rates[name]:g}-{s}", recipe, loop_of(options, images[name], s, lr=rates[name]))
+            outcome(options, f"race-{name}-{rates[name]:g}-{s}", recipe, loop_of(options, images[name], s, rates[name], batches[name]))
             for s in range(seeds_of(options))
         ]
         for name, recipe in recipes.items()
@@ -282,13 +284,13 @@ def ratio_of(ours: list[float], theirs: list[float]) -> tuple[float, float, floa
     return float(a.mean() / b.mean()), float(np.quantile(ratios, 0.025)), float(np.quantile(ratios, 0.975))
 
 
-def paced(options: Options, name: str, recipe: GANRecipe) -> int:
+def paced(options: Options, name: str, recipe: GANRecipe, batch: int) -> int:
     """Pictures that fit into the time of a race, from some steps of it."""
     if options.quick:
         return 64
     told = options.out / "cells" / f"pace-{name}-{options.minutes:g}.txt"
     if not told.exists():
-        loop = loop_of(options, 10**7, 0)
+        loop = loop_of(options, 10**7, 0, RATE, batch)
         loop = replace(loop, log_every=loop.batch_size)
         run = options.out / "runs" / f"pace-{name}"
         gan.train(recipe, loop, run, text=run, stop_at=30 * loop.batch_size)

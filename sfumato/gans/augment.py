@@ -60,12 +60,16 @@ def ada(x: Float[Tensor, "b c h w"], p: float | Float[Tensor, ""]) -> Float[Tens
     filters and corruptions). Differentiable once: a penalty on slopes is to look at what this returns. p 0 changes nothing.
     """
     where = _placed(x, p)
-    grid = F.affine_grid(where[:, :2], list(x.shape), align_corners=False)
-    moved = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    still = (where == torch.eye(3, device=x.device, dtype=x.dtype)).all((1, 2))[:, None, None, None]
-    moved = torch.where(still, x, moved)  # to the last bit
+    rows = (where != torch.eye(3, device=x.device, dtype=x.dtype)).any(2).any(1).nonzero()[:, 0]  # the others stay, to the last bit
+    if len(rows):
+        grid = F.affine_grid(where[rows, :2], [len(rows), *x.shape[1:]], align_corners=False)
+        x = x.index_copy(0, rows, F.grid_sample(x[rows], grid, mode="bilinear", padding_mode="reflection", align_corners=False))
     turn, add = _tinted(x, p)
-    return torch.cat([torch.einsum("bij,bjhw->bihw", turn, moved[:, :3]) + add[:, :, None, None], moved[:, 3:]], dim=1)
+    rows = ((turn != torch.eye(3, device=x.device, dtype=x.dtype)).any(2).any(1) | (add != 0).any(1)).nonzero()[:, 0]
+    if len(rows):
+        rgb = torch.einsum("bij,bjhw->bihw", turn[rows], x[rows, :3]) + add[rows, :, None, None]
+        x = x.index_copy(0, rows, torch.cat([rgb, x[rows, 3:]], dim=1))
+    return x
 
 
 def _placed(x: Tensor, p: float | Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class R3GANConfig:
     """
 
     kind: str = "r3gan"
-    width: int = 32
+    width: int = 16
     most: int = 256
     blocks: int = 1
     wider: int = 2

@@ -45,6 +45,13 @@ def test_identity_is_the_exact_area_average() -> None:
     assert (place(x, [Placed(i) for i in range(3)], SIZE) - F.avg_pool2d(x, 2)).abs().max() <= 1e-6
 
 
+def test_what_stays_is_as_if_it_had_been_sampled() -> None:
+    """Drawings that are not moved take a shorter way; beside ones that are, each keeps its row."""
+    x, items = torch.rand(4, 4, 2 * SIZE, 2 * SIZE), [Placed(0), Placed(1, scale=0.5), Placed(2, flip=True), Placed(3, dx=0.1)]
+    nearly = [replace(i, angle=1e-6) for i in items]
+    assert (place(x, items, SIZE) - place(x, nearly, SIZE)).abs().max() <= 1e-5
+
+
 def test_flip_mirrors_left_and_right() -> None:
     x = blobs().float() / 255
     flipped = place(x, [Placed(i, flip=True) for i in range(3)], SIZE)
