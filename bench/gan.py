@@ -5,8 +5,8 @@
 - race: our preset against DCGAN and WGAN-GP at equal seconds, the learning rates of those two tuned first;
 - step: one step of WGAN-GP beside the plain textbook step on the same networks, by turns.
 
-Every cell is kept in `--out`: a run that was stopped is gone on with. Features are those of a classifier trained here on the same classes and of the
-default feature net; each figure is given with both.
+Every cell is kept in `--out`: a run that was stopped is gone on with. Features are those of a classifier trained here on the same classes, and of
+Inception where its file is there (`--inception FILE`), else of the default feature net; each figure is given with both.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import tyro
 from common import ROOT, claim, emit, of_parts, speed_of
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from vqgan import idx_folder
@@ -39,7 +40,7 @@ from sfumato.gans.residual import ResidualConfig
 from sfumato.losses.adversarial import Kind
 from sfumato.metrics.distribution import Moments, frechet_distance, kernel_distance
 from sfumato.metrics.diversity import pairwise_distance
-from sfumato.metrics.features import feature_net, look
+from sfumato.metrics.features import FeatureNet, feature_net, look
 from sfumato.metrics.judge import Judge
 from sfumato.nn.backbones import over, resize
 from sfumato.pipelines.evaluate import picture_set
@@ -82,6 +83,8 @@ class Options:
     """Losses of the study, with commas."""
     penalties: str = ",".join(PENALTIES)
     """Penalties of the study, with commas."""
+    inception: Path | None = None
+    """The original weights of Inception, for its features instead of the default net's; give it an --out of its own."""
     out: Path = ROOT / "runs" / "bench-gan"
     """Where cells are kept."""
     repeats: int = 7
@@ -116,11 +119,15 @@ def eyes(options: Options) -> Eyes:
     recipe, loop = judge.preset_smoke() if options.quick else judge.preset_own()
     recipe = replace(recipe, data=str(train), limit=0)
     run = judge.train(recipe, replace(loop, dtype="fp32", seed=options.seed), options.out / "classifier").run
-    net, classifier = feature_net(), load_judge(run)
+    net, classifier = net_of(options), load_judge(run)
     looks: dict[str, Callable[[Tensor], Tensor]] = {"classifier": partial(seen_by, classifier), net.name: lambda x: look(net, x)[0]}
     reference = picture_set(test, SIDE)
     x = torch.cat([over(b) for b in reference.batches(range(len(reference)))])
     return Eyes(looks, {name: f(x) for name, f in looks.items()})
+
+
+def net_of(options: Options) -> FeatureNet:
+    return feature_net("inception", str(options.inception)) if options.inception else feature_net()
 
 
 @torch.no_grad()
@@ -205,11 +212,27 @@ def study(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         recipe = GANRecipe(data=str(train), loss=kind, penalty=PENALTIES[penalty], betas=(0.0, 0.99), **pair_of(network, options))  # type: ignore[arg-type]
         name = f"{kind} + {penalty}"
         found.setdefault(name, []).append(outcome(options, f"{kind}-{penalty}-{seed}", recipe, loop_of(options, images, seed, RATE)))
+    sheet(options, losses, penalties, seeds_of(options) - 1).save(options.out / "study.png", optimize=True)
     rows = {name: summary(cells) for name, cells in found.items()}
     best = min((r for r in rows if rows[r]["failures"] == 0), key=lambda r: rows[r]["kid, classifier"][0], default="")
     claims = [claim("the best: kernel distance by the classifier", rows[best]["kid, classifier"][0])] if best else []
     claims.append(claim("cells that failed", sum(r["failures"] for r in rows.values())))
-    return claims, {"rows": rows, "best": best, "images": images, "features": "a classifier trained on the same classes, and the default feature net"}
+    return claims, {"rows": rows, "best": best, "images": images, "features": f"a classifier trained on the same classes, and {net_of(options).name}"}
+
+
+def sheet(options: Options, losses: list[str], penalties: list[str], seed: int) -> Image.Image:
+    """What each cell of a seed drew: a row a loss, two lines of ten pictures a penalty; white where a run broke off."""
+    step, wide, high = SIDE + 2, 10 * (SIDE + 2) + 8, 2 * (SIDE + 2) + 8  # of a picture with its gap; of the pictures of a cell
+    whole = Image.new("RGB", (wide * len(penalties) - 10, high * len(losses) - 10), "white")
+    for row, kind in enumerate(losses):
+        for column, penalty in enumerate(penalties):
+            strip = options.out / "cells" / f"{kind}-{penalty}-{seed}.png"
+            if strip.exists():
+                with Image.open(strip) as drawn:
+                    for line in range(2):
+                        part = drawn.convert("RGB").crop((line * 10 * step, 0, (line + 1) * 10 * step - 2, SIDE))
+                        whole.paste(part, (column * wide, row * high + line * step))
+    return whole
 
 
 def seeds_of(options: Options) -> int:
@@ -268,7 +291,7 @@ def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     }
     claims = []
     for name in RIVALS[1:]:
-        for eye in ("classifier", feature_net().name):
+        for eye in ("classifier", net_of(options).name):
             ratio, low, high = ratio_of([c.get(f"kid, {eye}", np.nan) for c in found["r3gan"]], [c.get(f"kid, {eye}", np.nan) for c in found[name]])
             claims.append(claim(f"kernel distance by the {eye}: ours / {name}, at most", high, "", "<= 1"))
             claims.append(claim(f"... {name}: the ratio itself", ratio, "", "<= 0.7"))
