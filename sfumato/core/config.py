@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any, TypeVar
@@ -18,6 +19,13 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     """ ", did you mean 'x'?" or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean '{found[0]}'?" if found else ""
+
+
+def at_least(low: float, **values: float) -> None:
+    """Raises ValueError for a value that is not a finite number from `low` on."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= low):
+            raise ValueError(f"{name} (={value}) must be at least {low}")
 
 
 def to_json(config: Any) -> Any:

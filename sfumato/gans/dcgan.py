@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sfumato.core.config import at_least
 from sfumato.nn.layers import Norm, channels_at, check_groups, norm_of
 
 
@@ -23,6 +24,7 @@ class DCGANConfig:
     norm: Norm = "batch"
 
     def __post_init__(self) -> None:
+        at_least(1, width=self.width, most=self.most)
         check_groups(self.norm, width=self.width, most=self.most)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from sfumato.core.config import at_least
 from sfumato.core.seams import Cond
 from sfumato.gans.dcgan import DCGANConfig, DCGANDiscriminator, DCGANGenerator
 from sfumato.gans.r3gan import R3GANConfig, R3GANDiscriminator, R3GANGenerator
@@ -38,6 +39,8 @@ class _PairConfig:
     told: int = 64
 
     def __post_init__(self) -> None:
+        at_least(0, text_width=self.text_width, styles=self.styles, labels=self.labels)
+        at_least(1, told=self.told)
         if self.size < 8 or self.size & (self.size - 1):
             raise ValueError(f"size (={self.size}) must be a power of two, 8 at least: sides double from 4 on")
         if self.image_channels not in (3, 4):
@@ -54,6 +57,10 @@ class GeneratorConfig(_PairConfig):
 
     kind: str = "generator"
     z: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, z=self.z)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +105,7 @@ class Generator(nn.Module):
         self.network = GENERATORS[c.network.kind](c.network, vector, c.size, c.image_channels)  # type: ignore[arg-type]
         if isinstance(c.network, StyleConfig):
             self.register_buffer("centre", torch.zeros(c.network.w))  # the running mean of w
+            self.register_buffer("seen", torch.zeros(()))  # batches of it
 
     @property
     def noises(self) -> int:
@@ -114,7 +122,8 @@ class Generator(nn.Module):
             return v
         w = self.network.style(v)  # type: ignore[operator]
         if self.training:
-            self.centre.lerp_(w.detach().float().mean(0), 1 - CENTRE)
+            self.seen.add_(1)
+            self.centre.lerp_(w.detach().float().mean(0), (1 / self.seen).clamp_min(1 - CENTRE))
         return w
 
     def check_truncation(self, truncation: float) -> None:
@@ -162,7 +171,8 @@ class Discriminator(nn.Module):
         score = self.score(seen)[:, 0]
         if self.told is None or self.project is None:
             return score
-        return score + (self.project(self.told(cond, seen)) * seen).sum(1) / seen.shape[1] ** 0.5
+        said = (self.project(self.told(cond, seen)) * seen).sum(1)
+        return score + (said if self.config.spectral else said / seen.shape[1] ** 0.5)  # spectral norms have made it small enough
 
 
 def bound(network: nn.Module) -> None:

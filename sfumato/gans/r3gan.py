@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.core.config import at_least
 from sfumato.nn.layers import channels_at
 
 SLOPE = 0.2
@@ -32,6 +33,7 @@ class R3GANConfig:
     patch: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
+        at_least(1, width=self.width, most=self.most, blocks=self.blocks, wider=self.wider, group=self.group)
         for name in ("width", "most"):
             inner = getattr(self, name) * self.wider
             if inner % self.group:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.core.config import at_least
 from sfumato.nn.layers import Norm, channels_at, check_groups, norm_of
 
 
@@ -22,6 +23,7 @@ class ResidualConfig:
     norm: Norm = "batch"
 
     def __post_init__(self) -> None:
+        at_least(1, width=self.width, most=self.most)
         check_groups(self.norm, width=self.width, most=self.most)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.core.config import at_least
 from sfumato.nn.layers import channels_at
 
 GAIN = 2**0.5  # of the activation
@@ -30,6 +31,10 @@ class StyleConfig:
     w: int = 256
     mapping: int = 4
     mapping_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        at_least(1, width=self.width, most=self.most, w=self.w, mapping=self.mapping)
+        at_least(1e-6, mapping_lr=self.mapping_lr)
 
 
 class EqualLinear(nn.Linear):

@@ -85,7 +85,12 @@ def slope_penalty(
     """E (|d score / d x| - target)^2: WGAN-GP between real and generated pictures (arXiv 1704.00028, eq. 3), DRAGAN beside real ones
     (arXiv 1705.07215, eq. 3). `one_sided` counts only slopes above the target (arXiv 1709.08894, eq. 8). x must require a gradient.
     """
-    norm = (squared_slopes(scores, x) + 1e-12).sqrt() - target  # the root has no slope at 0
+    return towards(squared_slopes(scores, x), target, one_sided=one_sided)
+
+
+def towards(squared: Float[Tensor, " b"], target: float = 1.0, *, one_sided: bool = False) -> Float[Tensor, ""]:
+    """The same of squared slopes that are there."""
+    norm = (squared + 1e-12).sqrt() - target  # the root has no slope at 0
     return (F.relu(norm) if one_sided else norm).square().mean()
 
 

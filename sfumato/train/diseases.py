@@ -14,6 +14,7 @@ from statistics import median
 from sfumato.train.finding import Facts, Finding, Line, not_finite
 
 COLLAPSED, FELL = 0.35, 0.6  # diversity of the real pictures', and of its own best, below which modes are lost
+RISES = 1.1  # times the diversity of two looks ago
 EARLY = 0.1  # of a run, before which a generator may draw one thing
 OVERFIT = 0.5  # of the way from training to drawn scores that held-out ones have gone
 EXPLODED = 50.0  # times the usual norm of a gradient
@@ -30,7 +31,8 @@ def _collapse(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Fin
     if len(seen) < 3:
         return None
     best, last = max(line["diversity"] for line in seen), max(line["diversity"] for line in seen[-3:])
-    if last >= COLLAPSED and last >= FELL * best:
+    young = last >= FELL * best and seen[-1]["diversity"] > RISES * seen[-3]["diversity"]  # not yet learned is no collapse
+    if young or (last >= COLLAPSED and last >= FELL * best):
         return None
     return Finding(
         "mode-collapse",

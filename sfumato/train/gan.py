@@ -7,6 +7,8 @@ discriminator's slopes come in its own step, or lazily every few steps in a step
 from __future__ import annotations
 
 import copy
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfumato.core.config import to_json
+from sfumato.core.config import at_least, to_json
 from sfumato.core.images import grid, to_pil
 from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Cond
@@ -42,8 +44,8 @@ from sfumato.losses.adversarial import (
     generator_loss,
     lecam_penalty,
     middle,
-    slope_penalty,
     squared_slopes,
+    towards,
 )
 from sfumato.metrics.distribution import kernel_distance
 from sfumato.metrics.diversity import pairwise_distance
@@ -55,6 +57,7 @@ from sfumato.train.conditioned import Lessons, Taught
 from sfumato.train.doctor import Doctor
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
+FEWEST = 4
 LOOKED_AT = 256  # pictures of each kind, at each look
 QUICK = 0.95  # of the running averages that a controller follows
 MOST_P = 0.85  # of ADA
@@ -77,9 +80,7 @@ class PenaltyConfig:
     every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("r1", "r2", "gp", "dragan", "lecam"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"penalty.{name} (={getattr(self, name)}) must be at least 0: 0 is none")
+        at_least(0, **{f"penalty.{name}": getattr(self, name) for name in ("r1", "r2", "gp", "dragan", "lecam")})
         if self.every < 1:
             raise ValueError(f"penalty.every (={self.every}) must be at least 1: discriminator steps from one penalty to the next")
 
@@ -91,20 +92,22 @@ class PenaltyConfig:
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
     """What a controller may move, and by what. ADA's probability follows overfitting; `penalty` says what the weight of the penalties follows:
-    overfitting (the share of real pictures taken for real, as a sign in [-1, 1], is to be `target`) or the slope at real pictures (to be `slope`).
-    `images` take ADA's p from 0 to 1, and a penalty's weight from 1 to `most` times what the recipe says; 1 / `most` is the least.
+    overfitting (how far scores of held-out pictures have gone from those of training pictures to those of drawn ones is to be `target`: r_v of
+    arXiv 2006.06676, eq. 1) or the slope where the penalties look (to be `slope`). `images` take ADA's p from 0 to 1, a penalty's weight from 1 to
+    `most` times what the recipe says; 1 / `most` is the least.
     """
 
     penalty: Literal["none", "overfit", "slope"] = "none"
-    target: float = 0.6
+    target: float = 0.3
     slope: float = 1.0
     images: int = 100_000
     most: float = 10.0
 
     def __post_init__(self) -> None:
-        if not -1 < self.target < 1 or self.slope <= 0 or self.images < 1 or self.most <= 1:
+        good = 0 < self.target < 1 and 0 < self.slope < math.inf and self.images >= 1 and 1 < self.most < math.inf
+        if not good:
             raise ValueError(
-                f"adapt.target (={self.target}) must be between -1 and 1, slope (={self.slope}) above 0, images (={self.images}) at least 1, "
+                f"adapt.target (={self.target}) must be between 0 and 1, slope (={self.slope}) above 0, images (={self.images}) at least 1, "
                 f"most (={self.most}) above 1"
             )
 
@@ -115,7 +118,7 @@ class GANRecipe(Taught):
 
     `steps` discriminator steps for each of the generator; `d_lr` is the discriminator's learning rate relative to the loop's; `betas` are of both.
     `augment` changes what the discriminator sees; ADA begins with probability `p`. `freeze` parts of the discriminator next to the picture stay as
-    `init` has them (arXiv 2002.10964).
+    `init` has them (arXiv 2002.10964). `each`: different versions of a picture, by `variety`; nothing of them is kept.
     """
 
     part: ClassVar[str] = "generator"
@@ -132,7 +135,7 @@ class GANRecipe(Taught):
     betas: tuple[float, float] = (0.0, 0.99)
     freeze: int = 0
     variety: Variety = STILL
-    each: int = 1
+    each: int = 1_000_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,14 +147,16 @@ class GANRecipe(Taught):
             raise ValueError(
                 "discriminator.network.norm (='batch') makes scores depend on the other pictures: a penalty on slopes needs group or none"
             )
-        if self.steps < 1 or self.d_lr <= 0:
+        if self.steps < 1 or not 0 < self.d_lr < math.inf:
             raise ValueError(f"steps (={self.steps}) must be at least 1 and d_lr (={self.d_lr}) above 0")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas (={self.betas}) must be from 0 to below 1: the memory of Adam's averages")
         if not 0 <= self.p <= MOST_P:
             raise ValueError(f"p (={self.p}) must be between 0 and {MOST_P}: above that a generator learns the changes themselves")
+        if self.p and self.augment != "ada":
+            raise ValueError(f"p (={self.p}) is the probability with which augment ada begins: set that too, or leave p out")
         if self.adapt.penalty != "none" and not self.penalty.of_slopes:
             raise ValueError(f"adapt.penalty (={self.adapt.penalty!r}) moves the weight of penalties on slopes: one of them must be above 0")
-        if self.adapt.penalty == "slope" and not (self.penalty.r1 or self.penalty.r2):
-            raise ValueError("adapt.penalty (='slope') follows what penalty.r1 or penalty.r2 measure: one of them must be above 0, or take overfit")
         if self.freeze < 0 or (self.freeze and not self.init):
             raise ValueError(f"freeze (={self.freeze}) must be at least 0, and needs init: what is frozen is to have learned before")
         if self.memory:
@@ -250,8 +255,8 @@ PRESETS = {
 
 
 class Balance(nn.Module):
-    """ADA's `p` and what the penalties' weights are multiplied with; running averages of the scores (real, generated), of the sign of real ones, and
-    of the slope at real pictures.
+    """ADA's `p` and what the penalties' weights are multiplied with; running averages of the scores (real, generated), of those of held-out pictures
+    with the other two beside them, and of the slope.
     """
 
     def __init__(self, p: float) -> None:
@@ -259,20 +264,26 @@ class Balance(nn.Module):
         self.register_buffer("p", torch.full((), p))
         self.register_buffer("louder", torch.ones(()))
         self.register_buffer("scores", torch.zeros(2))
-        self.register_buffer("sign", torch.zeros(()))
+        self.register_buffer("apart", torch.zeros(3))
         self.register_buffer("slope", torch.zeros(()))
 
     def forward(self) -> None:
         """Nothing to compute."""
 
+    @property
+    def overfit(self) -> Tensor:
+        """How far held-out scores are on the way from real to generated ones; 0 where those are not told apart."""
+        real, fake, held = self.apart
+        return torch.where(real > fake, (real - held) / (real - fake).clamp_min(1e-6), 0.0).clamp(-1, 1)
+
     @torch.no_grad()
     def follow(self, seen: dict[str, Tensor], recipe: GANRecipe, images: int) -> None:
         """Takes what a step saw into the averages, and moves what may be moved by as much as `images` are worth."""
-        for name, memory in (("scores", MEMORY), ("sign", QUICK), ("slope", QUICK)):
+        for name, memory in (("scores", MEMORY), ("apart", MEMORY), ("slope", QUICK)):
             if name in seen:
                 getattr(self, name).lerp_(seen[name], 1 - memory)
         a, share = recipe.adapt, images / recipe.adapt.images
-        overfit = torch.sign(self.sign - a.target)
+        overfit = torch.sign(self.overfit - a.target)
         if recipe.augment == "ada":
             self.p.add_(overfit * share).clamp_(0, MOST_P)
         if a.penalty != "none":
@@ -293,6 +304,8 @@ class GANTask(Lessons):
 
     def __init__(self, recipe: GANRecipe, seed: int, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
         super().__init__(recipe, seed, recipe.generator.size, text, run, device, bf16)
+        if (count := len(self.shown.pixels)) < FEWEST:
+            raise ValueError(f"data (={recipe.data!r}) has {count} pictures: at least {FEWEST} are wanted, since a pair is measured by their variety")
         of_data = {name: getattr(self.net, name) for name in ("text_width", "styles", "labels")}
         self.of_discriminator = replace(recipe.discriminator, **of_data)
         torch.manual_seed(seed)
@@ -308,7 +321,7 @@ class GANTask(Lessons):
             part.requires_grad_(False)
         self.phases = self._phases()
         self.full_precision = ("discriminator",) if recipe.penalty.of_slopes else ()
-        self.seen: dict[str, Tensor] = {}
+        self.seen: dict[str, list[Tensor]] = defaultdict(list)  # of the parts of a batch
         self.loop = LoopConfig()
 
     def _phases(self) -> list[Phase]:
@@ -330,6 +343,12 @@ class GANTask(Lessons):
         rngs = [torch_rng(self.seed, "train/z", int(p)) for p in positions]
         z = torch.stack([torch.randn(2, self.net.z, generator=g) for g in rngs])
         return {"x": self.pictures(indices.numpy()), "z": z} | said
+
+    def heard(self, batch: Batch) -> Cond:
+        """Once a batch: every phase asks."""
+        if "cond" not in batch:
+            batch["cond"] = super().heard(batch)
+        return batch["cond"]  # type: ignore[no-any-return]
 
     def drawn(self, network: nn.Module, z: Tensor, cond: Cond) -> Tensor:
         n = self.networks["generator"].noises
@@ -353,6 +372,8 @@ class GANTask(Lessons):
         of_real, of_fake, steep = self._steep(network, real, fake, cond) if slopes else (*self._scores(network, real, fake, cond), {})
         loss = plain = discriminator_loss(r.loss, of_real, of_fake)
         found = self._noted(of_real.detach(), of_fake.detach()) | {"classification": plain.detach()}
+        if r.augment == "ada" or r.adapt.penalty == "overfit":
+            self._held_out(len(real), of_real.detach(), of_fake.detach())
         if r.penalty.lecam:
             loss = loss + r.penalty.lecam * lecam_penalty(of_real, of_fake, self.balance.scores.clone())
         if slopes:
@@ -415,29 +436,39 @@ class GANTask(Lessons):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """All penalties on slopes, weighed, and how steep the discriminator is at real pictures."""
         p, total, found = self.recipe.penalty, real.new_zeros(()), {}
-        if steep:
-            total = total + p.r1 / 2 * steep["r1"].mean()
-            found["slope"] = (steep["r1"].detach() + BLANK).sqrt().mean()
         if "r2" in steep:
             total = total + p.r2 / 2 * steep["r2"].mean()
         if p.gp and fake is not None:
             u = torch.rand(len(real), device=real.device)
-            total = total + p.gp * self._towards_one(network, between(real.detach(), fake.detach(), u), cond)
+            steep["gp"] = self._squared(network, between(real.detach(), fake.detach(), u), cond)
+            total = total + p.gp * towards(steep["gp"], one_sided=p.one_sided)
         if p.dragan:
-            total = total + p.dragan * self._towards_one(network, beside(real.detach(), torch.rand_like(real)), cond)
+            steep["dragan"] = self._squared(network, beside(real.detach(), torch.rand_like(real)), cond)
+            total = total + p.dragan * towards(steep["dragan"], one_sided=p.one_sided)
+        if "r1" in steep:
+            total = total + p.r1 / 2 * steep["r1"].mean()
+        if steep:
+            found["slope"] = (next(iter(steep.values())).detach() + BLANK).sqrt().mean()  # at real pictures where R1 or R2 look
         if "slope" in found:
-            self.seen["slope"] = mean_of_processes(found["slope"].clone())
+            self.seen["slope"].append(mean_of_processes(found["slope"].clone()))
         return total * self.balance.louder, found | {"penalty": total.detach()}
 
-    def _towards_one(self, network: nn.Module, x: Tensor, cond: Cond) -> Tensor:
+    def _squared(self, network: nn.Module, x: Tensor, cond: Cond) -> Tensor:
         x = x.requires_grad_()
-        return slope_penalty(network(x, cond).float(), x, one_sided=self.recipe.penalty.one_sided)
+        return squared_slopes(network(x, cond).float(), x)
+
+    @torch.no_grad()
+    def _held_out(self, count: int, of_real: Tensor, of_fake: Tensor) -> None:
+        """Some held-out pictures, changed as all are, for the controllers."""
+        x, cond = self.apart
+        rows = torch.randint(len(x), (-(-count // 4),), device=x.device)
+        scores = self.networks["discriminator"](self.changed(x[rows]), cond[rows]).float()
+        self.seen["apart"].append(mean_of_processes(torch.stack([of_real.mean(), of_fake.mean(), scores.mean()])))
 
     def _noted(self, of_real: Tensor, of_fake: Tensor) -> dict[str, Tensor]:
         """What the averages follow, and what the log says of the scores."""
         half = mean_of_processes(middle(self.recipe.loss, of_real, of_fake))
-        sign = torch.sign(of_real - half).mean()
-        self.seen |= {"scores": mean_of_processes(torch.stack([of_real.mean(), of_fake.mean()])), "sign": mean_of_processes(sign.clone())}
+        self.seen["scores"].append(mean_of_processes(torch.stack([of_real.mean(), of_fake.mean()])))
         return {
             "real_right": (of_real > half).float().mean(),
             "fake_right": (of_fake < half).float().mean(),
@@ -446,7 +477,8 @@ class GANTask(Lessons):
         }
 
     def after_step(self, averages: dict[str, nn.Module], images: int, finite: bool) -> dict[str, float]:
-        seen, self.seen = self.seen, {}
+        seen = {name: torch.stack(parts).mean(0) for name, parts in self.seen.items()}
+        self.seen.clear()
         if finite:
             self.balance.follow(seen, self.recipe, self.loop.batch_size)
         found = {"ada_p": float(self.balance.p)} if self.recipe.augment == "ada" else {}
@@ -454,8 +486,13 @@ class GANTask(Lessons):
 
     # --- looking ------------------------------------------------------------------------------------------------------------------------------------
 
-    def noise(self, purpose: str, count: int) -> Tensor:
-        return torch.stack([torch.randn(self.net.z, generator=torch_rng(self.seed, purpose, i)) for i in range(count)]).to(self.device)
+    def noise(self, purpose: str, count: int, width: int = 0) -> Tensor:
+        return torch.stack([torch.randn(width or self.net.z, generator=torch_rng(self.seed, purpose, i)) for i in range(count)]).to(self.device)
+
+    def looks(self, generator: nn.Module, z: Tensor, cond: Cond) -> Tensor:
+        """What it draws of fixed noise, of places too, as `generate` does."""
+        n = self.networks["generator"].noises
+        return generator(z, cond, self.noise("look/places", len(z), n) if n else None)  # type: ignore[no-any-return, arg-type]
 
     @torch.no_grad()
     def drawing(self, networks: dict[str, nn.Module]) -> Any:
@@ -475,12 +512,12 @@ class GANTask(Lessons):
     def samples(self, networks: dict[str, nn.Module]) -> Image.Image:
         """The preview prompts in fixed styles with fixed noise, two of each."""
         cond, _ = self.preview()
-        return grid(to_pil(self.drawing(networks)(self.noise("preview/z", len(_rows(cond))), cond)), columns=8)
+        return grid(to_pil(self.looks(self.drawing(networks), self.noise("preview/z", len(_rows(cond))), cond)), columns=8)
 
     @cached_property
     def looked_at(self) -> dict[str, Any]:
         """Training pictures as they are, evenly from all of them, with what is said of them."""
-        rows = np.array(evenly(len(self.shown.pixels), LOOKED_AT))
+        rows = np.random.default_rng(self.seed).permutation(evenly(len(self.shown.pixels), LOOKED_AT))  # some networks compare neighbours
         x = self.as_seen(F.avg_pool2d(self.shown.pixels[torch.from_numpy(rows)].float() / 255, 2)).contiguous()
         rng = np.random.default_rng(self.seed)
         texts = [self.shown.caption(self.shown.scene(int(r), replace(STILL, flip=0.0), rng), rng) if self.text else None for r in rows]
@@ -506,7 +543,7 @@ class GANTask(Lessons):
     def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]:
         """Kernel distance and diversity (of the real ones 1) of what averaged weights draw; the scores of training, held-out and drawn pictures."""
         generator, discriminator, known = self.drawing(networks), self.networks["discriminator"], self.looked_at
-        fake = torch.cat([generator(z, known["cond"][i : i + 64]) for i, z in _parts(self.noise("look/z", len(known["x"])), 64)])
+        fake = torch.cat([self.looks(generator, z, known["cond"][i : i + 64]) for i, z in _parts(self.noise("look/z", len(known["x"])), 64)])
         finite = float(torch.isfinite(fake).flatten(1).all(1).float().mean())
         if finite < 1:
             return {"finite": finite}
