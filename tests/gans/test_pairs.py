@@ -68,6 +68,7 @@ def test_both_hear_what_is_said(network: NetworkConfig) -> None:
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.kind)
 def test_any_discriminator_can_be_bounded(network: NetworkConfig) -> None:
+    torch.manual_seed(0)
     _, discriminator = pair(replace(network, norm="none") if network.kind == "dcgan" else network, spectral=True, labels=4)  # type: ignore[arg-type]
     discriminator.train()
     x = torch.randn(4, 3, 16, 16)
@@ -78,6 +79,8 @@ def test_any_discriminator_can_be_bounded(network: NetworkConfig) -> None:
     for m in layers:
         assert float(torch.linalg.matrix_norm(m.weight.flatten(1), 2)) == pytest.approx(1, rel=0.1)
         assert getattr(m, "scale", 1.0) == 1.0
+    one, other = (discriminator.eval()(x, Cond(label=torch.full((4,), i))) for i in (0, 1))
+    assert float((one - other).abs().mean()) > 0.08 * float(one.abs().mean()), "what is said still counts"
 
 
 def test_configs_go_through_json() -> None:
@@ -88,6 +91,13 @@ def test_configs_go_through_json() -> None:
         GeneratorConfig(size=48)
     with pytest.raises(ValueError, match=r"width x wider \(=20\) must be a multiple of group"):
         R3GANConfig(width=10)
+    for wrong in (
+        lambda: R3GANConfig(group=0), lambda: R3GANConfig(blocks=0), lambda: DCGANConfig(width=0), lambda: ResidualConfig(most=-1),
+        lambda: StyleConfig(mapping=0), lambda: StyleConfig(mapping_lr=float("nan")), lambda: GeneratorConfig(z=0), lambda: GeneratorConfig(told=0),
+        lambda: DiscriminatorConfig(labels=-1),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"\(=.+\) must be at least"):
+            wrong()
 
 
 # --- the parts of networks ------------------------------------------------------------------------------------------------------------------------

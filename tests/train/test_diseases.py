@@ -49,6 +49,7 @@ CASES = [
     (log(looks=[{"diversity": 0.2}] * 3), ["mode-collapse"]),
     (log(looks=[{"diversity": 0.2}] * 2), []),
     (log(looks=[{"diversity": 0.4}] * 3), ["mode-collapse"]),
+    (log(looks=[{"diversity": 0.1 + 0.02 * i} for i in range(10)]), []),  # still young
     (log(looks=[{"held_out_score": -0.5}] * 2), ["discriminator-overfits"]),
     (log(looks=[{"held_out_score": 0.5}] * 2), []),
     (log(looks=[{"train_score": 0.02, "held_out_score": 0.005, "drawn_score": 0.0}] * 2), []),

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
 from sfumato.apps.cli import main
 from sfumato.core.checkpoint import checkpoints, load_tensors
 from sfumato.core.config import from_json, to_json
 from sfumato.core.request import GenerateRequest
 from sfumato.core.runlog import read_log
+from sfumato.core.seams import Cond
 from sfumato.gans.dcgan import DCGANConfig
 from sfumato.gans.residual import ResidualConfig
 from sfumato.gans.style import StyleConfig
-from sfumato.losses.adversarial import KINDS
+from sfumato.losses.adversarial import KINDS, discriminator_loss
 from sfumato.pipelines.gan import GANModel
 from sfumato.pipelines.load import load
 from sfumato.train.gan import PRESETS, AdaptConfig, Balance, GANRecipe, GANTask, PenaltyConfig, preset_smoke, train
@@ -103,6 +107,78 @@ def test_lazy_penalties_are_as_heavy_as_frequent_ones(tmp_path: Path) -> None:
     assert float(with_it) == pytest.approx(float(without) + float(found["penalty"]), rel=1e-5)
 
 
+class Linear(nn.Module):
+    """A discriminator a . x, whose slope is |a| everywhere."""
+
+    mixes = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)) / 20)
+
+    def forward(self, x: Tensor, cond: Cond) -> Tensor:
+        return (x * self.a).sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize(
+    ("weights", "value", "slope"),  # of n = |a|: the penalty, and what it is multiplied with to give its gradient in a
+    [
+        ({"r1": 2.0}, lambda n: n**2, lambda n: 2.0),
+        ({"r2": 2.0}, lambda n: n**2, lambda n: 2.0),
+        ({"r1": 2.0, "r2": 6.0}, lambda n: 4 * n**2, lambda n: 8.0),
+        ({"gp": 3.0}, lambda n: 3 * (n - 1) ** 2, lambda n: 6 * (n - 1) / n),
+        ({"gp": 3.0, "one_sided": True}, lambda n: 3 * max(n - 1, 0) ** 2, lambda n: 6 * max(n - 1, 0) / n),
+        ({"dragan": 3.0}, lambda n: 3 * (n - 1) ** 2, lambda n: 6 * (n - 1) / n),
+        ({"dragan": 3.0, "r1": 2.0}, lambda n: 3 * (n - 1) ** 2 + n**2, lambda n: 6 * (n - 1) / n + 2),
+    ],
+)
+@pytest.mark.parametrize("steep", [0.5, 2.0])
+def test_every_penalty_of_a_linear_discriminator(
+    weights: dict[str, float], value: Callable[[float], float], slope: Callable[[float], float], steep: float, every: int, tmp_path: Path
+) -> None:
+    """As the task adds them up: values and gradients are the formulas', also where a controller has made them louder."""
+    task = task_of(of(penalty=PenaltyConfig(every=every, **weights), augment="none"), tmp_path)  # type: ignore[arg-type]
+    critic = Linear().double()
+    critic.a.data *= steep / critic.a.data.norm()
+    task.networks["discriminator"], task.balance.louder = critic, torch.tensor(1.5)
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in task.batch(np.arange(8)).items()}
+    task.networks["generator"].double()
+    if every == 1:
+        _, found = task.judge(task.networks, batch, 0.0)
+        assert float(found["penalty"]) == pytest.approx(value(steep), rel=1e-6, abs=1e-9)
+        without = replace(task.recipe, penalty=PenaltyConfig())
+        both = []
+        for recipe in (task.recipe, without):
+            task.recipe = recipe
+            critic.zero_grad()
+            task.judge(task.networks, batch, 0.0)[0].backward()
+            assert critic.a.grad is not None
+            both.append(critic.a.grad.clone())
+        gradient = both[0] - both[1]
+    else:
+        task.smooth(task.networks, batch, 0.0)[0].backward()
+        assert critic.a.grad is not None
+        gradient = critic.a.grad / every
+    assert (gradient - 1.5 * slope(steep) * critic.a.data).abs().max() <= 1e-6
+
+
+def test_lecam_of_scores_and_its_gradient(tmp_path: Path) -> None:
+    task = task_of(of(loss="hinge", penalty=PenaltyConfig(lecam=0.5), augment="none"), tmp_path)
+    critic = Linear()
+    task.networks["discriminator"] = critic
+    task.balance.scores.copy_(torch.tensor([0.7, -0.3]))
+    batch = task.batch(np.arange(8))
+    real, fake = batch["x"], task.drawn(task.networks["generator"], batch["z"][:, 0], task.heard(batch)).detach()
+    a, b = critic(real, Cond()).detach(), critic(fake, Cond()).detach()
+    with_it, without = task.judge(task.networks, batch, 0.0)
+    expected = 0.5 * ((a + 0.3).square().mean() + (b - 0.7).square().mean())
+    assert float(with_it) - float(without["classification"]) == pytest.approx(float(expected), rel=1e-5)
+    (gradient,) = torch.autograd.grad(with_it - discriminator_loss("hinge", critic(real, Cond()), critic(fake, Cond())), critic.a)
+    mean = lambda w, x: (w[:, None, None, None] * x).mean(0)  # noqa: E731
+    assert torch.allclose(gradient, mean(a + 0.3, real) + mean(b - 0.7, fake), atol=1e-6)
+
+
 def test_both_phases_of_one_network_share_an_optimiser(tmp_path: Path) -> None:
     trainer = train(of(penalty=PenaltyConfig(r1=1.0, every=2)), replace(LOOP, images=64), tmp_path, text=TEXT)
     optimisers = trainer.optimisers
@@ -172,6 +248,31 @@ def test_batches_are_a_pure_function_of_the_position(tmp_path: Path) -> None:
     assert not torch.equal(whole["z"][:, 0], whole["z"][:, 1])
 
 
+def test_mirroring_doubles_the_pictures(own_folder: Path, tmp_path: Path) -> None:
+    """Every look at a picture draws anew which way it faces."""
+    task = task_of(of(data=str(own_folder), limit=0), tmp_path)
+    count = len(task.shown.pixels)
+    seen: dict[int, set[bytes]] = {}
+    for epoch in range(16):
+        positions = np.arange(epoch * count, (epoch + 1) * count)
+        for row, x in zip(task._rows(positions), task.batch(positions)["x"], strict=True):
+            seen.setdefault(int(row), set()).add(x.numpy().tobytes())
+    assert max(len(v) for v in seen.values()) == 2
+    assert np.mean([len(v) == 2 for v in seen.values()]) > 0.5, "pictures that are their own mirror image have one"
+
+
+def test_looks_have_noise_of_places_as_pictures_that_are_drawn(tmp_path: Path) -> None:
+    task = task_of(of("style"), tmp_path)
+    for m in task.networks["generator"].modules():
+        if hasattr(m, "strength"):
+            m.strength.data.fill_(1.0)  # type: ignore[union-attr, operator]
+    generator = task.drawing(task.networks)
+    z = task.noise("look/z", 2)
+    cond = task.looked_at["cond"][:2]
+    assert not torch.equal(task.looks(generator, z, cond), generator(z, cond))
+    assert torch.equal(task.looks(generator, z, cond), task.looks(generator, z, cond))
+
+
 def test_the_doctor_reads_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", str(run)])
     page = Path(capsys.readouterr().out.strip().splitlines()[-1]).read_text()
@@ -187,11 +288,13 @@ def test_a_controller_follows_overfitting_and_is_bounded() -> None:
     recipe = of(augment="ada", adapt=AdaptConfig(penalty="overfit", images=1000, most=5.0))
     balance = Balance(0.0)
     for _ in range(3000):
-        balance.follow({"sign": torch.ones(())}, recipe, 10)
+        balance.follow({"apart": torch.tensor([1.0, -1.0, 0.2])}, recipe, 10)
+    assert float(balance.overfit) == pytest.approx(0.4)
     assert float(balance.p) == pytest.approx(0.85)
     assert float(balance.louder) == pytest.approx(5)
     for _ in range(3000):
-        balance.follow({"sign": torch.zeros(())}, recipe, 10)
+        balance.follow({"apart": torch.tensor([1.0, -1.0, 0.6])}, recipe, 10)
+    assert float(balance.overfit) == pytest.approx(0.2, rel=1e-4)
     assert float(balance.p) == 0
     assert float(balance.louder) == pytest.approx(0.2)
 
@@ -320,14 +423,27 @@ def test_recipes_go_through_json_and_say_what_is_wrong() -> None:
         ({"discriminator": batch}, "a penalty on slopes needs group or none"),
         ({"steps": 0}, r"steps \(=0\) must be at least 1"),
         ({"p": 0.9}, "must be between 0 and 0.85"),
+        ({"p": 0.2, "augment": "none"}, "augment ada"),
+        ({"betas": (-0.5, 0.9)}, r"betas \(=\(-0.5, 0.9\)\) must be from 0 to below 1"),
+        ({"d_lr": float("nan")}, "d_lr"),
         ({"freeze": 2}, "needs init"),
         ({"memory": True}, "memory"),
     ):
         with pytest.raises(ValueError, match=said):
             replace(RECIPE, **change)
-    for change in ({"r1": -1.0}, {"every": 0}):
+    for change in ({"r1": -1.0}, {"gp": float("nan")}, {"every": 0}):
         with pytest.raises(ValueError, match="penalty"):
             PenaltyConfig(**change)  # type: ignore[arg-type]
+    for change in ({"slope": float("inf")}, {"most": 1.0}, {"target": 0.0}):
+        with pytest.raises(ValueError, match=r"adapt\.target"):
+            AdaptConfig(**change)  # type: ignore[arg-type]
+
+
+def test_three_pictures_are_too_few(tmp_path: Path) -> None:
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match=r"has 2 pictures to learn from: at least 4 are wanted"):
+        task_of(of(data=str(tmp_path), limit=0), tmp_path / "run")
 
 
 def test_from_folder_to_picture_by_commands(own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
