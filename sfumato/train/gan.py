@@ -305,7 +305,9 @@ class GANTask(Lessons):
     def __init__(self, recipe: GANRecipe, seed: int, text: Path, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
         super().__init__(recipe, seed, recipe.generator.size, text, run, device, bf16)
         if (count := len(self.shown.pixels)) < FEWEST:
-            raise ValueError(f"data (={recipe.data!r}) has {count} pictures to learn from: at least {FEWEST} are wanted, since a pair is measured by their variety")
+            raise ValueError(
+                f"data (={recipe.data!r}) has {count} pictures to learn from: at least {FEWEST} are wanted, since a pair is measured by their variety"
+            )
         of_data = {name: getattr(self.net, name) for name in ("text_width", "styles", "labels")}
         self.of_discriminator = replace(recipe.discriminator, **of_data)
         torch.manual_seed(seed)
