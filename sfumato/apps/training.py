@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ WHAT = ("all", "autoencoder", "text", "diffusion", "prior", "gan", "upscaler", "
 GENERATORS = ("diffusion", "prior")  # over the latents or codes of a codec
 LARGE = 24_000_000  # bytes that a bundled file may have
 EMOJI = "emoji"  # the embedded drawings, as --data
+MOST_TIMED = 32  # steps
 PLAN_LIMIT = 24  # concepts that are read to time a few steps
 
 
@@ -205,13 +207,17 @@ def _whole(recipe: Any) -> Any:
 
 
 def _timed(what: str, recipe: Any, loop: Any, asked: Any) -> tuple[float, Any, int]:
-    """Images per second (not compiled: compiling would be timed too) after two steps of warming up, the trainer, and the bytes of one checkpoint."""
+    """Images per second (not compiled: compiling would be timed too) after two steps of warming up, the trainer, and the bytes of one checkpoint. So
+    many steps are timed that what comes every few steps comes as often as in a real run.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        images = max(loop.images, 8 * loop.batch_size)  # so that six steps are not the end of it
+        images = max(loop.images, (MOST_TIMED + 4) * loop.batch_size)  # so that these steps are not the end of it
         loop = replace(loop, images=images, compile=False, log_every=loop.batch_size, save_every=images, sample_every=2 * images)
-        _run(what, recipe, loop, run, asked, stop_at=2 * loop.batch_size)
-        trainer = _run(what, recipe, loop, run, asked, stop_at=6 * loop.batch_size)
+        begun = _run(what, recipe, loop, run, asked, stop_at=2 * loop.batch_size)
+        period = min(math.lcm(*(p.every for p in begun.task.phases)), MOST_TIMED)
+        steps = period * -(-4 // period)
+        trainer = _run(what, recipe, loop, run, asked, stop_at=(2 + steps) * loop.batch_size)
         speed = [line["images_per_s"] for line in read_log(run / "log.jsonl") if "images_per_s" in line][-1]
         newest = [checkpoints(run, kind)[-1] for kind in ("state", "model")]
         return speed, trainer, sum(f.stat().st_size for f in newest)
