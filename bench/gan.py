@@ -64,7 +64,7 @@ PENALTIES = {
 COLLAPSED = 0.3  # diversity of the real pictures', by either net, below which a run has failed
 RATE = 2e-4  # of the study
 TRIED = (5e-5, 2e-4, 8e-4)  # learning rates of the baselines
-RIVALS = ("r3gan", "dcgan", "wgan-gp")
+RIVALS = {"r3gan": gan.preset_own, "dcgan": gan.preset_dcgan, "wgan-gp": gan.preset_wgan_gp}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ def outcome(options: Options, name: str, recipe: GANRecipe, loop: LoopConfig) ->
     }  # fmt: skip
     if told.exists():
         kept: dict[str, Any] = json.loads(told.read_text())
-        if kept["settings"] != settings:
+        if kept.get("settings") != settings:
             raise ValueError(f"{told} was made with other settings: name another --out, or remove it")
         return kept
     run, found = options.out / "runs" / name, {"failed": False}
@@ -271,24 +271,22 @@ def rivals(options: Options, data: str) -> dict[str, GANRecipe]:
     """Our preset without ADA, since none of them is to have augmentation, and the two that it is measured against: losses, penalties, steps and betas
     of their papers, both on the networks of the study, which one core trains fastest. None of them sees mirrored pictures.
     """
-    ours, dcgan, wgan = (PRESET()[0] for PRESET in (gan.preset_own, gan.preset_dcgan, gan.preset_wgan_gp))
     pairs = {
         "r3gan": R3GANConfig(),
         "dcgan": DCGANConfig(width=32, most=128),
         "wgan-gp": DCGANConfig(width=32, most=128, norm="group"),
     }
-    whole = {"data": data, "labels": "none", "variety": replace(STILL, flip=0.0)}
-    found = {"r3gan": replace(ours, augment="none"), "dcgan": dcgan, "wgan-gp": wgan}
-    return {name: replace(recipe, **whole, **pair_of(pairs[name], options)) for name, recipe in found.items()}  # type: ignore[arg-type]
+    whole = {"data": data, "labels": "none", "variety": replace(STILL, flip=0.0), "augment": "none"}
+    return {name: replace(preset()[0], **whole, **pair_of(pairs[name], options)) for name, preset in RIVALS.items()}  # type: ignore[arg-type]
 
 
 def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     train, _ = folders(options)
     recipes = rivals(options, str(train))
-    batches = {"r3gan": gan.preset_own()[1].batch_size, "dcgan": gan.preset_dcgan()[1].batch_size, "wgan-gp": gan.preset_wgan_gp()[1].batch_size}
+    batches = {name: preset()[1].batch_size for name, preset in RIVALS.items()}
     images = paced(options, recipes, batches)
-    rates = {"r3gan": gan.preset_own()[1].lr}
-    for name in RIVALS[1:]:
+    rates, others = {"r3gan": gan.preset_own()[1].lr}, [name for name in RIVALS if name != "r3gan"]
+    for name in others:
         tried = {
             lr: outcome(options, f"race-{name}-{lr:g}-0", recipes[name], loop_of(options, images[name], 0, lr, batches[name]))
             for lr in (TRIED[1:2] if options.quick else TRIED)
@@ -302,7 +300,7 @@ def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         for name, recipe in recipes.items()
     }
     claims = []
-    for name in RIVALS[1:]:
+    for name in others:
         for eye in ("classifier", net_of(options).name):
             ratio, low, high = ratio_of([c.get(f"kid, {eye}", np.nan) for c in found["r3gan"]], [c.get(f"kid, {eye}", np.nan) for c in found[name]])
             claims.append(claim(f"kernel distance by the {eye}: ours / {name}, at most", high, "", "<= 1"))

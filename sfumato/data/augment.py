@@ -175,17 +175,15 @@ def halved(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h/2 w/2"]:
 
 def place(rgba: Float[Tensor, "b 4 s s"], items: Sequence[Placed], size: int) -> Float[Tensor, "b 4 {size} {size}"]:
     """Moves drawings as `items` say and samples them at `size`: bilinear at twice the size, then averaged, so that it does not alias."""
-    still = rgba.shape[-1] == 2 * size
-    rows: list[list[int]] = [[], []]  # those that stay where they are, and those that move
-    for i, item in enumerate(items):
-        rows[not (still and (item.angle, item.scale, item.dx, item.dy) == (0.0, 1.0, 0.0, 0.0))].append(i)
+    stays = [rgba.shape[-1] == 2 * size and i == Placed(i.drawing, flip=i.flip, colour=i.colour) for i in items]
+    still, moving = ([i for i, stay in enumerate(stays) if stay == wanted] for wanted in (True, False))
     out = rgba.new_empty(len(items), 4, size, size)
-    if rows[0]:
-        out[rows[0]] = halved(rgba[rows[0]])
-        mirrored = [i for i in rows[0] if items[i].flip]
+    if still:
+        out[still] = halved(rgba[still])
+        mirrored = [i for i in still if items[i].flip]
         out[mirrored] = out[mirrored].flip(3)
-    if rows[1]:
-        out[rows[1]] = _moved(rgba[rows[1]], [items[i] for i in rows[1]], size)
+    if moving:
+        out[moving] = _moved(rgba[moving], [items[i] for i in moving], size)
     return out
 
 

@@ -59,13 +59,13 @@ def ada(x: Float[Tensor, "b c h w"], p: float | Float[Tensor, ""]) -> Float[Tens
     """Mirroring, quarter turns, shifts, scaling, rotation and changes of colour, each with probability p (arXiv 2006.06676, appendix B, without its
     filters and corruptions). Differentiable once: a penalty on slopes is to look at what this returns. p 0 changes nothing.
     """
-    where = _placed(x, p)
-    rows = (where != torch.eye(3, device=x.device, dtype=x.dtype)).any(2).any(1).nonzero()[:, 0]  # the others stay, to the last bit
+    where, same = _placed(x, p), torch.eye(3, device=x.device, dtype=x.dtype)
+    rows = (where != same).any(2).any(1).nonzero()[:, 0]  # the others stay, to the last bit
     if len(rows):
         grid = F.affine_grid(where[rows, :2], [len(rows), *x.shape[1:]], align_corners=False)
         x = x.index_copy(0, rows, F.grid_sample(x[rows], grid, mode="bilinear", padding_mode="reflection", align_corners=False))
     turn, add = _tinted(x, p)
-    rows = ((turn != torch.eye(3, device=x.device, dtype=x.dtype)).any(2).any(1) | (add != 0).any(1)).nonzero()[:, 0]
+    rows = ((turn != same).any(2).any(1) | (add != 0).any(1)).nonzero()[:, 0]
     if len(rows):
         rgb = torch.einsum("bij,bjhw->bihw", turn[rows], x[rows, :3]) + add[rows, :, None, None]
         x = x.index_copy(0, rows, torch.cat([rgb, x[rows, 3:]], dim=1))

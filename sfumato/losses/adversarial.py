@@ -89,7 +89,7 @@ def slope_penalty(
 
 
 def towards(squared: Float[Tensor, " b"], target: float = 1.0, *, one_sided: bool = False) -> Float[Tensor, ""]:
-    """The same of squared slopes that are there."""
+    """That penalty, of squared slopes that are there already."""
     norm = (squared + 1e-12).sqrt() - target  # the root has no slope at 0
     return (F.relu(norm) if one_sided else norm).square().mean()
 

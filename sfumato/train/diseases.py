@@ -31,8 +31,8 @@ def _collapse(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Fin
     if len(seen) < 3:
         return None
     best, last = max(line["diversity"] for line in seen), max(line["diversity"] for line in seen[-3:])
-    young = last >= FELL * best and seen[-1]["diversity"] > RISES * seen[-3]["diversity"]  # not yet learned is no collapse
-    if young or (last >= COLLAPSED and last >= FELL * best):
+    young = seen[-1]["diversity"] > RISES * seen[-3]["diversity"]  # not yet learned is no collapse
+    if last >= FELL * best and (last >= COLLAPSED or young):
         return None
     return Finding(
         "mode-collapse",

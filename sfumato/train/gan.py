@@ -255,8 +255,8 @@ PRESETS = {
 
 
 class Balance(nn.Module):
-    """ADA's `p` and what the penalties' weights are multiplied with; running averages of the scores (real, generated), of those of held-out pictures
-    with the other two beside them, and of the slope.
+    """ADA's `p` and what the penalties' weights are multiplied with; running averages of the scores (real, generated), of those of held-out pictures,
+    and of the slope.
     """
 
     def __init__(self, p: float) -> None:
@@ -264,7 +264,7 @@ class Balance(nn.Module):
         self.register_buffer("p", torch.full((), p))
         self.register_buffer("louder", torch.ones(()))
         self.register_buffer("scores", torch.zeros(2))
-        self.register_buffer("apart", torch.zeros(3))
+        self.register_buffer("held", torch.zeros(()))
         self.register_buffer("slope", torch.zeros(()))
 
     def forward(self) -> None:
@@ -273,13 +273,13 @@ class Balance(nn.Module):
     @property
     def overfit(self) -> Tensor:
         """How far held-out scores are on the way from real to generated ones; 0 where those are not told apart."""
-        real, fake, held = self.apart
-        return torch.where(real > fake, (real - held) / (real - fake).clamp_min(1e-6), 0.0).clamp(-1, 1)
+        real, fake = self.scores
+        return torch.where(real > fake, (real - self.held) / (real - fake).clamp_min(1e-6), 0.0).clamp(-1, 1)
 
     @torch.no_grad()
     def follow(self, seen: dict[str, Tensor], recipe: GANRecipe, images: int) -> None:
         """Takes what a step saw into the averages, and moves what may be moved by as much as `images` are worth."""
-        for name, memory in (("scores", MEMORY), ("apart", MEMORY), ("slope", QUICK)):
+        for name, memory in (("scores", MEMORY), ("held", MEMORY), ("slope", QUICK)):
             if name in seen:
                 getattr(self, name).lerp_(seen[name], 1 - memory)
         a, share = recipe.adapt, images / recipe.adapt.images
@@ -375,7 +375,7 @@ class GANTask(Lessons):
         loss = plain = discriminator_loss(r.loss, of_real, of_fake)
         found = self._noted(of_real.detach(), of_fake.detach()) | {"classification": plain.detach()}
         if r.augment == "ada" or r.adapt.penalty == "overfit":
-            self._held_out(len(real), of_real.detach(), of_fake.detach())
+            self.seen["held"].append(self._held_out(len(real)))
         if r.penalty.lecam:
             loss = loss + r.penalty.lecam * lecam_penalty(of_real, of_fake, self.balance.scores.clone())
         if slopes:
@@ -436,36 +436,30 @@ class GANTask(Lessons):
     def _slopes(
         self, network: nn.Module, real: Tensor, fake: Tensor | None, steep: dict[str, Tensor], cond: Cond
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """All penalties on slopes, weighed, and how steep the discriminator is at real pictures."""
-        p, total, found = self.recipe.penalty, real.new_zeros(()), {}
-        if "r2" in steep:
-            total = total + p.r2 / 2 * steep["r2"].mean()
+        """All penalties on slopes, weighed, and how steep the discriminator is: at real pictures where R1 or R2 look, else where the others do."""
+        p, total = self.recipe.penalty, real.new_zeros(())
         if p.gp and fake is not None:
             u = torch.rand(len(real), device=real.device)
             steep["gp"] = self._squared(network, between(real.detach(), fake.detach(), u), cond)
-            total = total + p.gp * towards(steep["gp"], one_sided=p.one_sided)
         if p.dragan:
             steep["dragan"] = self._squared(network, beside(real.detach(), torch.rand_like(real)), cond)
-            total = total + p.dragan * towards(steep["dragan"], one_sided=p.one_sided)
-        if "r1" in steep:
-            total = total + p.r1 / 2 * steep["r1"].mean()
-        if steep:
-            found["slope"] = (next(iter(steep.values())).detach() + BLANK).sqrt().mean()  # at real pictures where R1 or R2 look
-        if "slope" in found:
-            self.seen["slope"].append(mean_of_processes(found["slope"].clone()))
-        return total * self.balance.louder, found | {"penalty": total.detach()}
+        for name, squared in steep.items():
+            size = squared.mean() / 2 if name in ("r1", "r2") else towards(squared, one_sided=p.one_sided)
+            total = total + getattr(p, name) * size
+        slope = (next(iter(steep.values())).detach() + BLANK).sqrt().mean()
+        self.seen["slope"].append(mean_of_processes(slope.clone()))
+        return total * self.balance.louder, {"slope": slope, "penalty": total.detach()}
 
     def _squared(self, network: nn.Module, x: Tensor, cond: Cond) -> Tensor:
         x = x.requires_grad_()
         return squared_slopes(network(x, cond).float(), x)
 
     @torch.no_grad()
-    def _held_out(self, count: int, of_real: Tensor, of_fake: Tensor) -> None:
-        """Some held-out pictures, changed as all are, for the controllers."""
+    def _held_out(self, count: int) -> Tensor:
+        """The mean score of a quarter as many held-out pictures, changed as all are."""
         x, cond = self.apart
         rows = torch.randint(len(x), (-(-count // 4),), device=x.device)
-        scores = self.networks["discriminator"](self.changed(x[rows]), cond[rows]).float()
-        self.seen["apart"].append(mean_of_processes(torch.stack([of_real.mean(), of_fake.mean(), scores.mean()])))
+        return mean_of_processes(self.networks["discriminator"](self.changed(x[rows]), cond[rows]).float().mean())
 
     def _noted(self, of_real: Tensor, of_fake: Tensor) -> dict[str, Tensor]:
         """What the averages follow, and what the log says of the scores."""

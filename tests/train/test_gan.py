@@ -288,12 +288,12 @@ def test_a_controller_follows_overfitting_and_is_bounded() -> None:
     recipe = of(augment="ada", adapt=AdaptConfig(penalty="overfit", images=1000, most=5.0))
     balance = Balance(0.0)
     for _ in range(3000):
-        balance.follow({"apart": torch.tensor([1.0, -1.0, 0.2])}, recipe, 10)
+        balance.follow({"scores": torch.tensor([1.0, -1.0]), "held": torch.tensor(0.2)}, recipe, 10)
     assert float(balance.overfit) == pytest.approx(0.4)
     assert float(balance.p) == pytest.approx(0.85)
     assert float(balance.louder) == pytest.approx(5)
     for _ in range(3000):
-        balance.follow({"apart": torch.tensor([1.0, -1.0, 0.6])}, recipe, 10)
+        balance.follow({"scores": torch.tensor([1.0, -1.0]), "held": torch.tensor(0.6)}, recipe, 10)
     assert float(balance.overfit) == pytest.approx(0.2, rel=1e-4)
     assert float(balance.p) == 0
     assert float(balance.louder) == pytest.approx(0.2)
