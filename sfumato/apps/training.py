@@ -26,6 +26,7 @@ WHAT = ("all", "autoencoder", "text", "diffusion", "prior", "gan", "upscaler", "
 GENERATORS = ("diffusion", "prior")  # over the latents or codes of a codec
 LARGE = 24_000_000  # bytes that a bundled file may have
 EMOJI = "emoji"  # the embedded drawings, as --data
+LOOP_FLAGS = ("device", "dtype", "threads", "patience")  # of a loop's fields, those that have a short flag as well
 MOST_TIMED = 32  # steps
 PLAN_LIMIT = 24  # concepts that are read to time a few steps
 
@@ -53,8 +54,10 @@ def train(argv: list[str]) -> None:
         asked = replace(asked, recipe=replace(asked.recipe, data=asked.data, limit=0))
     if what == "prior" and asked.kind is not None:
         asked = replace(asked, recipe=replace(asked.recipe, prior=replace(asked.recipe.prior, way=asked.kind)))
-    chosen = {k: v for k in ("device", "dtype", "threads") if (v := getattr(asked, k)) is not None}
+    chosen = {k: v for k in LOOP_FLAGS if (v := getattr(asked, k)) is not None}
     asked = replace(asked, loop=replace(asked.loop, **chosen))
+    if getattr(asked, "init", None) is not None:
+        asked = replace(asked, recipe=replace(asked.recipe, init=asked.init))
     if asked.plan:
         print(json.dumps(plan(what, asked), indent=2, ensure_ascii=False))
         return
@@ -118,6 +121,8 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
         parts = [("codec", Path, field(default=Path("runs/vqgan" if what == "prior" else "runs/codec")))]
     if what in ("diffusion", "prior", "gan"):
         parts.append(("text", Path, field(default=Path("runs/text"))))
+    if hasattr(recipe, "init"):
+        parts.append(("init", str | None, field(default=None)))
     if what == "prior":
         parts.append(("kind", Literal["gpt", "maskgit"] | None, field(default=None)))
     made = make_dataclass(
@@ -130,6 +135,7 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
             ("device", Device | None, field(default=None)),
             ("dtype", Literal["auto", "fp32", "bf16"] | None, field(default=None)),
             ("threads", int | None, field(default=None)),
+            ("patience", int | None, field(default=None)),
             *parts,
             ("recipe", type(recipe), field(default=recipe)),
             ("loop", type(loop), field(default=loop)),
@@ -303,10 +309,10 @@ class Pack:
     """Makes one small file that draws from a finished run."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run folder of `sfumato train diffusion` or `sfumato train prior`."""
+    """A run folder of `sfumato train diffusion`, prior or gan."""
     out: Path | None = None
     """The file to write; RUN/packed.safetensors without it."""
-    int8: tuple[str, ...] = ("codec.", "text.", "denoiser.", "prior.")
+    int8: tuple[str, ...] = ("codec.", "text.", "denoiser.", "prior.", "generator.")
     """Parts whose matrices are stored as int8 rows; the others are fp16."""
     force: bool = False
     """Overwrite a file that exists."""
@@ -322,8 +328,9 @@ def pack_run(asked: Pack) -> Path:
     if out.exists() and not asked.force:
         raise FileError(f"{out} exists: use --force to overwrite it, or another --out")
     tensors, meta = load_pack(source)
-    small = compress(tensors, int8=asked.int8)
-    save_pack(out, small, {k: v for k, v in meta.items() if k != "hash"})
+    needless = "discriminator"  # of what draws
+    small = compress({k: v for k, v in tensors.items() if not k.startswith(f"{needless}.")}, int8=asked.int8)
+    save_pack(out, small, {k: v for k, v in meta.items() if k not in ("hash", needless)})
     if out.stat().st_size > LARGE:
         say(f"warning: {out} is larger than {LARGE / 1e6:.0f} MB: more parts in --int8 make it smaller")
     say(f"{out.stat().st_size / 1e6:.1f} MB from {source.stat().st_size / 1e6:.1f} MB")

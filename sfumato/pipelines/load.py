@@ -25,7 +25,7 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 DRAWING = {  # kinds of packs: their generator, the other networks that it draws with, what else they say
     "latent-diffusion": ("denoiser", ("codec",), ("path", "prediction")),
     "codes": ("prior", ("codec",), ()),
-    "gan": ("generator", (), ("discriminator",)),
+    "gan": ("generator", (), ()),
 }
 
 

@@ -52,7 +52,7 @@ def _overfit(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Find
     return Finding(
         "discriminator-overfits",
         f"the discriminator knows its pictures by heart: held-out ones are {gone(looks[-1]):.0%} of the way to drawn ones",
-        "augment ada or diffaugment, more pictures, a larger penalty.r1, --recipe.init with --recipe.freeze, --loop.patience",
+        "augment ada or diffaugment, more pictures, a larger penalty.r1, --init with --recipe.freeze, --patience",
     )
 
 

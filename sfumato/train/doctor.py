@@ -149,7 +149,7 @@ def _overfit(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Find
     return Finding(
         "overfit",
         f"training pictures are copied {gap:.1f} dB better than held-out ones, which get worse",
-        "more pictures, more augmentation (recipe.variety), a narrower network, --loop.patience; the best is in model-best.safetensors",
+        "more pictures, more augmentation (recipe.variety), a narrower network, --patience; the best is in model-best.safetensors",
     )
 
 

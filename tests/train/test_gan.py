@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.apps.cli import main
 from sfumato.core.checkpoint import checkpoints, load_tensors
 from sfumato.core.config import from_json, to_json
+from sfumato.core.pack import load_pack
 from sfumato.core.request import GenerateRequest
 from sfumato.core.runlog import read_log
 from sfumato.core.seams import Cond
@@ -446,9 +447,24 @@ def test_three_pictures_are_too_few(tmp_path: Path) -> None:
         task_of(of(data=str(tmp_path), limit=0), tmp_path / "run")
 
 
-def test_from_folder_to_picture_by_commands(own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_folder_to_picture_by_commands(
+    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     main(["train", "gan", "--preset", "smoke", "--data", str(own_folder), "--out", "runs/gan", "--loop.images", "96", "--device", "cpu"])
     main(["generate", "--model", "runs/gan", "--truncation", "0.7", "--seed", "1", "--out", "a.png"])
     assert (tmp_path / "a.png").exists()
+    main(["pack", "runs/gan"])
+    tensors, meta = load_pack(Path("runs/gan/packed.safetensors"))
+    assert not any(k.startswith("discriminator") for k in (*tensors, *meta))
+    main(["generate", "--model", "runs/gan/packed.safetensors", "--truncation", "0.7", "--seed", "1", "--out", "b.png"])
+    a, b = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(float) for name in "ab")
+    assert abs(a - b).mean() < 2
+    begun = ["train", "gan", "--preset", "smoke", "--data", str(own_folder), "--out", "runs/next", "--loop.images", "32", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        main([*begun, "--init", "runs/gan/packed.safetensors"])
+    assert "must hold a discriminator of the recipe's shape" in capsys.readouterr().err
+    main([*begun, "--init", "runs/gan", "--patience", "3"])
+    config = json.loads(Path("runs/next/config.json").read_text())
+    assert (config["config"]["init"], config["loop"]["patience"]) == ("runs/gan", 3)
     main(["train", "gan", "--preset", "smoke", "--data", str(own_folder), "--out", "runs/other", "--plan"])
