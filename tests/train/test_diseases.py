@@ -15,7 +15,6 @@ from sfumato.core.language import translated
 from sfumato.core.runlog import read_log
 from sfumato.gans.dcgan import DCGANConfig
 from sfumato.gans.pair import DiscriminatorConfig, GeneratorConfig
-from sfumato.gans.r3gan import R3GANConfig
 from sfumato.train.doctor import diagnose, facts_of
 from sfumato.train.gan import GANRecipe, PenaltyConfig, preset_own, train
 from sfumato.train.loop import LoopConfig
@@ -144,7 +143,7 @@ def test_a_healthy_pair_gets_no_finding(shapes: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_default_preset_is_healthy(shapes: Path, tmp_path: Path) -> None:
     recipe, loop = preset_own()
-    made: dict[str, Any] = {"network": R3GANConfig(width=16, most=32, patch=1), "size": 16}
+    made: dict[str, Any] = {"network": replace(recipe.generator.network, width=16, most=32), "size": 16}
     recipe = replace(recipe, data=str(shapes), generator=GeneratorConfig(**made), discriminator=DiscriminatorConfig(**made))
     loop = replace(loop, images=16_000, warmup=320, log_every=320, save_every=16_000, sample_every=2_000, device="cpu")
     assert found_in(recipe, loop, tmp_path) == ([], set())
