@@ -72,7 +72,7 @@ class DiscriminatorConfig(_PairConfig):
 
 
 class Told(nn.Module):
-    """What is said -> a vector "b told"."""
+    """What is said -> a vector "b told", of which a `share` counts: less than 1 while a pair first learns to draw at all."""
 
     def __init__(self, config: GeneratorConfig | DiscriminatorConfig) -> None:
         super().__init__()
@@ -84,6 +84,7 @@ class Told(nn.Module):
             self.style = nn.Embedding(c.styles + 1, c.told)
         if c.labels:  # one row more: no label
             self.label = nn.Embedding(c.labels + 1, c.told)
+        self.register_buffer("share", torch.ones(()))
 
     def forward(self, cond: Cond, like: Float[Tensor, "b _"]) -> Float[Tensor, "b told"]:
         return told(self, cond, like.new_zeros(len(like), self.config.told), like)[0]
@@ -117,7 +118,7 @@ class Generator(nn.Module):
         styled = isinstance(self.network, StyleGenerator)
         v = _unit(z) if styled else z
         if self.told is not None:
-            v = torch.cat([v, _unit(self.told(cond, z))], dim=1)
+            v = torch.cat([v, self.told.share * _unit(self.told(cond, z))], dim=1)
         if not styled:
             return v
         w = self.network.style(v)  # type: ignore[operator]
@@ -172,7 +173,7 @@ class Discriminator(nn.Module):
         if self.told is None or self.project is None:
             return score
         said = (self.project(self.told(cond, seen)) * seen).sum(1)
-        return score + (said if self.config.spectral else said / seen.shape[1] ** 0.5)  # spectral norms have made it small enough
+        return score + self.told.share * (said if self.config.spectral else said / seen.shape[1] ** 0.5)  # spectral norms have made it small
 
 
 def bound(network: nn.Module) -> None:

@@ -118,7 +118,9 @@ class GANRecipe(Taught):
 
     `steps` discriminator steps for each of the generator; `d_lr` is the discriminator's learning rate relative to the loop's; `betas` are of both.
     `augment` changes what the discriminator sees; ADA begins with probability `p`. `freeze` parts of the discriminator next to the picture stay as
-    `init` has them (arXiv 2002.10964). `each`: different versions of a picture, by `variety`; nothing of them is kept.
+    `init` has them (arXiv 2002.10964). `each`: different versions of a picture, by `variety`; nothing of them is kept. What is said of the
+    pictures counts from the share `told_from` of the training on, in full after `told_ramp` more: pairs that hear classes of few pictures from the
+    start collapse (arXiv 2201.06578). With `init` it counts at once.
     """
 
     part: ClassVar[str] = "generator"
@@ -134,6 +136,8 @@ class GANRecipe(Taught):
     d_lr: float = 1.0
     betas: tuple[float, float] = (0.0, 0.99)
     freeze: int = 0
+    told_from: float = 0.0
+    told_ramp: float = 0.0
     variety: Variety = STILL
     each: int = 1_000_000
 
@@ -157,6 +161,8 @@ class GANRecipe(Taught):
             raise ValueError(f"p (={self.p}) is the probability with which augment ada begins: set that too, or leave p out")
         if self.adapt.penalty != "none" and not self.penalty.of_slopes:
             raise ValueError(f"adapt.penalty (={self.adapt.penalty!r}) moves the weight of penalties on slopes: one of them must be above 0")
+        if not (self.told_from >= 0 and self.told_ramp >= 0 and self.told_from + self.told_ramp <= 1):
+            raise ValueError(f"told_from (={self.told_from}) and told_ramp (={self.told_ramp}) must be shares of the training, together at most 1")
         if self.freeze < 0 or (self.freeze and not self.init):
             raise ValueError(f"freeze (={self.freeze}) must be at least 0, and needs init: what is frozen is to have learned before")
         if self.memory:
@@ -174,7 +180,7 @@ def preset_bundled() -> tuple[GANRecipe, LoopConfig]:
     network = DCGANConfig(width=32, most=256, norm="group")
     recipe = GANRecipe(
         generator=GeneratorConfig(network=network), discriminator=DiscriminatorConfig(network=network), augment="ada",
-        penalty=PenaltyConfig(r1=1.0, r2=1.0, every=4),
+        penalty=PenaltyConfig(r1=1.0, r2=1.0, every=4), told_from=0.2, told_ramp=0.2,
     )  # fmt: skip
     return recipe, LoopConfig(
         images=200_000, batch_size=16, lr=5e-4, warmup=2_000, decay=0.3, weight_decay=0.0, clip=0.0, log_every=3_200, save_every=16_000,
@@ -353,6 +359,11 @@ class GANTask(Lessons):
 
     # --- training -----------------------------------------------------------------------------------------------------------------------------------
 
+    @property
+    def complete_from(self) -> float:
+        """The progress from which on all that is said counts."""
+        return self.recipe.told_from + self.recipe.told_ramp if self.net.conditional and not self.recipe.init else 0.0
+
     def batch(self, positions: np.ndarray) -> Batch:
         """Pictures, what is said of them, and two portions of noise a picture: one to judge, one to fool with."""
         indices, _, said = self.said(positions)
@@ -365,6 +376,14 @@ class GANTask(Lessons):
         if "cond" not in batch:
             batch["cond"] = super().heard(batch)
         return batch["cond"]  # type: ignore[no-any-return]
+
+    def tell(self, progress: float) -> None:
+        """How much of what is said counts at this share of the training."""
+        r = self.recipe
+        share = 1.0 if r.init or progress >= r.told_from + r.told_ramp else max(progress - r.told_from, 0.0) / (r.told_ramp or 1.0)
+        for name in ("generator", "discriminator"):
+            if (told := getattr(self.networks[name], "told", None)) is not None:
+                told.share.fill_(share)
 
     def drawn(self, network: nn.Module, z: Tensor, cond: Cond) -> Tensor:
         n = self.networks["generator"].noises
@@ -381,6 +400,7 @@ class GANTask(Lessons):
 
     def judge(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss, with its penalties where they are not lazy."""
+        self.tell(progress)
         r, cond, network = self.recipe, self.heard(batch), networks["discriminator"]
         slopes = r.penalty.of_slopes and r.penalty.every == 1
         real, fake = self._both(batch, cond)

@@ -62,6 +62,31 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- training -------------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("network", ["", *SMALL])
+def test_what_is_said_counts_step_by_step(network: str, own_folder: Path, tmp_path: Path) -> None:
+    recipe = of(network, data=str(own_folder), limit=0, labels="auto", told_from=0.25, told_ramp=0.5)
+    task = task_of(recipe, tmp_path)
+    batch = task.batch(np.arange(4))
+    others = [replace(task.heard(batch), label=torch.full((4,), i)) for i in range(2)]
+    for p in task.networks["discriminator"].parameters():
+        p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    told = []
+    for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
+        task.judge(task.networks, batch, progress)
+        with torch.no_grad():
+            of_each = [task.networks["discriminator"].eval()(batch["x"], c) for c in others]
+            drawn = [task.networks["generator"].eval()(batch["z"][:, 0], c) for c in others]
+        told.append(float((of_each[0] - of_each[1]).abs().mean()))
+        assert torch.equal(drawn[0], drawn[1]) == (progress <= 0.25)
+    assert told == pytest.approx([0, 0, told[-1] / 2, told[-1], told[-1]], rel=1e-3)
+    assert told[-1] > 0
+    assert task.complete_from == 0.75
+    begun = task_of(recipe, tmp_path)
+    begun.recipe = replace(recipe, init="somewhere")
+    begun.tell(0.0)
+    assert float(begun.networks["generator"].told.share) == 1, "a pair that has learned to draw hears at once"
+
+
 def test_it_learns_and_shows(run: Path) -> None:
     log = read_log(run / "log.jsonl")
     look = [line for line in log if "kid" in line][-1]
@@ -103,7 +128,7 @@ def test_lazy_penalties_are_as_heavy_as_frequent_ones(tmp_path: Path) -> None:
     batch = often.batch(np.arange(8))
     with_it, found = often.judge(often.networks, batch, 0.0)
     alone, _ = rarely.smooth(rarely.networks, batch, 0.0)
-    assert float(alone) == pytest.approx(4 * float(found["penalty"]), rel=1e-5)
+    assert float(alone.detach()) == pytest.approx(4 * float(found["penalty"]), rel=1e-5)
     without, _ = rarely.judge(rarely.networks, batch, 0.0)
     assert float(with_it) == pytest.approx(float(without) + float(found["penalty"]), rel=1e-5)
 
@@ -420,6 +445,7 @@ def test_recipes_go_through_json_and_say_what_is_wrong() -> None:
         assert from_json(LoopConfig, json.loads(json.dumps(to_json(loop)))) == loop
     batch = replace(RECIPE.discriminator, network=DCGANConfig())
     for change, said in (
+        ({"told_from": 0.8, "told_ramp": 0.5}, r"told_from \(=0.8\) and told_ramp \(=0.5\) must be shares of the training, together at most 1"),
         ({"discriminator": replace(RECIPE.discriminator, size=32)}, r"generator.size \(=16\) must be discriminator.size \(=32\)"),
         ({"discriminator": batch}, "a penalty on slopes needs group or none"),
         ({"steps": 0}, r"steps \(=0\) must be at least 1"),
