@@ -292,6 +292,23 @@ def diffusers_name(name: str, levels: int) -> str:
     return name
 
 
+def from_diffusers(tensors: dict[str, Tensor], levels: int, blocks: int) -> dict[str, Tensor]:
+    """An autoencoder of diffusers in the layout of taming-transformers; names that it does not know are left as they are."""
+    names = {diffusers_name(n, levels): n for n in _taming_names(levels, blocks)}
+    found = {}
+    for key, value in tensors.items():
+        key = re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{OLD[m[1]]}.", key)
+        ours = names.get(key, key)
+        found[ours] = value[:, :, None, None] if re.search(r"attn.*\.(q|k|v|proj_out)\.weight$", ours) and value.ndim == 2 else value
+    return found
+
+
+def to_diffusers(tensors: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """The other way round."""
+    theirs = {diffusers_name(k, levels): v for k, v in tensors.items()}
+    return {k: v[:, :, 0, 0].contiguous() if "attentions." in k and k.endswith("weight") and v.ndim == 4 else v for k, v in theirs.items()}
+
+
 def _from_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -304,12 +321,7 @@ def _from_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not files:
         raise FileError(f"{folder} has no diffusion_pytorch_model.safetensors")
     theirs = load_file(files[0]) if files[0].suffix == ".safetensors" else read_tensors(files[0])
-    names = {diffusers_name(n, levels): n for n in _taming_names(config, levels)}
-    found = {}
-    for key, value in theirs.items():
-        key = re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{OLD[m[1]]}.", key)
-        ours = names.get(key, key)
-        found[ours] = value[:, :, None, None] if re.search(r"attn.*\.(q|k|v|proj_out)\.weight$", ours) and value.ndim == 2 else value
+    found = from_diffusers(theirs, levels, config.get("layers_per_block", 1))
     side = config.get("sample_size")
     scale = config.get("scaling_factor", SCALE)
     if not isinstance(scale, int | float) or not scale > 0:
@@ -322,9 +334,8 @@ SCALE = 0.18215  # diffusers' own where a config does not say it
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _taming_names(config: dict[str, Any], levels: int) -> Iterator[str]:
+def _taming_names(levels: int, blocks: int) -> Iterator[str]:
     """Every name that a network of that shape could have."""
-    blocks = config.get("layers_per_block", 1)
     parts = [f"{n}.{k}" for n in ("norm1", "conv1", "norm2", "conv2", "nin_shortcut") for k in ("weight", "bias")]
     attention = [f"{n}.{k}" for n in ATTENTION for k in ("weight", "bias")]
     for side, way, more, last in (("encoder", "down", 0, "downsample"), ("decoder", "up", 1, "upsample")):
@@ -352,8 +363,7 @@ def _to_diffusers(codec: Autoencoder, tensors: dict[str, Tensor], folder: Path) 
         "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in names],
         "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(names)],
     }  # fmt: skip
-    theirs = {diffusers_name(k, len(net.multipliers)): v for k, v in tensors.items()}
-    flat = {k: v[:, :, 0, 0].contiguous() if "attentions." in k and k.endswith("weight") and v.ndim == 4 else v for k, v in theirs.items()}
+    flat = to_diffusers(tensors, len(net.multipliers))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file(flat, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

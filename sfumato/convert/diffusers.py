@@ -1,0 +1,239 @@
+"""Folders of diffusers: the networks of Stable Diffusion from their configs and files, and back into the same layout.
+
+Our UNet has diffusers' names; the autoencoder's are those of its authors, which `sfumato.convert.taming` knows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
+from sfumato.codecs.bottlenecks.kl import KLConfig
+from sfumato.codecs.resnets import ResnetConfig
+from sfumato.convert.checkpoint import read_tensors
+from sfumato.convert.taming import from_codec, from_diffusers, to_codec, to_diffusers
+from sfumato.core.checkpoint import FileError
+from sfumato.diffusion.unet import UNet, UNetConfig
+
+PLAIN: dict[str, tuple[Any, ...]] = {  # of a UNet's config: what may stand there, for what we do not have otherwise
+    "center_input_sample": (False,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": (False,), "downsample_padding": (1,), "mid_block_scale_factor": (1,), "act_fn": ("silu", "swish"),
+    "norm_eps": (1e-5,), "reverse_transformer_layers_per_block": (None,), "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,),
+    "dual_cross_attention": (False,), "class_embed_type": (None,), "num_class_embeds": (None,), "addition_embed_type": (None, "text_time"),
+    "resnet_time_scale_shift": ("default",), "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",), "time_embedding_dim": (None,), "time_embedding_act_fn": (None,), "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",),
+    "class_embeddings_concat": (False,), "mid_block_only_cross_attention": (None, False), "cross_attention_norm": (None,),
+}  # fmt: skip
+KINDS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # of levels on the way down: whether they have transformers
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+SCALE = 0.18215  # diffusers' own where a config does not say it
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileError with one clear line."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"there is no file {path}") from None
+    except (OSError, ValueError) as e:
+        raise FileError(f"{path} cannot be read as JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise FileError(f"{path} must hold a JSON object, not a {type(found).__name__}")
+    return found
+
+
+def files_of(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files that hold a component's tensors: in safetensors or else .bin, whole or in parts, of the variant ("fp16") where it is asked for or
+    there is nothing else. Raises FileError where there are none, or a part is missing.
+    """
+    for told in [variant] if variant else [None, "fp16"]:
+        for ending in ("safetensors", "bin"):
+            for stem in STEMS:
+                middle = f".{told}" if told else ""
+                whole, index = folder / f"{stem}{middle}.{ending}", folder / f"{stem}.{ending}.index{middle}.json"
+                if whole.exists():
+                    return [whole]
+                if index.exists():
+                    return _parts(index)
+    raise FileError(f"{folder} has no diffusion_pytorch_model.safetensors nor model.safetensors{f' of the variant {variant}' if variant else ''}")
+
+
+def _parts(index: Path) -> list[Path]:
+    told = read_json(index).get("weight_map")
+    names = sorted(set(told.values())) if isinstance(told, dict) and all(isinstance(v, str) for v in told.values()) else []
+    if not names:
+        raise FileError(f"{index} names no files: its weight_map must say where each tensor is")
+    for name in names:
+        if Path(name).name != name:
+            raise FileError(f"{index} names a file outside of its folder ({name!r})")
+        if not (index.parent / name).is_file():
+            raise FileError(f"{index} names {name}, which is not there: get it again")
+    return [index.parent / name for name in names]
+
+
+def tensors_of(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a component."""
+    found: dict[str, Tensor] = {}
+    for file in files_of(folder, variant):
+        part = read_tensors(file)
+        if twice := found.keys() & part.keys():
+            raise FileError(f"{file} holds {min(twice)}, which another part of {folder} holds, too")
+        found |= part
+    return found
+
+
+def filled(make: Any, config: Any, tensors: dict[str, Tensor], source: object) -> Any:
+    """A network that has these tensors as they are, frozen; no memory is taken for others. Raises FileError where they do not fit."""
+    with torch.device("meta"):
+        network: nn.Module = make(config)
+    state = network.state_dict()
+    missing, foreign = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
+    if missing or foreign:
+        raise FileError(
+            f"{source} does not fit: it lacks {len(missing)} tensors ({missing[:3]}) and has {len(foreign)} that belong nowhere ({foreign[:3]})"
+        )
+    if wrong := next((k for k, v in tensors.items() if v.shape != state[k].shape), None):
+        raise FileError(f"{source}: {wrong} is {tuple(tensors[wrong].shape)}, not {tuple(state[wrong].shape)}")
+    network.load_state_dict(tensors, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+# --- the UNet -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def unet_config(config: dict[str, Any], source: object = "unet/config.json") -> UNetConfig:
+    """Raises FileError for what our network does not have, by its name."""
+    for name, allowed in PLAIN.items():
+        value = config.get(name, allowed[0])
+        if value not in allowed and not (isinstance(value, list) and set(value) <= set(allowed)):
+            raise FileError(f"{source}: {name} (={value!r}) must be {' or '.join(map(repr, allowed))}: another kind of network, which is not read")
+    try:
+        return _unet_config(config)
+    except (KeyError, TypeError, ValueError) as e:
+        raise FileError(f"{source} does not describe a UNet of Stable Diffusion ({e})") from None
+
+
+def _unet_config(c: dict[str, Any]) -> UNetConfig:
+    widths = tuple(c["block_out_channels"])
+    n = len(widths)
+    attends = [KINDS[kind] for kind in c["down_block_types"]]
+    layers, heads = (_each(c.get(k, d), n) for k, d in (("transformer_layers_per_block", 1), ("attention_head_dim", 8)))
+    if c.get("num_attention_heads") is not None:
+        heads = _each(c["num_attention_heads"], n)
+    blocks = set(_each(c.get("layers_per_block", 2), n))
+    context = set(_each(c.get("cross_attention_dim", 1280), n))
+    if len(blocks) > 1 or len(context) > 1:
+        raise ValueError("layers_per_block and cross_attention_dim must be the same in all levels")
+    told = c.get("addition_embed_type") == "text_time"
+    size_width = int(c.get("addition_time_embed_dim") or 256)
+    return UNetConfig(
+        channels=c.get("in_channels", 4), out_channels=c.get("out_channels", 4), widths=widths, blocks=blocks.pop(),
+        depths=tuple(d if a else 0 for d, a in zip(layers, attends, strict=True)), mid_depth=layers[-1], heads=tuple(heads), context=context.pop(),
+        linear=bool(c.get("use_linear_projection", False)), pooled=c["projection_class_embeddings_input_dim"] - 6 * size_width if told else 0,
+        sizes=6 if told else 0, size_width=size_width, groups=c.get("norm_num_groups", 32),
+    )  # fmt: skip
+
+
+def _each(value: Any, n: int) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [value] * n
+
+
+def unet_json(c: UNetConfig) -> dict[str, Any]:
+    """The config that diffusers makes the same network from."""
+    down = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in c.depths]
+    layers = [d or 1 for d in c.depths[:-1]] + [c.mid_depth]
+    if c.depths[-1] not in (0, c.mid_depth) or not c.mid_depth:
+        raise ValueError(
+            f"depths (={c.depths}) with mid_depth (={c.mid_depth}) cannot be said in that layout: the middle is as deep as the last level"
+        )
+    told = {
+        "addition_embed_type": "text_time", "addition_time_embed_dim": c.size_width,
+        "projection_class_embeddings_input_dim": c.pooled + c.sizes * c.size_width,
+    } if c.pooled else {}  # fmt: skip
+    return {
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": list(c.heads), "block_out_channels": list(c.widths),
+        "cross_attention_dim": c.context, "down_block_types": down,
+        "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(c.depths)], "in_channels": c.channels,
+        "out_channels": c.out_channels, "layers_per_block": c.blocks, "norm_num_groups": c.groups, "transformer_layers_per_block": layers,
+        "use_linear_projection": c.linear,
+    } | told  # fmt: skip
+
+
+def read_unet(folder: Path, variant: str | None = None) -> UNet:
+    """A `unet` folder. Raises FileError."""
+    return filled(UNet, unet_config(read_json(folder / "config.json"), folder), tensors_of(folder, variant), folder)
+
+
+# --- the autoencoder ------------------------------------------------------------------------------------------------------------------------------
+
+
+def vae_config(c: dict[str, Any], source: object = "vae/config.json") -> tuple[AutoencoderConfig, dict[str, Any]]:
+    """The codec, and its statistics: {mean, std} by channel, in the units of the encoder. Raises FileError for what our codec does not have."""
+    plain = {"norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
+    for name, value in plain.items():
+        if c.get(name, value) != value:
+            raise FileError(f"{source}: {name} (={c[name]!r}) must be {value!r}: another kind of autoencoder, which is not read")
+    try:
+        widths, latent = c["block_out_channels"], c.get("latent_channels", 4)
+        attention = {k for k in (*c.get("down_block_types", ()), *c.get("up_block_types", ())) if k not in ("DownEncoderBlock2D", "UpDecoderBlock2D")}
+        if attention:
+            raise ValueError(f"blocks (={sorted(attention)}) must be DownEncoderBlock2D and UpDecoderBlock2D")
+        net = ResnetConfig(
+            image_channels=c.get("in_channels", 3), width=widths[0], multipliers=tuple(w // widths[0] for w in widths), attention=(),
+            blocks=c.get("layers_per_block", 1), z_channels=latent, double_z=True, resolution=512,
+        )  # fmt: skip
+        mean, std = (c.get(k) for k in ("latents_mean", "latents_std"))
+        scale = float(c.get("scaling_factor", SCALE))
+        shift = float(c.get("shift_factor") or 0.0)
+        return AutoencoderConfig(convnet=net, bottleneck=KLConfig(channels=latent)), {
+            "mean": [shift] * latent if mean is None else mean, "std": [1 / scale] * latent if std is None else [s / scale for s in std]
+        }  # fmt: skip
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+        raise FileError(f"{source} does not describe the autoencoder of Stable Diffusion ({e})") from None
+
+
+def read_vae(folder: Path, variant: str | None = None) -> Autoencoder:
+    """A `vae` folder. Raises FileError."""
+    told = read_json(folder / "config.json")
+    config, latents = vae_config(told, folder)
+    theirs = from_diffusers(tensors_of(folder, variant), len(told["block_out_channels"]), told.get("layers_per_block", 1))
+    return codec_of(config, theirs, latents, folder)
+
+
+def codec_of(config: AutoencoderConfig, tensors: dict[str, Tensor], latents: dict[str, Any], source: object) -> Autoencoder:
+    """The codec of tensors in the layout of its authors."""
+    own = {f"latent_{k}": torch.tensor(v, dtype=torch.float32) for k, v in latents.items()}
+    return filled(Autoencoder, config, {to_codec(k): v for k, v in tensors.items()} | own, source)
+
+
+def vae_json(codec: Autoencoder) -> dict[str, Any]:
+    """The config that diffusers makes the same autoencoder from."""
+    net, latent = codec.config.convnet, codec.config.bottleneck.channels
+    if not isinstance(net, ResnetConfig) or not isinstance(codec.config.bottleneck, KLConfig) or any(map(net.attends, range(len(net.multipliers)))):
+        raise ValueError("a codec goes into that layout with resnet networks, a kl bottleneck, and attention in the middle only")
+    std = codec.latent_std
+    one = bool((std == std[0]).all() and (codec.latent_mean == 0).all())
+    several = {"scaling_factor": 1.0, "latents_mean": codec.latent_mean.tolist(), "latents_std": std.tolist()}
+    told = {"scaling_factor": float(f"{1 / std[0]:.6g}")} if one else several
+    n = len(net.multipliers)
+    return {
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [net.width * m for m in net.multipliers],
+        "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n, "in_channels": net.image_channels,
+        "out_channels": net.image_channels, "latent_channels": latent, "layers_per_block": net.blocks, "norm_num_groups": 32,
+        "sample_size": net.resolution,
+    } | told  # fmt: skip
+
+
+def vae_tensors(codec: Autoencoder) -> dict[str, Tensor]:
+    """The codec's tensors by diffusers' names."""
+    theirs = {from_codec(k, gumbel=False): v for k, v in codec.state_dict().items() if not k.startswith("latent_")}
+    return to_diffusers(theirs, len(codec.config.convnet.multipliers))  # type: ignore[union-attr]
