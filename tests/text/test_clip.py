@@ -72,7 +72,8 @@ def theirs() -> CLIPTokenizer:
 
 TEXTS = (
     "a photo of an astronaut riding a horse", "", "  Two   SPACES\tand\nlines ", "it's (very) good, isn't it?!", "naïve café, ÅNGSTRÖM",
-    "一只猫 在 下雨", "🦊 emoji 👩‍👩‍👧", "1234567 0.5 v2-1", "<|endoftext|> inside", "supercalifragilisticexpialidocious", "ﬁ ǅ İstanbul", "\u200b\u00a0zero",
+    "一只猫 在 下雨", "🦊 emoji 👩‍👩‍👧", "1234567 0.5 v2-1", "<|endoftext|> inside", "supercalifragilisticexpialidocious", "ﬁ ǅ İstanbul",
+    "\u200b\u00a0zero",
 )  # fmt: skip
 
 
