@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sfumato.convert.header import read_header
 from sfumato.core.checkpoint import FileError
 
 NESTED = 4  # state_dicts within each other
@@ -96,6 +97,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        read_header(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
