@@ -21,6 +21,7 @@ from sfumato.core.config import nearest
 
 PathKind = Literal["rf", "vp-cosine", "vp-linear"]
 Schedule = Literal["uniform", "lambda", "karras"]
+Spacing = Literal["leading", "leading-open", "trailing", "linspace"]
 T_MIN, LAMBDA_MAX = 1e-3, math.log(999)  # where schedules in lambda end, for lambda itself has none: sigma / alpha in [1 / 999, 999]
 
 
@@ -142,6 +143,34 @@ def timesteps(path: Path, steps: int, *, schedule: Schedule = "uniform", shift: 
         raise ValueError(f"shift (={shift}) must be > 0 and finite: 1 leaves the times as they are")
     t = _unshifted(path, steps, schedule)
     return shift * t / (1 + (shift - 1) * t)
+
+
+def discrete_times(
+    steps: int, *, spacing: Spacing = "leading", num_betas: int = 1000, offset: int = 1, ends: Literal["clean", "first"] = "clean"
+) -> Float64[Tensor, " {steps+1}"]:
+    """Times at which a discrete model is asked, for whom step i = 0 ... num_betas - 1 is at t = (i + 1) / num_betas, as diffusers spaces them.
+
+    "leading": every (num_betas // steps)-th step from 0 on, `offset` later; "leading-open": the same of one step more, without the first (of
+    DPM-Solver and UniPC there); "trailing" (arXiv 2305.08891, table 2): from the last step backwards;
+    "linspace": from the first to the last step, rounded. After the last of them comes the clean picture, t = 0, or with `ends` "first" what
+    the first step leaves, at t = 1 / num_betas. ValueError for what is out of range.
+    """
+    if spacing not in get_args(Spacing):
+        raise ValueError(f"spacing (='{spacing}') must be one of {', '.join(get_args(Spacing))}{nearest(spacing, get_args(Spacing))}")
+    if not 1 <= steps <= num_betas:
+        raise ValueError(f"steps (={steps}) must be from 1 to {num_betas}")
+    match spacing:
+        case "leading" | "leading-open":
+            more = int(spacing == "leading-open")
+            at = torch.arange(more, steps + more, dtype=torch.float64).flip(0) * (num_betas // (steps + more)) + offset
+            if not 0 <= float(at[-1]) <= float(at[0]) < num_betas:
+                raise ValueError(f"steps (={steps}) with offset (={offset}) would go beyond the {num_betas} steps of the model: take fewer")
+        case "trailing":
+            at = (num_betas - torch.arange(steps, dtype=torch.float64) * (num_betas / steps)).round() - 1
+        case "linspace":
+            at = torch.linspace(0, num_betas - 1, steps, dtype=torch.float64).round().flip(0)
+    last = 0.0 if ends == "clean" or bool(at[-1] == 0) else 1 / num_betas
+    return torch.cat([(at + 1) / num_betas, at.new_tensor([last])])
 
 
 def _unshifted(path: Path, steps: int, schedule: str) -> Tensor:

@@ -275,15 +275,14 @@ class UNet(nn.Module):
         return time + self.add_embedding(torch.cat([cond.pooled, sizes], dim=1).to(x.dtype))  # type: ignore[list-item]
 
     def _check(self, x: Tensor, cond: Cond) -> None:
-        c, lacking = self.config, []
+        c = self.config
         if x.ndim != 4 or x.shape[1] != c.channels:
             beside = "" if c.channels == c.out_channels else f", with the {c.channels - c.out_channels} of cond.concat (an inpainting model)"
             raise ValueError(f"x must have {c.channels} channels{beside}, not the shape {tuple(x.shape)}")
         told: dict[str, Any] = {"text": cond.text}
         if c.pooled:
             told |= {"pooled": cond.pooled, TIMES: cond.extra.get(TIMES)}
-        lacking = [name for name, v in told.items() if v is None]
-        if lacking:
+        if lacking := [name for name, v in told.items() if v is None]:
             raise ValueError(f"cond must have {' and '.join(lacking)} for this network")
         if cond.text.shape[2] != c.context:  # type: ignore[union-attr]
             raise ValueError(f"cond.text must have {c.context} numbers a token, not {cond.text.shape[2]}: it is of another text encoder")  # type: ignore[union-attr]

@@ -1,0 +1,83 @@
+"""Samplers and spacings beside diffusers' schedulers: the same network, the same noise, the same picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from torch import Tensor
+
+from sfumato.core.seams import Cond
+from sfumato.diffusion.guidance import guided
+from sfumato.diffusion.path import PathConfig, discrete_times, make_path
+from sfumato.diffusion.precond import Precond
+from sfumato.diffusion.samplers import sampler
+
+PATH = make_path(PathConfig(kind="vp-linear"))
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+THEIRS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"final_sigmas_type": "zero"}),
+}
+
+
+def said(x: Tensor, step: Tensor) -> Tensor:
+    """What stands for a network: neither linear nor the same at any two steps or places."""
+    return torch.tanh(1.3 * x + torch.roll(x, 1, -1) * 0.4) * (0.6 + 0.4 * (step / 170).cos()) + 0.2 * (step / 40).sin()
+
+
+def net(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    return said(x, (t * 1000 - 1)[:, None, None, None])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [10, 25])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("name", THEIRS)
+def test_samplers_draw_what_diffusers_draws(name: str, spacing: str, steps: int, prediction: str) -> None:
+    made, more = THEIRS[name]
+    theirs = made(**BETAS, **more, timestep_spacing=spacing, steps_offset=1, prediction_type=prediction)
+    theirs.set_timesteps(steps)
+    torch.manual_seed(0)
+    begun, fresh = torch.randn(2, 4, 6, 6), [torch.randn(2, 4, 6, 6) for _ in range(steps)]
+    x = begun * theirs.init_noise_sigma
+    noise = iter(fresh)
+    for step in theirs.timesteps:
+        told = {"generator": torch.Generator()} if name == "ancestral" else {}
+        with pytest.MonkeyPatch.context() as m:
+            if name == "ancestral":
+                m.setattr("diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor", lambda *a, **k: next(noise))
+            x = theirs.step(said(theirs.scale_model_input(x, step), step), step, x, **told).prev_sample
+    way = "leading-open" if name == "dpmpp_2m" and spacing == "leading" else spacing
+    ts = discrete_times(steps, spacing=way, ends="first" if name == "ddim" else "clean")  # type: ignore[arg-type]
+    denoise = guided([(Precond(net, "eps" if prediction == "epsilon" else "v", PATH), Cond(), 1.0)])
+    first = begun * (
+        PATH.sigma(ts[:1]) if spacing == "trailing" and name not in ("ddim", "dpmpp_2m") else 1.0
+    )  # what schedulers over sigma begin with there
+    *_, last = sampler(name).function(denoise, first.float(), ts, PATH, noise=lambda i: fresh[i])
+    assert float((last.x - x).abs().max()) <= 1e-4 * max(1.0, float(x.abs().max()))
+
+
+def test_spacings_are_those_of_diffusers() -> None:
+    for steps in (1, 7, 25, 50, 999, 1000):
+        for spacing in ("leading", "trailing", "linspace"):
+            theirs = DDIMScheduler(**BETAS, timestep_spacing=spacing, steps_offset=0)
+            theirs.set_timesteps(steps)
+            found = discrete_times(steps, spacing=spacing, offset=0)  # type: ignore[arg-type]
+            assert (found[:-1] * 1000 - 1).round().long().tolist() == theirs.timesteps.tolist(), (spacing, steps)
+            assert len(found) == steps + 1
+            assert bool((found.diff() < 0).all())
+
+
+def test_what_cannot_be_spaced_is_said() -> None:
+    with pytest.raises(ValueError, match="did you mean 'leading'"):
+        discrete_times(10, spacing="leding")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"steps \(=1001\) must be from 1 to 1000"):
+        discrete_times(1001)
+    with pytest.raises(ValueError, match=r"with offset \(=1\) would go beyond the 1000 steps"):
+        discrete_times(1000, offset=1)
