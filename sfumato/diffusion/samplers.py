@@ -7,6 +7,7 @@ cancelling are the caller's loop, and so is `torch.no_grad`. State is at least f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -130,8 +131,64 @@ def sample_dpmpp_2m(
         yield Step(i, g.t[i + 1], x, x0)
 
 
+def sample_dpmpp_sde(
+    denoise: Denoise, x: Float[Tensor, " b *rest"], ts: Float[Tensor, " times"], path: Path, *, order: int = 2, noise: Noise | None = None
+) -> Iterator[Step]:
+    """DPM-Solver++ of the reverse SDE, multistep, `order` 2 or 3 (arXiv 2211.01095, section 5, and k-diffusion's dpmpp_3m_sde): D extrapolated in
+    lambda by the last two or three, the noise of the SDE exact. One call a step.
+
+    With h = lambda' - lambda: x' = (sigma' / sigma) e^-h x + alpha' (1 - e^-2h) D + corrections + sigma' sqrt(1 - e^-2h) noise. What diffusers calls
+    sde-dpmsolver++ of order 3 has another sign in its last correction, which does not vanish with h; k-diffusion's is the one here.
+    """
+    if noise is None:
+        raise ValueError("this sampler needs noise: pass noise(i) -> unit Gaussian noise of the shape of x")
+    x, g = _state(x), _grid(path, ts)
+    before: list[tuple[float, Tensor]] = []  # (h, D) of the steps before, the last first
+    for i in range(len(g.t) - 1):
+        x0 = _denoised(denoise, x, g.t[i])
+        h = g.lam[i + 1] - g.lam[i]
+        x = (g.sigma[i + 1] / g.sigma[i] * math.exp(-h)) * x + (g.alpha[i + 1] * -math.expm1(-2 * h)) * x0
+        if g.sigma[i + 1] > 0:
+            x = x + g.alpha[i + 1] * _corrections(x0, 2 * h, h, before) + g.sigma[i + 1] * (-math.expm1(-2 * h)) ** 0.5 * noise(i).to(x)
+        before = [(h, x0), *before][: order - 1] if h < math.inf else []
+        yield Step(i, g.t[i + 1], x, x0)
+
+
+def _corrections(x0: Tensor, g: float, h: float, before: list[tuple[float, Tensor]]) -> Tensor:
+    """What the slopes of D add in a step of h, by the D's before."""
+    slopes = []
+    for length, earlier in before:
+        later = x0 if not slopes else before[len(slopes) - 1][1]
+        slopes.append((later - earlier) * (h / length))
+    if not slopes:
+        return torch.zeros_like(x0)
+    if len(slopes) == 1:
+        return -math.expm1(-g) / 2 * slopes[0]
+    r0, r1 = (length / h for length, _ in before)
+    bend = (slopes[0] - slopes[1]) / (r0 + r1)
+    phi2 = math.expm1(-g) / g + 1
+    return phi2 * (slopes[0] + r0 * bend) - (phi2 / g - 0.5) * bend
+
+
+def sample_lcm(
+    denoise: Denoise, x: Float[Tensor, " b *rest"], ts: Float[Tensor, " times"], path: Path, *, noise: Noise | None = None
+) -> Iterator[Step]:
+    """Multistep consistency sampling (arXiv 2303.01469, Alg. 1, and 2310.04378): the denoised picture, noised anew at every step. For models
+    distilled for it, in 2 to 8 steps.
+    """
+    if noise is None:
+        raise ValueError("this sampler needs noise: pass noise(i) -> unit Gaussian noise of the shape of x")
+    x, g = _state(x), _grid(path, ts)
+    for i in range(len(g.t) - 1):
+        x0 = _denoised(denoise, x, g.t[i])
+        x = x0 if g.sigma[i + 1] == 0 else g.alpha[i + 1] * x0 + g.sigma[i + 1] * noise(i).to(x0)
+        yield Step(i, g.t[i + 1], x, x0)
+
+
 class SamplerInfo(NamedTuple):
-    """`function(denoise, x, ts, path, *, noise=None)`, its order of convergence, network calls a step, and whether it needs noise."""
+    """`function(denoise, x, ts, path, *, noise=None)`, its order of convergence (of stochastic ones in mean and variance; 0: it does not
+    converge, and is for models distilled for it), network calls a step, and whether it needs noise.
+    """
 
     function: Callable[..., Iterator[Step]]
     order: int
@@ -145,6 +202,9 @@ SAMPLERS = {
     "ancestral": SamplerInfo(partial(sample_ddim, eta=1.0), 1, 1, stochastic=True),
     "heun": SamplerInfo(sample_heun, 2, 2),
     "dpmpp_2m": SamplerInfo(sample_dpmpp_2m, 2, 1),
+    "dpmpp_2m_sde": SamplerInfo(sample_dpmpp_sde, 2, 1, stochastic=True),
+    "dpmpp_3m_sde": SamplerInfo(partial(sample_dpmpp_sde, order=3), 2, 1, stochastic=True),
+    "lcm": SamplerInfo(sample_lcm, 0, 1, stochastic=True),
 }
 
 

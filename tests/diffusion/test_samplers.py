@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -70,8 +71,8 @@ def test_schedules_in_lambda_converge_up_to_their_last_step(gaussian, path, name
     assert errors[1] < errors[0] / 4
 
 
-def affine_moments(gaussian, path, ts, eta):
-    """Mean and variance at ts[-1] of DDIM begun from the true marginal at ts[0], with no sampling.
+def affine_moments(gaussian, path, ts, function):
+    """Mean and variance at ts[-1] of a sampler begun from the true marginal at ts[0], with no sampling.
 
     The denoiser is affine, so x_end = c + a x_start + sum_i b_i noise_i; row 0 of one batch finds c, row 1 a + c, row 2 + i b_i + c.
     """
@@ -84,7 +85,7 @@ def affine_moments(gaussian, path, ts, eta):
         basis[2 + i] = 1
         return basis
 
-    rows = last(sample_ddim(gaussian.denoise(path), x, ts, path, eta=eta, noise=noise)).x[:, 0]
+    rows = last(function(gaussian.denoise(path), x, ts, path, noise=noise)).x[:, 0]
     c, a, b = rows[0], rows[1] - rows[0], rows[2:] - rows[0]
     mean, variance = true_moments(gaussian, path, ts[0])
     return (c + a * mean).item(), (a**2 * variance + b.square().sum()).item()
@@ -101,7 +102,7 @@ def test_weak_order_of_ancestral_sampling(gaussian, path, eta):
     counts, errors = [32, 64, 128, 256], []
     for n in counts:
         ts = torch.linspace(0.9, 0.1, n + 1, dtype=f64)
-        got, wanted = affine_moments(gaussian, path, ts, eta), true_moments(gaussian, path, ts[-1])
+        got, wanted = affine_moments(gaussian, path, ts, partial(sample_ddim, eta=eta)), true_moments(gaussian, path, ts[-1])
         errors.append([abs(g - w) for g, w in zip(got, wanted, strict=True)])
     mean, variance = np.array(errors).T
     assert slope(counts, variance) > 0.85
@@ -109,11 +110,41 @@ def test_weak_order_of_ancestral_sampling(gaussian, path, eta):
     assert mean.max() < 1e-12 or slope(counts, mean) > 0.85
 
 
+def test_weak_order_of_sde_samplers(gaussian, path):
+    """The mean is exact and the variance of order 2; a third D makes it better, but on a path whose steps differ much not of a higher order."""
+    path = ve_path(sigma_max=10.0, rho=3.0) if path.kind == "ve" else path
+    counts, errors = [32, 64, 128, 256], {"dpmpp_2m_sde": [], "dpmpp_3m_sde": []}
+    for name, found in errors.items():
+        for n in counts:
+            ts = torch.linspace(0.9, 0.1, n + 1, dtype=f64)
+            (mean, variance), wanted = affine_moments(gaussian, path, ts, SAMPLERS[name].function), true_moments(gaussian, path, ts[-1])
+            assert mean == pytest.approx(wanted[0], abs=1e-9)
+            found.append(abs(variance - wanted[1]))
+    assert slope(counts, errors["dpmpp_2m_sde"]) > 1.85
+    assert errors["dpmpp_3m_sde"][-1] < errors["dpmpp_2m_sde"][-1]
+
+
+def test_consistency_sampling_noises_what_was_denoised(gaussian, rf):
+    """Of a denoiser that knows the answer it is the marginal at every time, exactly."""
+    ts, known = timesteps(rf, 4), torch.full((3, 1), 0.3, dtype=f64)
+    noise = torch.arange(12, dtype=f64).reshape(4, 3, 1)
+    steps = list(SAMPLERS["lcm"].function(lambda x, t: known, torch.randn(3, 1, dtype=f64), ts, rf, noise=noise.__getitem__))
+    for i, step in enumerate(steps[:-1]):
+        assert torch.allclose(step.x, rf.alpha(ts[i + 1]) * known + rf.sigma(ts[i + 1]) * noise[i])
+    assert torch.equal(steps[-1].x, known)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m_sde", "dpmpp_3m_sde", "lcm"])
+def test_samplers_that_need_noise_say_so(gaussian, rf, name):
+    with pytest.raises(ValueError, match="this sampler needs noise"):
+        last(SAMPLERS[name].function(gaussian.denoise(rf), torch.randn(2, 1), timesteps(rf, 2), rf))
+
+
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_ancestral_moments_over_the_full_range(gaussian, path, eta):
     errors = []
     for n in (50, 400):
-        mean, variance = affine_moments(gaussian, path, timesteps(path, n), eta)
+        mean, variance = affine_moments(gaussian, path, timesteps(path, n), partial(sample_ddim, eta=eta))
         errors.append(abs(mean - gaussian.mean) + abs(variance - gaussian.std**2))
     assert errors[1] < 0.02
     assert errors[1] < errors[0] / 4

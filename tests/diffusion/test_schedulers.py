@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+)
 from torch import Tensor
 
 from sfumato.core.seams import Cond
@@ -23,7 +30,10 @@ THEIRS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ancestral": (EulerAncestralDiscreteScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
     "dpmpp_2m": (DPMSolverMultistepScheduler, {"final_sigmas_type": "zero"}),
+    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"final_sigmas_type": "zero", "algorithm_type": "sde-dpmsolver++"}),
 }
+NOISY = ("ancestral", "dpmpp_2m_sde", "lcm")
+UNSCALED = ("ddim", "dpmpp_2m", "dpmpp_2m_sde")  # whose schedulers begin with unit noise whatever the first time
 
 
 def said(x: Tensor, step: Tensor) -> Tensor:
@@ -45,22 +55,37 @@ def test_samplers_draw_what_diffusers_draws(name: str, spacing: str, steps: int,
     theirs.set_timesteps(steps)
     torch.manual_seed(0)
     begun, fresh = torch.randn(2, 4, 6, 6), [torch.randn(2, 4, 6, 6) for _ in range(steps)]
-    x = begun * theirs.init_noise_sigma
-    noise = iter(fresh)
-    for step in theirs.timesteps:
-        told = {"generator": torch.Generator()} if name == "ancestral" else {}
-        with pytest.MonkeyPatch.context() as m:
-            if name == "ancestral":
-                m.setattr("diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor", lambda *a, **k: next(noise))
-            x = theirs.step(said(theirs.scale_model_input(x, step), step), step, x, **told).prev_sample
-    way = "leading-open" if name == "dpmpp_2m" and spacing == "leading" else spacing
+    x = stepped(theirs, begun * theirs.init_noise_sigma, fresh, name)
+    way = "leading-open" if name.startswith("dpmpp") and spacing == "leading" else spacing
     ts = discrete_times(steps, spacing=way, ends="first" if name == "ddim" else "clean")  # type: ignore[arg-type]
     denoise = guided([(Precond(net, "eps" if prediction == "epsilon" else "v", PATH), Cond(), 1.0)])
-    first = begun * (
-        PATH.sigma(ts[:1]) if spacing == "trailing" and name not in ("ddim", "dpmpp_2m") else 1.0
-    )  # what schedulers over sigma begin with there
+    first = begun * (PATH.sigma(ts[:1]) if spacing == "trailing" and name not in UNSCALED else 1.0)  # what schedulers over sigma begin with there
     *_, last = sampler(name).function(denoise, first.float(), ts, PATH, noise=lambda i: fresh[i])
     assert float((last.x - x).abs().max()) <= 1e-4 * max(1.0, float(x.abs().max()))
+
+
+def stepped(theirs: Any, x: Tensor, fresh: list[Tensor], name: str) -> Tensor:
+    """A scheduler's way from noise to a picture, with the same noise as ours."""
+    noise = iter(fresh)
+    with pytest.MonkeyPatch.context() as m:
+        if name in NOISY:
+            m.setattr(f"{type(theirs).__module__}.randn_tensor", lambda *a, **k: next(noise))
+        for step in theirs.timesteps:
+            x = theirs.step(said(theirs.scale_model_input(x, step), step), step, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_consistency_models_draw_what_diffusers_draws(steps: int) -> None:
+    theirs = LCMScheduler(**BETAS, prediction_type="epsilon")
+    theirs.set_timesteps(steps)
+    torch.manual_seed(0)
+    begun, fresh = torch.randn(2, 4, 6, 6), [torch.randn(2, 4, 6, 6) for _ in range(steps)]
+    ts = torch.cat([(theirs.timesteps.double() + 1) / 1000, torch.zeros(1)])
+    denoise = guided([(Precond(net, "eps", PATH), Cond(), 1.0)])
+    *_, last = sampler("lcm").function(denoise, begun, ts, PATH, noise=fresh.__getitem__)
+    x = stepped(theirs, begun, fresh, "lcm")
+    assert float((last.x - x).abs().max()) <= 1e-4 * float(x.abs().max())
 
 
 def test_spacings_are_those_of_diffusers() -> None:
