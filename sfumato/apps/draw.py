@@ -66,7 +66,7 @@ class Generate:
     guidance_interval: tuple[float, float] | None = None
     """Times between 0 (clean) and 1 (noise) at which guidance acts."""
     sampler: str | None = None
-    """euler, ddim, ancestral, heun or dpmpp_2m (the default)."""
+    """euler, ddim, ancestral, heun, dpmpp_2m (the default), dpmpp_2m_sde, dpmpp_3m_sde, or lcm (of models that were distilled for it)."""
     eta: float | None = None
     """Fresh noise in each step of the sampler ddim, 0 to 1."""
     truncation: float | None = None
