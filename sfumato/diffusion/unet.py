@@ -181,7 +181,9 @@ class Level(nn.Module):
         if depth:
             self.attentions = nn.ModuleList(SpatialTransformer(width, heads, depth, config) for _ in ways)
 
-    def block(self, i: int, x: Tensor, time: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def block(
+        self, i: int, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b d"], context: Float[Tensor, "b m e"], mask: Bool[Tensor, "b m"] | None
+    ) -> Float[Tensor, "b c2 h w"]:
         x = self.resnets[i](x, time)
         return self.attentions[i](x, context, mask) if hasattr(self, "attentions") else x
 
@@ -195,7 +197,9 @@ class Middle(nn.Module):
         if config.mid_depth:
             self.attentions = nn.ModuleList([SpatialTransformer(width, heads, config.mid_depth, config)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b d"], context: Float[Tensor, "b m e"], mask: Bool[Tensor, "b m"] | None
+    ) -> Float[Tensor, "b c h w"]:
         x = self.resnets[0](x, time)
         if hasattr(self, "attentions"):
             x = self.attentions[0](x, context, mask)

@@ -89,18 +89,19 @@ def test_unets_say_what_diffusers_says(unet: tuple[UNet2DConditionModel, Path], 
 def test_residuals_of_a_controlnet_are_added_as_diffusers_adds_them(unet: tuple[UNet2DConditionModel, Path]) -> None:
     theirs, folder = unet
     ours = read_unet(folder)
-    if theirs.config.in_channels != 4 or theirs.config.addition_embed_type:
-        pytest.skip("one of each way of counting blocks is enough")
-    x, text, step = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), torch.tensor([500])
-    n = ours.config.blocks
+    n, xl = ours.config.blocks, theirs.config.addition_embed_type is not None
+    x, text, step = torch.randn(1, theirs.config.in_channels, 8, 8), torch.randn(1, 5, 24), torch.tensor([500])
+    pooled, sizes = torch.randn(1, 20), torch.rand(1, 6)
+    beside_time = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}} if xl else {}
+    told = Cond(text=text, pooled=pooled, extra={TIMES: sizes}) if xl else Cond(text=text)
     shapes = [(32, 8)] * (n + 1) + [(32, 4)] + [(64, 4)] * n
     beside = [torch.randn(1, c, s, s) for c, s in shapes]
     middle = torch.randn(1, 64, 4, 4)
     with torch.no_grad():
-        expected = theirs(x, step, text, down_block_additional_residuals=beside, mid_block_additional_residual=middle).sample
-        found = ours(x, (step + 1) / 1000, Cond(text=text), [*beside, middle])
-        near(found, expected)
-        assert not torch.allclose(found, ours(x, (step + 1) / 1000, Cond(text=text)))
+        added = {"down_block_additional_residuals": beside, "mid_block_additional_residual": middle}
+        found = ours(x, (step + 1) / 1000, told, [*beside, middle])
+        near(found, theirs(x, step, text, **added, **beside_time).sample)
+        assert not torch.allclose(found, ours(x, (step + 1) / 1000, told))
 
 
 def test_a_mask_leaves_tokens_out(unet: tuple[UNet2DConditionModel, Path]) -> None:
