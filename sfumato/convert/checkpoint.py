@@ -97,10 +97,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
+    whole = path.suffix == ".safetensors"
+    if whole:
         read_header(path)
     try:
-        if path.suffix == ".safetensors":
+        if whole:
             return load_file(path)
         found = _unpickled(path) if zipfile.is_zipfile(path) else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
@@ -116,6 +117,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise FileError(f"{path} holds no tensors by name: it is no checkpoint of a network")
     return tensors
+
+
+def check_fit(wanted: dict[str, Tensor], given: dict[str, Tensor], source: object) -> None:
+    """Raises FileError where `given` are not the names and shapes of `wanted`."""
+    missing, foreign = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if missing or foreign:
+        raise FileError(
+            f"{source} does not fit: it lacks {len(missing)} tensors ({missing[:3]}) and has {len(foreign)} that belong nowhere ({foreign[:3]})"
+        )
+    if wrong := next((k for k, v in given.items() if v.shape != wanted[k].shape), None):
+        raise FileError(f"{source}: {wrong} is {tuple(given[wrong].shape)}, not {tuple(wanted[wrong].shape)}")
 
 
 def _unpickled(path: Path) -> Any:

@@ -112,7 +112,6 @@ def _unet_config_of(shape: dict[str, tuple[int, ...]], settings: dict[str, Any])
     return UNetConfig(
         channels=shape["input_blocks.0.0.weight"][1], out_channels=shape["out.2.weight"][0], widths=widths, blocks=blocks, depths=depths,
         mid_depth=depth("middle_block.1"), heads=heads, context=context, linear=linear, pooled=pooled, sizes=sizes, size_width=size_width,
-        groups=int(settings.get("norm_num_groups", 32)),
     )  # fmt: skip
 
 

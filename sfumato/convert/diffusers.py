@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.codecs.bottlenecks.kl import KLConfig
 from sfumato.codecs.resnets import ResnetConfig
-from sfumato.convert.checkpoint import read_tensors
+from sfumato.convert.checkpoint import check_fit, read_tensors
 from sfumato.convert.taming import from_codec, from_diffusers, to_codec, to_diffusers
 from sfumato.core.checkpoint import FileError
 from sfumato.diffusion.unet import UNet, UNetConfig
@@ -95,14 +95,7 @@ def filled(make: Any, config: Any, tensors: dict[str, Tensor], source: object) -
     """A network that has these tensors as they are, frozen; no memory is taken for others. Raises FileError where they do not fit."""
     with torch.device("meta"):
         network: nn.Module = make(config)
-    state = network.state_dict()
-    missing, foreign = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
-    if missing or foreign:
-        raise FileError(
-            f"{source} does not fit: it lacks {len(missing)} tensors ({missing[:3]}) and has {len(foreign)} that belong nowhere ({foreign[:3]})"
-        )
-    if wrong := next((k for k, v in tensors.items() if v.shape != state[k].shape), None):
-        raise FileError(f"{source}: {wrong} is {tuple(tensors[wrong].shape)}, not {tuple(state[wrong].shape)}")
+    check_fit(network.state_dict(), tensors, source)
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
 

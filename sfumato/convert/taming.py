@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.codecs.bottlenecks.gumbel import GumbelConfig
 from sfumato.codecs.bottlenecks.vq import VQConfig
 from sfumato.codecs.resnets import ResnetConfig
-from sfumato.convert.checkpoint import read_tensors
+from sfumato.convert.checkpoint import check_fit, read_tensors
 from sfumato.core.checkpoint import FileError
 from sfumato.core.config import from_json, to_json
 from sfumato.priors.mingpt import MinGPT, MinGPTConfig
@@ -157,20 +157,8 @@ def _codec_of(tensors: dict[str, Tensor], settings: dict[str, Any] | None, path:
     ours = {to_codec(k): v.float() for k, v in tensors.items()}
     codec.latent_std.fill_(1 / (settings or {}).get("scaling_factor", 1.0))
     own = {k: v for k, v in codec.state_dict().items() if k.startswith("latent_") or k.rpartition(".")[2] in OWN}
-    return _loaded(codec, ours | own, path)
-
-
-def _loaded(codec: Autoencoder, tensors: dict[str, Tensor], path: Path) -> Autoencoder:
-    state = codec.state_dict()
-    missing, foreign = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
-    if missing or foreign:
-        raise FileError(
-            f"{path} does not fit: it lacks {len(missing)} tensors ({missing[:3]}) and has {len(foreign)} that belong nowhere ({foreign[:3]})"
-        )
-    wrong = [k for k, v in tensors.items() if v.shape != state[k].shape]
-    if wrong:
-        raise FileError(f"{path}: {wrong[0]} is {tuple(tensors[wrong[0]].shape)}, not {tuple(state[wrong[0]].shape)}")
-    codec.load_state_dict(tensors)
+    check_fit(codec.state_dict(), ours | own, path)
+    codec.load_state_dict(ours | own)
     return codec.eval().requires_grad_(False)
 
 
@@ -320,8 +308,7 @@ def _from_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     files = [p for n in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin") if (p := folder / n).exists()]
     if not files:
         raise FileError(f"{folder} has no diffusion_pytorch_model.safetensors")
-    theirs = load_file(files[0]) if files[0].suffix == ".safetensors" else read_tensors(files[0])
-    found = from_diffusers(theirs, levels, config.get("layers_per_block", 1))
+    found = from_diffusers(read_tensors(files[0]), levels, config.get("layers_per_block", 1))
     side = config.get("sample_size")
     scale = config.get("scaling_factor", SCALE)
     if not isinstance(scale, int | float) or not scale > 0:

@@ -32,7 +32,7 @@ from sfumato.data.shards import same_source
 from sfumato.data.subjects import EMOJI
 from sfumato.gans.augment import Augment, ada, diffaugment
 from sfumato.gans.dcgan import DCGANConfig
-from sfumato.gans.pair import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
+from sfumato.gans.pair import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, NetworkConfig
 from sfumato.gans.r3gan import R3GANConfig
 from sfumato.gans.residual import ResidualConfig
 from sfumato.gans.style import StyleConfig
@@ -172,6 +172,11 @@ class GANRecipe(Taught):
 # --- presets --------------------------------------------------------------------------------------------------------------------------------------
 
 
+def _on(network: NetworkConfig) -> dict[str, Any]:
+    """Both parts of a pair, on the same kind of network."""
+    return {"generator": GeneratorConfig(network=network), "discriminator": DiscriminatorConfig(network=network)}
+
+
 def preset_bundled() -> tuple[GANRecipe, LoopConfig]:
     """The loss of R3GAN, relativistic with R1 and R2 (arXiv 2501.05441), lazily, on the pair of DCGAN, which a CPU trains fastest; 64 x 64.
 
@@ -179,7 +184,7 @@ def preset_bundled() -> tuple[GANRecipe, LoopConfig]:
     """
     network = DCGANConfig(width=32, most=256, norm="group")
     recipe = GANRecipe(
-        generator=GeneratorConfig(network=network), discriminator=DiscriminatorConfig(network=network), augment="ada",
+        **_on(network), augment="ada",
         penalty=PenaltyConfig(r1=1.0, r2=1.0, every=4), told_from=0.2, told_ramp=0.2,
     )  # fmt: skip
     return recipe, LoopConfig(
@@ -204,7 +209,7 @@ def preset_r3gan() -> tuple[GANRecipe, LoopConfig]:
     """
     network = R3GANConfig()
     recipe, loop = preset_own()
-    return replace(recipe, generator=GeneratorConfig(network=network), discriminator=DiscriminatorConfig(network=network)), replace(loop, lr=1e-3)
+    return replace(recipe, **_on(network)), replace(loop, lr=1e-3)
 
 
 def preset_dcgan() -> tuple[GANRecipe, LoopConfig]:
@@ -215,7 +220,7 @@ def preset_dcgan() -> tuple[GANRecipe, LoopConfig]:
     network = DCGANConfig()
     recipe, loop = preset_own()
     return replace(
-        recipe, generator=GeneratorConfig(network=network), discriminator=DiscriminatorConfig(network=network), loss="non-saturating",
+        recipe, **_on(network), loss="non-saturating",
         penalty=PenaltyConfig(), augment="none", betas=(0.5, 0.999),
     ), replace(loop, batch_size=32, lr=2e-4)  # fmt: skip
 
@@ -228,7 +233,7 @@ def preset_wgan_gp() -> tuple[GANRecipe, LoopConfig]:
     network = ResidualConfig()
     recipe, loop = preset_own()
     return replace(
-        recipe, generator=GeneratorConfig(network=network), discriminator=DiscriminatorConfig(network=network), loss="wasserstein",
+        recipe, **_on(network), loss="wasserstein",
         penalty=PenaltyConfig(gp=10.0), augment="none", steps=5, betas=(0.0, 0.9),
     ), replace(loop, batch_size=32, lr=2e-4)  # fmt: skip
 
@@ -250,7 +255,7 @@ def preset_stylegan() -> tuple[GANRecipe, LoopConfig]:
     network = StyleConfig()
     recipe, loop = preset_own()
     return replace(
-        recipe, generator=GeneratorConfig(network=network), discriminator=DiscriminatorConfig(network=network), loss="non-saturating",
+        recipe, **_on(network), loss="non-saturating",
         penalty=PenaltyConfig(r1=1.0, every=16),
     ), replace(loop, batch_size=32, lr=2e-3)  # fmt: skip
 
