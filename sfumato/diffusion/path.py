@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -20,23 +21,36 @@ from torch.nn import functional as F
 from sfumato.core.config import nearest
 
 PathKind = Literal["rf", "vp-cosine", "vp-linear"]
-Schedule = Literal["uniform", "lambda", "karras"]
+Betas = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
+Schedule = Literal["uniform", "lambda", "karras", "edm", "ays", "ays-xl"]
 Spacing = Literal["leading", "leading-open", "trailing", "linspace"]
 T_MIN, LAMBDA_MAX = 1e-3, math.log(999)  # where schedules in lambda end, for lambda itself has none: sigma / alpha in [1 / 999, 999]
+EDM_RANGE = (0.002, 80.0)  # of sigma / alpha (arXiv 2206.00364, table 1)
+ALIGNED = {  # sigma / alpha after each of ten steps, found for Stable Diffusion 1.5 and SDXL (arXiv 2404.14507); the last stands for 0
+    "ays": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "ays-xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+}
+LEAST_ALPHA = 2.0**-12  # what stands for 0 where the last step of a discrete model is to be pure noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathConfig:
-    """Which path. The betas are those of "vp-linear" (Stable Diffusion: linear in their square root) and else unused."""
+    """Which path. The betas are those of "vp-linear" (Stable Diffusion: linear in their square root, "scaled_linear") and else unused; with
+    `zero_snr` they are scaled until the last step is noise alone (arXiv 2305.08891, Alg. 1).
+    """
 
     kind: PathKind = "rf"
     num_betas: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    betas: Betas = "scaled_linear"
+    zero_snr: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(PathKind):
             raise ValueError(f"path (='{self.kind}') must be one of {', '.join(get_args(PathKind))}{nearest(self.kind, get_args(PathKind))}")
+        if self.betas not in get_args(Betas):
+            raise ValueError(f"betas (='{self.betas}') must be one of {', '.join(get_args(Betas))}{nearest(self.betas, get_args(Betas))}")
         if self.num_betas < 1:
             raise ValueError(f"num_betas (={self.num_betas}) must be >= 1: Stable Diffusion has 1000")
         if not 0 < self.beta_start <= self.beta_end < 1:
@@ -98,25 +112,49 @@ def _vp_cosine() -> Path:
 
 
 def _vp_linear(config: PathConfig) -> Path:
-    """alpha^2 = product of (1 - beta), interpolated linearly in log(alpha) between t = i / num_betas (arXiv 2112.10752).
+    """alpha^2 = product of (1 - beta) at t = i / num_betas, between them linear in lambda, and in log(alpha) before the first (arXiv 2112.10752).
 
     Step i = 0 ... num_betas - 1 of the discrete model is at t = (i + 1) / num_betas; t = 0 is the clean image, before any step.
     """
     n = config.num_betas
-    betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, n, dtype=torch.float64).square()
-    knots = F.pad(torch.log1p(-betas).cumsum(0) / 2, (1, 0))  # log(alpha), falling from 0
+    log_alpha = _log_alpha(config)
+    knots, first = log_alpha - torch.expm1(2 * log_alpha).neg().log() / 2, float(log_alpha[0])  # lambda, falling
 
-    def log_alpha(t: Tensor) -> Tensor:
+    def halves(t: Tensor, sign: int) -> Tensor:
+        """log(alpha) of sign 1, log(sigma) of sign -1."""
         here, place = knots.to(t), (t * n).clamp(0, n)
-        low = place.floor().clamp_max(n - 1).long()
-        return torch.lerp(here[low], here[low + 1], place - low)
+        low = (place.floor() - 1).clamp(0, max(n - 2, 0)).long()
+        lam = torch.lerp(here[low], here[(low + 1).clamp_max(n - 1)], (place - 1 - low).clamp_min(0))
+        start = place * first
+        return torch.where(place < 1, start if sign > 0 else torch.expm1(2 * start).neg().log() / 2, F.logsigmoid(2 * sign * lam) / 2)
 
     def t_of_lambda(lam: Tensor) -> Tensor:
-        here, wanted = knots.to(lam), F.logsigmoid(2 * lam) / 2  # alpha^2 = sigmoid(2 lambda) on every VP path
-        high = torch.searchsorted(-here, -wanted.contiguous()).clamp(1, n)
-        return ((high - 1 + (wanted - here[high - 1]) / (here[high] - here[high - 1])) / n).clamp(0, 1)
+        here = knots.to(lam)
+        high = torch.searchsorted(-here, -lam.contiguous()).clamp(1, max(n - 1, 1))
+        inside = high + (lam - here[high - 1]) / (here[high.clamp_max(n - 1)] - here[high - 1]) if n > 1 else torch.ones_like(lam)
+        start = F.logsigmoid(2 * lam) / 2 / first  # alpha^2 = sigmoid(2 lambda) on every VP path
+        return (torch.where(lam > here[0], start, inside) / n).clamp(0, 1)
 
-    return Path("vp-linear", lambda t: log_alpha(t).exp(), lambda t: torch.expm1(2 * log_alpha(t)).neg().sqrt(), t_of_lambda, False)
+    return Path("vp-linear", lambda t: halves(t, 1).exp(), lambda t: halves(t, -1).exp(), t_of_lambda, False)
+
+
+def _log_alpha(config: PathConfig) -> Tensor:
+    """After each step of the discrete model, fp64."""
+    n = config.num_betas
+    match config.betas:
+        case "scaled_linear":
+            betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, n, dtype=torch.float64).square()
+        case "linear":
+            betas = torch.linspace(config.beta_start, config.beta_end, n, dtype=torch.float64)
+        case "squaredcos_cap_v2":  # arXiv 2102.09672, eq. 17
+            bar = ((torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * math.pi / 2).cos().square()
+            betas = (1 - bar[1:] / bar[:-1]).clamp_max(0.999)
+    log_alpha = torch.log1p(-betas).cumsum(0) / 2
+    if not config.zero_snr:
+        return log_alpha
+    alpha = log_alpha.exp()
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    return alpha.clamp_min(LEAST_ALPHA).log()
 
 
 def ve_path(sigma_max: float = 80.0, rho: float = 7.0) -> Path:
@@ -130,10 +168,12 @@ def ve_path(sigma_max: float = 80.0, rho: float = 7.0) -> Path:
 
 
 def timesteps(path: Path, steps: int, *, schedule: Schedule = "uniform", shift: float = 1.0) -> Float64[Tensor, " {steps+1}"]:
-    """Times that fall from exactly 1 to exactly 0.
+    """Times that fall to exactly 0, from exactly 1 but for "edm" and "ays", which begin where their sigma / alpha is the largest.
 
-    "uniform" in t; "lambda" uniform in log-SNR (arXiv 2206.00927); "karras" uniform in (sigma / alpha)^(1/7) (arXiv 2206.00364, eq. 5).
-    The latter two end with a step from t = 0.001, or from where sigma / alpha is 1 / 999, to 0. `shift` s then moves every time to
+    "uniform" in t; "lambda" uniform in log-SNR (arXiv 2206.00927), which others call exponential; "karras" uniform in (sigma / alpha)^(1/7) (arXiv
+    2206.00364, eq. 5). They end with a step from t = 0.001, or from where sigma / alpha is 1 / 999, to 0. "edm": as "karras", with sigma / alpha
+    from 80 to 0.002, as far as the path has that. "ays", "ays-xl": the ten steps that were found for Stable Diffusion 1.5 and SDXL (arXiv
+    2404.14507), and others from those by interpolation of log-SNR. `shift` s then moves every time to
     s t / (1 + (s - 1) t) (arXiv 2403.03206, eq. 23): above 1 more steps go to the noisy end, as large pictures need.
     ValueError for what is out of range.
     """
@@ -176,10 +216,17 @@ def discrete_times(
 def _unshifted(path: Path, steps: int, schedule: str) -> Tensor:
     if schedule not in get_args(Schedule):
         raise ValueError(f"schedule (='{schedule}') must be one of {', '.join(get_args(Schedule))}{nearest(schedule, get_args(Schedule))}")
-    if schedule == "uniform" or steps == 1:
+    if schedule == "uniform" or (steps == 1 and schedule not in ALIGNED):
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     low, high = path.lam(torch.tensor([1.0, T_MIN], dtype=torch.float64)).clamp(-LAMBDA_MAX, LAMBDA_MAX).tolist()
+    if schedule == "edm":
+        least, most = EDM_RANGE
+        low, high = max(low, -math.log(most)), min(max(high, -math.log(least)), LAMBDA_MAX)
     lam = torch.linspace(low, high, steps, dtype=torch.float64)
-    if schedule == "karras":
+    if schedule in ("karras", "edm"):
         lam = -7 * torch.linspace(math.exp(-low / 7), math.exp(-high / 7), steps, dtype=torch.float64).log()
-    return torch.cat([torch.ones(1, dtype=torch.float64), path.t_of_lambda(lam[1:]), torch.zeros(1, dtype=torch.float64)])
+    if schedule in ALIGNED:
+        known = -np.log(ALIGNED[schedule])
+        lam = torch.from_numpy(np.interp(np.linspace(0, 1, steps + 1)[:-1], np.linspace(0, 1, len(known)), known)).clamp_min(low)
+    start = path.t_of_lambda(lam[:1]) if schedule in ("edm", *ALIGNED) else torch.ones(1, dtype=torch.float64)
+    return torch.cat([start, path.t_of_lambda(lam[1:]), torch.zeros(1, dtype=torch.float64)])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfumato.core.seams import Cond
 from sfumato.diffusion.path import Path, PathConfig, make_path, ve_path
+from sfumato.diffusion.samplers import SAMPLERS
 
 PATHS = {kind: make_path(PathConfig(kind=kind)) for kind in ("rf", "vp-cosine", "vp-linear")} | {"ve": ve_path()}
 
@@ -44,6 +45,18 @@ class Gaussian:
         """x_t = alpha m + sqrt(alpha^2 s^2 + sigma^2) z, with the same z all along one trajectory."""
         alpha, sigma = path.alpha(t), path.sigma(t)
         return alpha * self.mean + (alpha**2 * self.std**2 + sigma**2).sqrt() * z
+
+
+@pytest.fixture
+def calls_of() -> Callable[[str, int, Path], int]:
+    """How often a sampler asks the network in so many steps from t = 1 to 0."""
+
+    def calls(name: str, steps: int, path: Path) -> int:
+        each = SAMPLERS[name].calls_per_step
+        once = (each - 1) * (1 + (name == "dpmpp_sde" and path.reaches_zero))  # steps to sigma = 0, or from alpha = 0
+        return steps * each - once + (name == "plms")  # whose first step needs one more
+
+    return calls
 
 
 @pytest.fixture(autouse=True)

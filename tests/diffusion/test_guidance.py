@@ -221,12 +221,12 @@ def test_the_last_post_is_outermost_and_sees_the_terms(x):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_network_calls_of_a_whole_run(x, rf, name, scale):
+def test_network_calls_of_a_whole_run(x, rf, name, scale, calls_of):
     """Scale 1 makes one call of the plain batch an evaluation; guidance one of twice the batch."""
     net, info = Net(), SAMPLERS[name]
     for _ in info.function(guided(cfg(net, texts(4), Cond(), scale)), x, timesteps(rf, 6), rf, noise=lambda i: torch.zeros_like(x)):
         pass
-    assert net.rows == [2 if scale == 1 else 4] * (6 * info.calls_per_step - (info.calls_per_step - 1))
+    assert net.rows == [2 if scale == 1 else 4] * calls_of(name, 6, rf)
 
 
 @pytest.mark.parametrize(
