@@ -157,18 +157,26 @@ def loop_of(options: Options, images: int, seed: int, lr: float, batch: int = 32
     return replace(loop, save_every=images, sample_every=10 * images, log_every=max(images // 20, batch))
 
 
+def settings_of(options: Options, recipe: GANRecipe, loop: LoopConfig) -> dict[str, Any]:
+    """Everything that decides what comes of a run, but for where its files are."""
+    of_recipe = {k: v for k, v in to_json(recipe).items() if k != "data"}
+    return {"recipe": of_recipe, "loop": to_json(loop), "count": options.count, "inception": options.inception is not None}
+
+
+def kept(told: Path, settings: Any) -> dict[str, Any]:
+    """What a file says. Raises ValueError where it was made with other settings."""
+    found: dict[str, Any] = json.loads(told.read_text())
+    if found.get("settings") != json.loads(json.dumps(settings)):
+        raise ValueError(f"{told} was made with other settings: name another --out, or remove it")
+    return found
+
+
 def outcome(options: Options, name: str, recipe: GANRecipe, loop: LoopConfig) -> dict[str, Any]:
     """What came of a run, from its file where it was made before with the same settings."""
     told = options.out / "cells" / f"{name}.json"
-    settings = {
-        "network": to_json(recipe.generator.network), "loss": recipe.loss, "penalty": to_json(recipe.penalty), "batch_size": loop.batch_size,
-        "lr": loop.lr, "images": loop.images, "count": options.count, "inception": options.inception is not None,
-    }  # fmt: skip
+    settings = settings_of(options, recipe, loop)
     if told.exists():
-        kept: dict[str, Any] = json.loads(told.read_text())
-        if kept.get("settings") != settings:
-            raise ValueError(f"{told} was made with other settings: name another --out, or remove it")
-        return kept
+        return kept(told, settings)
     run, found = options.out / "runs" / name, {"failed": False}
     began = time.perf_counter()
     try:
@@ -322,6 +330,7 @@ def paced(options: Options, recipes: dict[str, GANRecipe], batches: dict[str, in
     if options.quick:
         return dict.fromkeys(recipes, 64)
     told = options.out / "cells" / f"pace-{options.minutes:g}.json"
+    settings = {name: settings_of(options, recipe, loop_of(options, 10**7, 0, RATE, batches[name])) for name, recipe in recipes.items()}
     if not told.exists():
         for part in range(1, 4):
             for name, recipe in recipes.items():
@@ -330,8 +339,8 @@ def paced(options: Options, recipes: dict[str, GANRecipe], batches: dict[str, in
                 gan.train(recipe, replace(loop, log_every=5 * loop.batch_size), run, text=run, stop_at=30 * part * loop.batch_size)
         found = {name: pace(options.out / "runs" / f"pace-{name}" / "log.jsonl") for name in recipes}
         told.parent.mkdir(parents=True, exist_ok=True)
-        told.write_text(json.dumps({name: int(speed * 60 * options.minutes) for name, speed in found.items()}))
-    return json.loads(told.read_text())  # type: ignore[no-any-return]
+        told.write_text(json.dumps({"images": {name: int(speed * 60 * options.minutes) for name, speed in found.items()}, "settings": settings}))
+    return kept(told, settings)["images"]  # type: ignore[no-any-return]
 
 
 def pace(log: Path) -> float:

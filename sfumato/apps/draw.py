@@ -335,6 +335,8 @@ def warn(model: Model, r: GenerateRequest) -> None:
         say("warning: strength has no effect together with mask: what that shows is drawn anew")
     if model.way == "gpt" and r.steps is not None:
         say("warning: steps has no effect: this model draws one code after the other")
+    if gan and r.label is not None and float(model.generator.told.share) < 1:  # type: ignore[attr-defined]
+        say(f"warning: label counts by {float(model.generator.told.share):.0%} only: this pair had not heard of classes in full yet")  # type: ignore[attr-defined]
     if gan and r.steps is not None:
         say("warning: steps has no effect: this model draws in one pass")
     if diffusion and r.eta and r.sampler != "ddim":

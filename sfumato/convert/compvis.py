@@ -106,7 +106,7 @@ def _unet_config_of(shape: dict[str, tuple[int, ...]], settings: dict[str, Any])
     channels, told = settings.get("num_head_channels", -1), settings.get("num_heads", -1)
     if channels <= 0 and told <= 0:
         channels, told = (-1, HEADS) if context == 768 else (HEAD, -1)
-    heads = tuple(told if told > 0 else w // channels for w in widths)
+    heads = tuple(told if told > 0 else max(w // channels, 1) for w in widths)
     sizes, size_width = (6, 256) if "label_emb.0.0.weight" in shape else (0, 256)
     pooled = shape["label_emb.0.0.weight"][1] - sizes * size_width if sizes else 0
     return UNetConfig(

@@ -18,6 +18,10 @@ from sfumato.codecs.resnets import ResnetConfig
 from sfumato.convert.checkpoint import check_fit, read_tensors
 from sfumato.convert.taming import from_codec, from_diffusers, to_codec, to_diffusers
 from sfumato.core.checkpoint import FileError
+from sfumato.core.config import nearest
+from sfumato.diffusion.discrete import OPEN as ROUNDED
+from sfumato.diffusion.discrete import SchedulerConfig
+from sfumato.diffusion.path import PathConfig
 from sfumato.diffusion.unet import UNet, UNetConfig
 
 PLAIN: dict[str, tuple[Any, ...]] = {  # of a UNet's config: what may stand there, for what we do not have otherwise
@@ -98,6 +102,65 @@ def filled(make: Any, config: Any, tensors: dict[str, Tensor], source: object) -
     check_fit(network.state_dict(), tensors, source)
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
+
+
+# --- when it is asked -----------------------------------------------------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    "PNDMScheduler": "plms", "DDIMScheduler": "ddim", "DDPMScheduler": "ancestral", "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "ancestral", "HeunDiscreteScheduler": "heun", "LMSDiscreteScheduler": "lms",
+    "DPMSolverMultistepScheduler": "dpmpp_2m", "DPMSolverSDEScheduler": "dpmpp_sde", "UniPCMultistepScheduler": "unipc", "LCMScheduler": "lcm",
+}  # fmt: skip
+LINSPACE = ("euler", "heun", "lms", "ancestral", "dpmpp_2m", "dpmpp_sde", "unipc")  # which are spaced so where a config does not say how
+PREDICTIONS: dict[str, Any] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+def scheduler_config(c: dict[str, Any], source: object = "scheduler_config.json") -> SchedulerConfig:
+    """What a `scheduler_config.json` decides. Raises FileError for what we do not have, by its name."""
+    made = str(c.get("_class_name"))
+    if made not in SCHEDULERS:
+        raise FileError(f"{source}: _class_name (={made!r}) must be one of {', '.join(SCHEDULERS)}{nearest(made, SCHEDULERS)}")
+    for name in ("trained_betas", "use_flow_sigmas", "use_beta_sigmas", "use_lu_lambdas", "thresholding"):
+        if c.get(name):
+            raise FileError(f"{source}: {name} (={str(c[name])[:40]}) is not read: choose a sampler with --sampler, or take it out")
+    asked, sde = SCHEDULERS[made], c.get("algorithm_type") == "sde-dpmsolver++"
+    if made == "DPMSolverMultistepScheduler" and sde:
+        asked = "dpmpp_3m_sde" if c.get("solver_order", 2) == 3 else "dpmpp_2m_sde"
+    over = "karras" if c.get("use_karras_sigmas") else "lambda" if c.get("use_exponential_sigmas") else None
+    spacing = c.get("timestep_spacing", "linspace" if asked in LINSPACE and made != "DDPMScheduler" else "leading")
+    first = not c.get("set_alpha_to_one", made != "PNDMScheduler") or c.get("final_sigmas_type") == "sigma_min"
+    try:
+        path = PathConfig(
+            kind="vp-linear", num_betas=c.get("num_train_timesteps", 1000), beta_start=c.get("beta_start", 0.0001), beta_end=c.get("beta_end", 0.02),
+            betas=c.get("beta_schedule", "linear"), zero_snr=bool(c.get("rescale_betas_zero_snr", False)),
+        )  # fmt: skip
+        return SchedulerConfig(
+            path=path, prediction=PREDICTIONS[c.get("prediction_type", "epsilon")], sampler=asked, schedule=over or spacing, spacing=spacing,
+            offset=c.get("steps_offset", 0), ends="first" if first else "clean", rounded=asked in ROUNDED,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as e:
+        raise FileError(f"{source} does not say when a model is asked ({e})") from None
+
+
+def scheduler_json(c: SchedulerConfig) -> dict[str, Any]:
+    """The config that diffusers makes the same scheduler from."""
+    asked = {v: k for k, v in SCHEDULERS.items() if k != "DDPMScheduler"} | {
+        "dpmpp_2m_sde": "DPMSolverMultistepScheduler", "dpmpp_3m_sde": "DPMSolverMultistepScheduler",
+    }  # fmt: skip
+    more: dict[str, Any] = {"dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"}, "plms": {"skip_prk_steps": True},
+                            "dpmpp_3m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}}.get(c.sampler, {})  # fmt: skip
+    if c.sampler in ("ddim", "plms"):
+        more |= {"set_alpha_to_one": c.ends == "clean"} | ({"clip_sample": False} if c.sampler == "ddim" else {})
+    if c.schedule in ("karras", "edm"):
+        more |= {"use_karras_sigmas": True}
+    elif c.schedule == "lambda":
+        more |= {"use_exponential_sigmas": True}
+    p = c.path
+    return {
+        "_class_name": asked[c.sampler], "num_train_timesteps": p.num_betas, "beta_start": p.beta_start, "beta_end": p.beta_end,
+        "beta_schedule": p.betas, "prediction_type": {v: k for k, v in PREDICTIONS.items()}[c.prediction], "timestep_spacing": c.spacing,
+        "steps_offset": c.offset, "rescale_betas_zero_snr": p.zero_snr,
+    } | more  # fmt: skip
 
 
 # --- the UNet -------------------------------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sfumato.core.config import from_json, nearest, to_json
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 LONGEST_PROMPT = 2_000
-MOST_STEPS, MOST_IMAGES, MOST_CODES = 1_000, 10_000, 65_536
+MOST_STEPS, MOST_IMAGES, MOST_CODES, MOST_SIDE = 1_000, 10_000, 65_536, 8_192
+NoiseMode = Literal["own", "diffusers"]
 SEEDS = 2**63
 SOURCE_KEY = "Source"  # PNG's own word for where a picture comes from
 METADATA_KEY = "sfumato"
@@ -30,6 +31,11 @@ class GenerateRequest:
     steps: None is what the model usually takes. eta: fresh noise of the sampler ddim. truncation: how far a GAN strays from what is usual (1: as
     learned, less is safer and more alike). temperature (0 takes the likeliest), top_k (0: all) and top_p
     (1: all) say how codes are drawn, where the model draws codes. seed None: a random one is chosen. size: None is the largest that the model has.
+    guidance and sampler None: what the model usually takes.
+    Of models whose pictures have any size: width and height in pixels, schedule (when the network is asked), clip_skip (the text encoder's block
+    from the end that is heard, 1 the last), guidance_rescale (0 to 1, arXiv 2305.08891), tiling (edges fit together), variation (0 to 1: how much of
+    the noise is of variation_seed instead), hires (times the size in a second pass, of which hires_strength is drawn anew), and noise: streams of our
+    "own", or those of "diffusers".
     init: a picture to begin from, of which `strength` (0 little, 1 all) is drawn anew (SDEdit, arXiv 2108.01073). mask: a picture of the same
     size, white where init is to be redrawn; what is black there stays as it is, to the pixel.
     """
@@ -41,10 +47,10 @@ class GenerateRequest:
     seed: int | None = None
     count: int = 1
     steps: int | None = None
-    guidance: float = 3.0
+    guidance: float | None = None
     style_guidance: float | None = None
     guidance_interval: tuple[float, float] | None = None
-    sampler: str = "dpmpp_2m"
+    sampler: str | None = None
     eta: float = 0.0
     truncation: float = 1.0
     temperature: float = 1.0
@@ -54,6 +60,17 @@ class GenerateRequest:
     init: str | None = None
     mask: str | None = None
     strength: float = 0.6
+    width: int | None = None
+    height: int | None = None
+    schedule: str | None = None
+    clip_skip: int | None = None
+    guidance_rescale: float = 0.0
+    tiling: bool = False
+    variation: float = 0.0
+    variation_seed: int | None = None
+    hires: float = 1.0
+    hires_strength: float = 0.5
+    noise: NoiseMode = "own"
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "style", "label", "init", "mask"):
@@ -67,8 +84,10 @@ class GenerateRequest:
                 raise ValueError(f"{name} holds bytes that are no text: give it in UTF-8")
             if text is not None and len(text) > LONGEST_PROMPT:
                 raise ValueError(f"{name} has {len(text):,} characters, at most {LONGEST_PROMPT:,} are allowed: shorten it")
-        for name, low, high in (("count", 1, MOST_IMAGES), ("steps", 1, MOST_STEPS), ("top_k", 0, MOST_CODES)):
-            if name == "steps" and self.steps is None:
+        whole = (("count", 1, MOST_IMAGES), ("steps", 1, MOST_STEPS), ("top_k", 0, MOST_CODES), ("clip_skip", 1, 100), ("width", 8, MOST_SIDE),
+                 ("height", 8, MOST_SIDE))  # fmt: skip
+        for name, low, high in whole:
+            if name not in ("count", "top_k") and getattr(self, name) is None:
                 continue
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} (={getattr(self, name)!r}) must be a whole number")
@@ -85,6 +104,9 @@ class GenerateRequest:
             ("truncation", 0, 2),
             ("temperature", 0, 100),
             ("top_p", 0, 1),
+            ("guidance_rescale", 0, 1),
+            ("variation", 0, 1),
+            ("hires", 1, 8),
         ):
             value = getattr(self, name)
             if value is not None and type(value) not in (int, float):
@@ -93,8 +115,16 @@ class GenerateRequest:
                 raise ValueError(f"{name} (={value}) must be between {low} and {high}")
         if self.top_p == 0:
             raise ValueError("top_p (=0) must be above 0: the share of probability that codes are drawn from, 1 is all")
-        if type(self.strength) not in (int, float) or not 0 < self.strength <= 1:
-            raise ValueError(f"strength (={self.strength!r}) must be above 0 and at most 1: how much of the init picture is drawn anew")
+        for name, of in (("strength", "the init picture"), ("hires_strength", "the first pass")):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value <= 1:
+                raise ValueError(f"{name} (={value!r}) must be above 0 and at most 1: how much of {of} is drawn anew")
+        if self.noise not in get_args(NoiseMode):
+            raise ValueError(
+                f"noise (={self.noise!r}) must be one of {', '.join(get_args(NoiseMode))}{nearest(str(self.noise), get_args(NoiseMode))}"
+            )
+        if self.variation_seed is not None and not (type(self.variation_seed) is int and 0 <= self.variation_seed < SEEDS):
+            raise ValueError(f"variation_seed (={self.variation_seed!r}) must be a whole number between 0 and 2^63")
         if self.mask is not None and self.init is None:
             raise ValueError(f"mask (={self.mask!r}) says where to redraw the init picture: name one with --init")
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
@@ -153,7 +183,9 @@ def _quoted(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if re.search(r"[,\n:]", text) else text
 
 
-def parameters_text(request: GenerateRequest, *, seed: int, size: int, model: str, model_hash: str, version: str, way: str = "diffusion") -> str:
+def parameters_text(
+    request: GenerateRequest, *, seed: int, size: tuple[int, int], model: str, model_hash: str, version: str, way: str = "diffusion"
+) -> str:
     """The `parameters` chunk that other programs read: prompt, negative prompt, and one line of "Name: value" pairs."""
     lines = [(request.prompt or "").replace("\n", " ")]
     if request.negative:
@@ -163,7 +195,7 @@ def parameters_text(request: GenerateRequest, *, seed: int, size: int, model: st
         "Sampler": request.sampler if way == "diffusion" else way,
         "CFG scale": request.guidance,
         "Seed": seed,
-        "Size": f"{size}x{size}",
+        "Size": f"{size[0]}x{size[1]}",
     }
     values |= {"Model hash": model_hash[:10], "Model": model}
     if way == "gan":
@@ -171,6 +203,14 @@ def parameters_text(request: GenerateRequest, *, seed: int, size: int, model: st
         values["Truncation"] = request.truncation
     elif way != "diffusion":
         values |= {"Temperature": request.temperature, "Top K": request.top_k, "Top P": request.top_p}
+    if request.schedule:
+        values["Schedule type"] = request.schedule
+    if request.clip_skip is not None:
+        values["Clip skip"] = request.clip_skip
+    if request.variation:
+        values |= {"Variation seed": request.variation_seed, "Variation seed strength": request.variation}
+    if request.hires > 1:
+        values |= {"Hires upscale": request.hires, "Denoising strength": request.hires_strength}
     if request.init is not None:
         values["Denoising strength"] = request.strength
     if request.style:

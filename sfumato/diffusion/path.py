@@ -23,7 +23,7 @@ from sfumato.core.config import nearest
 PathKind = Literal["rf", "vp-cosine", "vp-linear"]
 Betas = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
 Schedule = Literal["uniform", "lambda", "karras", "edm", "ays", "ays-xl"]
-Spacing = Literal["leading", "leading-open", "trailing", "linspace"]
+Spacing = Literal["leading", "leading-open", "trailing", "linspace", "linspace-open", "linspace-exact"]
 T_MIN, LAMBDA_MAX = 1e-3, math.log(999)  # where schedules in lambda end, for lambda itself has none: sigma / alpha in [1 / 999, 999]
 EDM_RANGE = (0.002, 80.0)  # of sigma / alpha (arXiv 2206.00364, table 1)
 ALIGNED = {  # sigma / alpha after each of ten steps, found for Stable Diffusion 1.5 and SDXL (arXiv 2404.14507); the last stands for 0
@@ -192,8 +192,9 @@ def discrete_times(
 
     "leading": every (num_betas // steps)-th step from 0 on, `offset` later; "leading-open": the same of one step more, without the first (of
     DPM-Solver and UniPC there); "trailing" (arXiv 2305.08891, table 2): from the last step backwards;
-    "linspace": from the first to the last step, rounded. After the last of them comes the clean picture, t = 0, or with `ends` "first" what
-    the first step leaves, at t = 1 / num_betas. ValueError for what is out of range.
+    "linspace": from the first to the last step, rounded; "linspace-open": of one more, without the first; "linspace-exact": not rounded.
+    After the last of them comes the clean picture, t = 0, or with `ends` "first" what the first step leaves, at t = 1 / num_betas. ValueError for
+    what is out of range.
     """
     if spacing not in get_args(Spacing):
         raise ValueError(f"spacing (='{spacing}') must be one of {', '.join(get_args(Spacing))}{nearest(spacing, get_args(Spacing))}")
@@ -207,8 +208,11 @@ def discrete_times(
                 raise ValueError(f"steps (={steps}) with offset (={offset}) would go beyond the {num_betas} steps of the model: take fewer")
         case "trailing":
             at = (num_betas - torch.arange(steps, dtype=torch.float64) * (num_betas / steps)).round() - 1
-        case "linspace":
-            at = torch.linspace(0, num_betas - 1, steps, dtype=torch.float64).round().flip(0)
+        case "linspace" | "linspace-exact":
+            at = torch.linspace(0, num_betas - 1, steps, dtype=torch.float64).flip(0)
+            at = at.round() if spacing == "linspace" else at
+        case "linspace-open":
+            at = torch.linspace(0, num_betas - 1, steps + 1, dtype=torch.float64).round()[1:].flip(0)
     last = 0.0 if ends == "clean" or bool(at[-1] == 0) else 1 / num_betas
     return torch.cat([(at + 1) / num_betas, at.new_tensor([last])])
 

@@ -15,14 +15,17 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from sfumato.core.config import at_least
+from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Cond
 from sfumato.gans.dcgan import DCGANConfig, DCGANDiscriminator, DCGANGenerator
 from sfumato.gans.r3gan import R3GANConfig, R3GANDiscriminator, R3GANGenerator
 from sfumato.gans.residual import ResidualConfig, ResidualDiscriminator, ResidualGenerator
 from sfumato.gans.style import EqualLinear, StyleConfig, StyleDiscriminator, StyleGenerator
 from sfumato.nn.conditions import told
+from sfumato.nn.layers import slerp
 
 CENTRE = 0.998  # memory of the mean of w, in steps
+TRIED, COARSE = 64, 8  # pictures among which the most usual is looked for, at this side
 NetworkConfig = DCGANConfig | ResidualConfig | R3GANConfig | StyleConfig
 GENERATORS = {"dcgan": DCGANGenerator, "residual": ResidualGenerator, "r3gan": R3GANGenerator, "style": StyleGenerator}
 DISCRIMINATORS = {"dcgan": DCGANDiscriminator, "residual": ResidualDiscriminator, "r3gan": R3GANDiscriminator, "style": StyleDiscriminator}
@@ -69,6 +72,12 @@ class DiscriminatorConfig(_PairConfig):
 
     kind: str = "discriminator"
     spectral: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        norm = self.network.norm if isinstance(self.network, DCGANConfig) else "none"  # the others' discriminators have none
+        if self.spectral and norm != "none":
+            raise ValueError(f"discriminator.network.norm (={norm!r}) undoes what spectral bounds: set it to none")
 
 
 class Told(nn.Module):
@@ -133,17 +142,27 @@ class Generator(nn.Module):
             raise ValueError(f"truncation (={truncation}) must be at most 1: only networks with a style go further than they learned")
 
     def truncated(self, z: Float[Tensor, "b z"], cond: Cond, truncation: float) -> Float[Tensor, "b s"]:
-        """`style` nearer to what is usual: w pulled to its mean, the rest of the way `truncation` (arXiv 1812.04948, appendix B); of other networks z
-        in [-2 truncation, 2 truncation] only (arXiv 1809.11096), where there is nothing above 1. 1 changes nothing.
+        """`style` nearer to what is usual, the rest of the way `truncation`: w pulled to its mean (arXiv 1812.04948, appendix B); of other networks z
+        along the arc from the noise of the most usual picture, since a shorter z is none that they ever saw. There is nothing above 1 for those, and
+        1 changes nothing.
         """
         self.check_truncation(truncation)
         if truncation == 1:
             return self.style(z, cond)
         if isinstance(self.network, StyleGenerator):
             return torch.lerp(self.centre, self.style(z, cond), truncation)
-        low, high = torch.special.ndtr(torch.tensor([-2.0, 2.0], dtype=torch.float64) * truncation)
-        inside = torch.special.ndtri(low + torch.special.ndtr(z.cpu().double()) * (high - low))  # not every device has fp64
-        return self.style(inside.to(z), cond)
+        ends = zip(self.usual(z, cond), z, strict=True)
+        return self.style(torch.stack([slerp(a, b, truncation) for a, b in ends]), cond)
+
+    def usual(self, z: Float[Tensor, "b z"], cond: Cond) -> Float[Tensor, "b z"]:
+        """For each of these conditions the noise, of sixty-four, whose picture is nearest to the mean of theirs, looked at coarsely."""
+        tried = torch.stack([torch.randn(self.config.z, generator=torch_rng(0, "gan/usual", i)) for i in range(TRIED)]).to(z)
+        found = []
+        for row in range(len(z) if self.told is not None else 1):
+            x = self.draw(self.style(tried, cond[row : row + 1].map(lambda v: v.expand(TRIED, *v.shape[1:]))))
+            coarse = F.adaptive_avg_pool2d(x.float(), COARSE).flatten(1)
+            found.append(tried[(coarse - coarse.mean(0)).square().sum(1).argmin()])
+        return torch.stack(found).expand_as(z)
 
     def draw(self, w: Float[Tensor, "b s"], noise: Float[Tensor, "b n"] | None = None) -> Float[Tensor, "b c size size"]:
         return self.network(w, noise) if isinstance(self.network, StyleGenerator) else self.network(w)

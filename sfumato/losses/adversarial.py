@@ -21,7 +21,7 @@ def discriminator_loss(kind: Kind, real: Float[Tensor, " *rest"], fake: Float[Te
     """What a discriminator minimises.
 
     minimax, non-saturating: -log sigma(real) - log(1 - sigma(fake)) (arXiv 1406.2661, eq. 1); least-squares: (real - 1)^2 / 2 + (fake + 1)^2 / 2
-    (arXiv 1611.04076, eq. 8); hinge: max(0, 1 - real) + max(0, 1 + fake) (arXiv 1705.02894); wasserstein: fake - real (arXiv 1701.07875, eq. 2);
+    (arXiv 1611.04076, eq. 8); hinge: max(0, 1 - real) + max(0, 1 + fake) (arXiv 1705.02894, eq. 7); wasserstein: fake - real (1701.07875, eq. 2);
     relativistic: -log sigma(real - fake), in pairs (arXiv 1807.00734; 2501.05441, eq. 2).
     """
     match kind:
@@ -41,8 +41,9 @@ def discriminator_loss(kind: Kind, real: Float[Tensor, " *rest"], fake: Float[Te
 def generator_loss(kind: Kind, fake: Float[Tensor, " *rest"], real: Float[Tensor, " *rest"] | None = None) -> Float[Tensor, ""]:
     """What a generator minimises of the scores of its pictures; relativistic compares them in pairs with those of `real` ones.
 
-    minimax: log(1 - sigma(fake)), which saturates where the discriminator is sure (arXiv 1406.2661, eq. 1); non-saturating: -log sigma(fake);
-    least-squares: (fake - 1)^2 / 2 (its eq. 8 with c = 1); hinge and wasserstein: -fake; relativistic: -log sigma(fake - real).
+    minimax: log(1 - sigma(fake)), which saturates where the discriminator is sure (arXiv 1406.2661, eq. 1); non-saturating: -log sigma(fake) (its
+    section 3); least-squares: (fake - 1)^2 / 2 (arXiv 1611.04076, eq. 8 with c = 1); hinge and wasserstein: -fake (arXiv 1802.05957, eq. 17;
+    1701.07875, Alg. 1); relativistic: -log sigma(fake - real) (arXiv 1807.00734; 2501.05441, eq. 2).
     """
     match kind:
         case "minimax":
@@ -62,7 +63,7 @@ def generator_loss(kind: Kind, fake: Float[Tensor, " *rest"], real: Float[Tensor
 
 def middle(kind: Kind, real: Float[Tensor, " *rest"], fake: Float[Tensor, " *rest"]) -> Float[Tensor, ""]:
     """The score above which a picture counts as taken for real: 0, or where scores mean something by their differences only, halfway."""
-    return (real.mean() + fake.mean()) / 2 if kind in ("wasserstein", "relativistic", "least-squares") else real.new_zeros(())
+    return (real.mean() + fake.mean()) / 2 if kind in ("wasserstein", "relativistic") else real.new_zeros(())
 
 
 # --- gradient penalties -------------------------------------------------------------------------------------------------------------------------
@@ -100,9 +101,11 @@ def between(real: Float[Tensor, " b *rest"], fake: Float[Tensor, " b *rest"], u:
     return u * real + (1 - u) * fake
 
 
-def beside(real: Float[Tensor, " b *rest"], u: Float[Tensor, " b *rest"], reach: float = 0.5) -> Float[Tensor, " b *rest"]:
-    """real + reach * std(real) * u: where DRAGAN looks, u uniform in [0, 1], std over all of the batch."""
-    return real + reach * real.std() * u
+def beside(real: Float[Tensor, " b *rest"], u: Float[Tensor, " b *rest"], way: Float[Tensor, " b"], reach: float = 0.5) -> Float[Tensor, " b *rest"]:
+    """real + way * reach * std(real) * u, std over all of the batch: where the code of DRAGAN looks, u and `way`, one a picture, uniform in [0, 1].
+    (Its paper's eq. 3 has Gaussian noise there.)
+    """
+    return real + way.reshape(-1, *[1] * (real.ndim - 1)).to(real) * (reach * real.std()) * u
 
 
 def lecam_penalty(real: Float[Tensor, " *rest"], fake: Float[Tensor, " *rest"], average: Float[Tensor, " 2"]) -> Float[Tensor, ""]:

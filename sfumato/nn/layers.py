@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -84,3 +85,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, " *rest d"]) -> Float[Tensor, " *rest d"]:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def slerp(a: Float[Tensor, " *shape"], b: Float[Tensor, " *shape"], share: float) -> Float[Tensor, " *shape"]:
+    """From a to b along the arc between them, so that what lies between has the norm of noise too; a straight line where they are parallel."""
+    cosine = float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12))
+    angle = math.acos(min(1.0, max(-1.0, cosine)))
+    if math.sin(angle) < 1e-4:
+        return torch.lerp(a, b, share)
+    return (math.sin((1 - share) * angle) * a + math.sin(share * angle) * b) / math.sin(angle)

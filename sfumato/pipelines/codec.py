@@ -21,8 +21,8 @@ from sfumato.core.images import grid, to_pil, to_tensor
 from sfumato.core.pack import load_pack
 from sfumato.core.rng import torch_rng
 from sfumato.data.folder import framed
+from sfumato.nn.layers import slerp
 from sfumato.pipelines.find import find
-from sfumato.pipelines.generate import slerp
 
 MOST_SHOWN = 1024  # codes of which a picture is drawn
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
 from sfumato.diffusion.guidance import cfg, text_style
-from sfumato.pipelines.generate import CHUNK, Begun, Model, NotFinite, Row, slerp
+from sfumato.nn.layers import slerp
+from sfumato.pipelines.generate import CHUNK, Begun, Model, NotFinite, Row
 from sfumato.priors.choose import Terms, race_of
 from sfumato.priors.gpt import cached, sample_gpt
 from sfumato.priors.maskgit import sample_maskgit
@@ -103,10 +104,11 @@ class CodesModel(Model):
         cond, empty = self._sides(rows)
         if not self.guided:
             return [(cond, 1.0)]
+        scale = self.usual["guidance"] if request.guidance is None else request.guidance
         if request.style_guidance is None:
-            terms = cfg(predict, cond, empty, request.guidance)  # type: ignore[arg-type]
+            terms = cfg(predict, cond, empty, scale)  # type: ignore[arg-type]
         else:
-            terms = text_style(predict, cond, empty, self._neither(rows, empty), request.guidance, request.style_guidance)  # type: ignore[arg-type]
+            terms = text_style(predict, cond, empty, self._neither(rows, empty), scale, request.style_guidance)  # type: ignore[arg-type]
         return [(c, w) for _, c, w in terms if w]  # type: ignore[misc]
 
     def _unknown(self, rows: list[Row], begun: Begun | None) -> Tensor:

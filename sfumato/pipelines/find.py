@@ -8,6 +8,7 @@ from pathlib import Path
 from sfumato.core.checkpoint import FileError, checkpoints, read_metadata
 
 BUNDLED = "emoji"
+STABLE = "model_index.json"  # of a folder of diffusers
 
 
 def bundled() -> dict[str, Path]:
@@ -17,7 +18,7 @@ def bundled() -> dict[str, Path]:
 
 
 def find(model: str | Path | None) -> Path:
-    """A bundled model's name, a pack, or a run folder (its newest pack) -> the file. None is the bundled default."""
+    """A bundled model's name, a pack, or a run folder (its newest pack) -> the file; a folder of diffusers as it is. None is the bundled default."""
     known = bundled()
     if model is None:
         if BUNDLED not in known:
@@ -25,6 +26,8 @@ def find(model: str | Path | None) -> Path:
         return known[BUNDLED]
     path = Path(model)
     if path.is_dir():
+        if (path / STABLE).exists():
+            return path
         ended = path / "model.safetensors"
         packs = [ended] if (path / "report.json").exists() and ended.exists() else checkpoints(path, "model")  # the first of `train all`
         if not packs:

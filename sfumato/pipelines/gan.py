@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
-from sfumato.pipelines.generate import Begun, Model, Row, slerp
+from sfumato.nn.layers import slerp
+from sfumato.pipelines.generate import Begun, Model, Row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 import secrets
 from abc import ABC, abstractmethod
@@ -31,8 +30,10 @@ from sfumato.text.encoder import TextEncoder
 from sfumato.text.words import normalise, of_people, spell_emoji, unknown_words
 
 CHUNK = 16  # pictures drawn together, at most
+USUAL_GUIDANCE = 3.0
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Progress = Callable[[int, int], None]
+OF_SIZED = ("width", "height", "clip_skip", "tiling", "hires")
 
 
 class NotFinite(ValueError):
@@ -117,6 +118,18 @@ class Model(ABC):
     way: ClassVar[str]  # how it draws
     part: ClassVar[str]  # what the generator is called in a pack
     needs_label: ClassVar[bool] = False
+    sized: ClassVar[bool] = False  # whether pictures can have any width and height
+
+    @property
+    def usual(self) -> dict[str, Any]:
+        """What a request is drawn with that does not say it."""
+        return (
+            {"guidance": USUAL_GUIDANCE, "sampler": "dpmpp_2m"}
+            if self.way == "diffusion"
+            else {}
+            if self.way == "gan"
+            else {"guidance": USUAL_GUIDANCE}
+        )
 
     @property
     def styles(self) -> list[str]:
@@ -134,6 +147,15 @@ class Model(ABC):
     def side(self, request: GenerateRequest) -> int:
         """The side of a request's pictures."""
         return request.size or self.sizes[-1]
+
+    @property
+    def hears(self) -> bool:
+        """Whether it takes prompts."""
+        return self.text is not None
+
+    def extent(self, request: GenerateRequest) -> tuple[int, int]:
+        """Height and width of a request's pictures."""
+        return (self.side(request),) * 2
 
     @cached_property
     def words(self) -> set[str]:
@@ -175,13 +197,22 @@ class Model(ABC):
         if request.label is not None and request.label not in labels:
             allowed = f"one of {', '.join(labels)}{nearest(request.label, labels)}" if labels else "left out: this model has no labels"
             raise ValueError(f"label (={request.label!r}) must be {allowed}")
-        if request.size not in (None, *self.sizes):
+        if not self.sized:
+            self._check_fixed(request)
+        if not self.sized and request.size not in (None, *self.sizes):
             raise ValueError(f"size (={request.size}) must be {' or '.join(map(str, self.sizes))}: the sides of what this model draws")
         self.check_way(request)
         if request.init is not None:
             self._pictures_of(request)
-        if self.text is None and (request.prompt or request.negative):
+        if not self.hears and (request.prompt or request.negative):
             raise ValueError(f"prompt (={request.prompt or request.negative!r}) must be left out: this model was trained without captions")
+
+    def _check_fixed(self, request: GenerateRequest) -> None:
+        """Raises ValueError for what only models of any size have."""
+        plain = GenerateRequest()
+        for name in OF_SIZED:
+            if getattr(request, name) != getattr(plain, name):
+                raise ValueError(f"{name} (={getattr(request, name)!r}) must be left out: it is for checkpoints of Stable Diffusion")
 
     def generate(self, prompt: str | None = None, *, progress: Progress | None = None, **options: Any) -> list[Image.Image]:
         """PIL images for a prompt and the fields of GenerateRequest as options; RGBA where the model draws transparency."""
@@ -217,6 +248,7 @@ class Model(ABC):
         self.check(request)
         if request.seed is None:
             request = replace(request, seed=secrets.randbelow(2**31))
+        request = replace(request, **{k: v for k, v in self.usual.items() if getattr(request, k) is None})
         if self.way not in ("gpt", "gan"):  # whose steps are its codes, or one
             request = replace(request, steps=self.steps_of(request))
         seeds = [request.seed + i for i in range(request.count)]  # type: ignore[operator]
@@ -277,7 +309,7 @@ class Model(ABC):
     def steps_taken(self, request: GenerateRequest, begun: Begun | None) -> int:
         """Steps that are really taken: with an init picture the last `strength` of them, at least one."""
         steps = self.steps_of(request)
-        return steps if request.init is None else max(1, round(request.strength * steps))
+        return steps if begun is None else max(1, round(request.strength * steps))
 
     @abstractmethod
     def check_way(self, request: GenerateRequest) -> None:
@@ -361,18 +393,9 @@ class Model(ABC):
             record["init_sha256"] = begun.digest
         model, digest = self.name, self.meta["hash"]
         parameters = parameters_text(
-            row.request, seed=row.seed, size=self.side(row.request), model=model, model_hash=digest, version=sfumato.__version__, way=self.way
+            row.request, seed=row.seed, size=(image.width, image.height), model=model, model_hash=digest, version=sfumato.__version__, way=self.way
         )
         return Picture(image, row.request, row.index, record, parameters, source_text(model, self.meta.get("credits", [])))
-
-
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From a to b along the arc between them, so that what lies between has the norm of noise too; a straight line where they are parallel."""
-    cosine = float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12))
-    angle = math.acos(min(1.0, max(-1.0, cosine)))
-    if math.sin(angle) < 1e-4:
-        return torch.lerp(a, b, share)
-    return (math.sin((1 - share) * angle) * a + math.sin(share * angle) * b) / math.sin(angle)
 
 
 def between(a: Cond, b: Cond, share: Tensor) -> Cond:

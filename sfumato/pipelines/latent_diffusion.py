@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +12,33 @@ from torch import Tensor, nn
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Denoise
-from sfumato.diffusion.guidance import Post, cfg, guided, inpaint, text_style
+from sfumato.diffusion.guidance import Post, cfg, guided, inpaint, rescale, text_style
 from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.samplers import sample_ddim, sampler
-from sfumato.pipelines.generate import Begun, Model, Row, slerp
+from sfumato.nn.layers import slerp
+from sfumato.pipelines.generate import Begun, Model, Row
 
 USUAL_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The noise of one picture: the `first`, and more of it for samplers that take `fresh` noise in their steps."""
+
+    shape: tuple[int, int, int]
+    begins: torch.Generator
+    steps: torch.Generator
+    first: Tensor = field(default=None)  # type: ignore[assignment]
+    of_init: Tensor | None = None  # of the latents of an init picture, and of what a model for inpainting is shown of it
+    of_shown: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.first is None:
+            object.__setattr__(self, "first", torch.randn(self.shape, generator=self.begins))
+
+    def fresh(self) -> Tensor:
+        return torch.randn(self.shape, generator=self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,47 +54,63 @@ class LatentDiffusion(Model):
         return request.steps or USUAL_STEPS
 
     def check_way(self, request: GenerateRequest) -> None:
-        """Raises ValueError for a sampler that there is not."""
-        sampler(request.sampler)
+        """Raises ValueError for a sampler or a schedule that there is not."""
+        if request.sampler is not None:
+            sampler(request.sampler)
+        self.times(replace(request, sampler=request.sampler or self.usual["sampler"]))
+
+    def times(self, request: GenerateRequest) -> Tensor:
+        """Falling times of a whole way, one more than steps."""
+        return timesteps(self.path, self.steps_of(request), schedule=request.schedule or "uniform")  # type: ignore[arg-type]
 
     @torch.no_grad()
     def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:
         """The latents after each step, for rows that share steps, sampler, guidance and what they begin from."""
         request = rows[0].request
-        shape = self._shape
-        x = torch.stack([self._noise(r) for r in rows]).to(self.device)
-        streams = [torch_rng(r.seed, "generate/steps") for r in rows]
+        streams = [self._stream(r, begun) for r in rows]
+        ts = self.times(request)[-self.steps_taken(request, begun) - 1 :]
+        x = self._start(rows, streams, ts, begun)
 
         def noise(_: int) -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device)
+            return torch.stack([s.fresh() for s in streams]).to(self.device)
 
-        function = sampler(request.sampler).function
+        function = sampler(request.sampler or self.usual["sampler"]).function
         extra = {"eta": request.eta} if function is sample_ddim and request.eta else {}
-        ts = timesteps(self.path, self.steps_of(request))[-self.steps_taken(request, begun) - 1 :]
-        if begun is not None:
-            x = self.path.mix(begun.z.expand_as(x), x, ts[:1].expand(len(x)).to(x))
-        for step in function(self._denoise(rows, begun), x, ts, self.path, noise=noise, **extra):
+        for step in function(self._denoise(rows, begun, streams, ts), x, ts, self.path, noise=noise, **extra):
             yield step.x
 
-    @property
-    def _shape(self) -> tuple[int, int, int]:
+    def _start(self, rows: list[Row], streams: list[Stream], ts: Tensor, begun: Begun | None) -> Tensor:
+        """x at the first time."""
+        x = torch.stack([s.first for s in streams]).to(self.device)
+        return x if begun is None else self.path.mix(begun.z.expand_as(x), x, ts[:1].expand(len(x)).to(x))
+
+    def shape_of(self, request: GenerateRequest) -> tuple[int, int, int]:
+        """Of the latents of one picture."""
         side = self.size // self.codec.spec.factor
         return self.codec.spec.latent_channels, side, side
 
-    def _noise(self, row: Row) -> Tensor:
-        own = torch.randn(self._shape, generator=torch_rng(row.seed, "generate/noise"))
-        return own if row.toward is None else slerp(own, self._noise(row.toward), row.share)
+    def _stream(self, row: Row, begun: Begun | None) -> Stream:
+        own = Stream(self.shape_of(row.request), torch_rng(row.seed, "generate/noise"), torch_rng(row.seed, "generate/steps"))
+        request = row.request
+        if request.variation:
+            seed = request.seed if request.variation_seed is None else request.variation_seed
+            other = torch.randn(own.shape, generator=torch_rng((seed or 0) + row.index, "generate/noise"))
+            own = replace(own, first=slerp(own.first, other, request.variation))
+        return own if row.toward is None else replace(own, first=slerp(own.first, self._stream(row.toward, begun).first, row.share))
 
-    def _denoise(self, rows: list[Row], begun: Begun | None = None) -> Denoise:
+    def _denoise(self, rows: list[Row], begun: Begun | None, streams: list[Stream], ts: Tensor) -> Denoise:
         request = rows[0].request
         cond, empty = self._sides(rows)
         predict = Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
         post: list[Post] = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
+        if request.guidance_rescale:
+            post.append(rescale(request.guidance_rescale, self.meta["prediction"], self.path))
         if begun is not None and begun.mask is not None:
             post.append(inpaint(begun.z, begun.redraw()))
+        scale = self.usual["guidance"] if request.guidance is None else request.guidance
         if request.style_guidance is None:
-            return guided(cfg(predict, cond, empty, request.guidance, request.guidance_interval), post)
-        return guided(text_style(predict, cond, empty, self._neither(rows, empty), request.guidance, request.style_guidance), post)
+            return guided(cfg(predict, cond, empty, scale, request.guidance_interval), post)
+        return guided(text_style(predict, cond, empty, self._neither(rows, empty), scale, request.style_guidance), post)
 
     def _without_dead(self, x0: Tensor, *_: Any) -> Tensor:
         """Channels that the codec does not use stay 0, as training had them: nobody taught the denoiser what to say of them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +11,11 @@ import torch
 
 from sfumato import zoo
 from sfumato.codecs.upscaler import Upscaler, drawn_by
+from sfumato.convert.header import read_header
+from sfumato.convert.stable import read_checkpoint
 from sfumato.core.checkpoint import FileError, read_metadata
 from sfumato.core.config import from_json
+from sfumato.core.language import translated
 from sfumato.core.pack import load_pack
 from sfumato.core.request import Device
 from sfumato.diffusion.path import PathConfig, make_path
@@ -20,8 +25,10 @@ from sfumato.pipelines.find import bundled, find
 from sfumato.pipelines.gan import GANModel
 from sfumato.pipelines.generate import Model
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
+from sfumato.pipelines.stable_diffusion import StableDiffusion
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Asked = Literal["auto", "eps", "v"]
 DRAWING = {  # kinds of packs: their generator, the other networks that it draws with, what else they say
     "latent-diffusion": ("denoiser", ("codec",), ("path", "prediction")),
     "codes": ("prior", ("codec",), ()),
@@ -48,13 +55,17 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 
-def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dtype = "auto", threads: int = 0) -> Model:
-    """Loads the bundled model, or the named one, ready to draw. Raises FileError or ValueError with one clear line."""
+def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dtype = "auto", threads: int = 0, prediction: Asked = "auto") -> Model:
+    """Loads the bundled model, or the named one, ready to draw: one of ours, or a checkpoint of Stable Diffusion, a folder of diffusers or a single
+    file; `prediction` is for those that do not say what they predict. Raises FileError or ValueError with one clear line.
+    """
     if threads < 0:
         raise ValueError(f"threads (={threads}) must be at least 0: 0 leaves the choice to torch")
     if threads:
         torch.set_num_threads(threads)
     path = find(model)
+    if is_stable(path):
+        return load_stable(path, choose_device(device), dtype, prediction)
     tensors, meta = load_pack(path)
     if meta["kind"] not in DRAWING:
         raise FileError(f"{path} is of kind {meta['kind']!r} and does not draw by itself: name a run of `sfumato train diffusion`, prior or gan")
@@ -81,6 +92,40 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
     if part == "prior":
         return CodesModel(prior=networks[part], **common)
     return LatentDiffusion(denoiser=networks[part], path=make_path(from_json(PathConfig, meta["path"], "path")), **common)
+
+
+def is_stable(path: Path) -> bool:
+    """Whether a path is of Stable Diffusion rather than one of our packs."""
+    if path.is_dir() or path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        return True
+    return path.suffix == ".safetensors" and "hash" not in read_header(path)[1]
+
+
+def load_stable(path: Path, device: torch.device, dtype: Dtype, prediction: Asked) -> StableDiffusion:
+    """A checkpoint of Stable Diffusion, ready to draw; what is to be known of it goes to stderr."""
+    found = read_checkpoint(path, prediction=prediction)
+    for note in found.notes:
+        print(translated(f"note: {note}"), file=sys.stderr)
+    kind = choose_dtype(dtype, device)
+    for ear in found.ears:
+        ear.network.to(device, torch.float32)
+    meta = {"kind": "stable-diffusion", "version": found.version, "size": found.size, "styles": [], "labels": [], "words": {}, "filler": [],
+            "hash": file_hash(path), "prediction": found.scheduler.prediction}  # fmt: skip
+    return StableDiffusion(
+        denoiser=found.unet.to(device, kind), codec=found.codec.to(device, torch.float32), ears=found.ears, scheduler=found.scheduler,
+        path=found.scheduler.made, inpaints=found.inpaints, text=None, meta=meta, name=path.stem if path.is_file() else path.name, device=device,
+        dtype=kind,
+    )  # fmt: skip
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, as other programs say which model drew a picture; of a folder that of its files of tensors one after the other."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
+    parts = []
+    for file in files:
+        with file.open("rb") as f:
+            parts.append(hashlib.file_digest(f, "sha256").hexdigest())
+    return parts[0] if path.is_file() else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _empty(config: dict[str, Any], *extra: Any) -> torch.nn.Module:

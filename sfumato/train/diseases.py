@@ -32,7 +32,7 @@ def _collapse(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> Fin
         return None
     best, last = max(line["diversity"] for line in seen), max(line["diversity"] for line in seen[-3:])
     young = seen[-1]["diversity"] > RISES * seen[-3]["diversity"]  # not yet learned is no collapse
-    if last >= FELL * best and (last >= COLLAPSED or young):
+    if young or (last >= FELL * best and last >= COLLAPSED):
         return None
     return Finding(
         "mode-collapse",
@@ -91,7 +91,7 @@ def _oscillation(looks: Sequence[Line], steps: Sequence[Line], facts: Facts) -> 
     return Finding(
         "oscillation",
         f"the pair goes in circles: the kernel distance goes up and down by {size:.0%} from look to look",
-        "a lower --loop.lr, betas with a first number of 0, a penalty on slopes, larger batches, --loop.ema",
+        "a lower --loop.lr, --recipe.betas with a first number of 0, a penalty on slopes, larger batches, --loop.ema",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from sfumato.core.config import at_least, to_json
 from sfumato.core.images import grid, to_pil
+from sfumato.core.language import translated
 from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Cond
 from sfumato.data.augment import STILL, Variety
@@ -481,7 +484,7 @@ class GANTask(Lessons):
             u = torch.rand(len(real), device=real.device)
             steep["gp"] = self._squared(network, between(real.detach(), fake.detach(), u), cond)
         if p.dragan:
-            steep["dragan"] = self._squared(network, beside(real.detach(), torch.rand_like(real)), cond)
+            steep["dragan"] = self._squared(network, beside(real.detach(), torch.rand_like(real), torch.rand_like(real[:, 0, 0, 0])), cond)
         for name, squared in steep.items():
             size = squared.mean() / 2 if name in ("r1", "r2") else towards(squared, one_sided=p.one_sided)
             total = total + getattr(p, name) * size
@@ -495,9 +498,10 @@ class GANTask(Lessons):
 
     @torch.no_grad()
     def _held_out(self, count: int) -> Tensor:
-        """The mean score of a quarter as many held-out pictures, changed as all are."""
+        """The mean score of a quarter as many held-out pictures, changed as all are; of as many where scores hang together."""
         x, cond = self.apart
-        rows = torch.randint(len(x), (-(-count // 4),), device=x.device)
+        wanted = count if self.networks["discriminator"].mixes else -(-count // 4)
+        rows = torch.randint(len(x), (wanted,), device=x.device)
         return mean_of_processes(self.networks["discriminator"](self.changed(x[rows]), cond[rows]).float().mean())
 
     def _noted(self, of_real: Tensor, of_fake: Tensor) -> dict[str, Tensor]:
@@ -514,6 +518,8 @@ class GANTask(Lessons):
     def after_step(self, averages: dict[str, nn.Module], images: int, finite: bool) -> dict[str, float]:
         seen = {name: torch.stack(parts).mean(0) for name, parts in self.seen.items()}
         self.seen.clear()
+        if hasattr(self.networks["generator"], "centre"):  # each process saw other pictures
+            self.networks["generator"].centre.copy_(mean_of_processes(self.networks["generator"].centre))
         if finite:
             self.balance.follow(seen, self.recipe, self.loop.batch_size)
         found = {"ada_p": float(self.balance.p)} if self.recipe.augment == "ada" else {}
@@ -633,8 +639,27 @@ def _resting(network: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def without_effect(recipe: GANRecipe, loop: LoopConfig) -> list[str]:
+    """A sentence for each thing that was set and does nothing."""
+    p, a, d, usual = recipe.penalty, recipe.adapt, recipe.discriminator, AdaptConfig()
+    follows = recipe.augment == "ada" or a.penalty == "overfit"
+    useless = {
+        "loop.betas": (loop.betas != LoopConfig().betas, "a pair has recipe.betas"),
+        "discriminator.text_width, styles or labels": (bool(d.text_width or d.styles or d.labels), "they are the generator's"),
+        "penalty.one_sided": (p.one_sided and not (p.gp or p.dragan), "it is of gp and dragan"),
+        "penalty.every": (p.every > 1 and not p.of_slopes, "no penalty on slopes is above 0"),
+        "adapt.target": (a.target != usual.target and not follows, "augment ada or adapt.penalty overfit follow it"),
+        "adapt.images": (a.images != usual.images and recipe.augment != "ada" and a.penalty == "none", "augment ada and adapt.penalty take them"),
+        "adapt.most": (a.most != usual.most and a.penalty == "none", "adapt.penalty is none"),
+        "adapt.slope": (a.slope != usual.slope and a.penalty != "slope", "adapt.penalty slope holds it"),
+    }
+    return [f"warning: {name} has no effect: {why}" for name, (so, why) in useless.items() if so]
+
+
 def train(recipe: GANRecipe, loop: LoopConfig, out: Path, *, text: Path, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, a pair in the run folder `out`; `text` is a run or pack, copied in on the first start."""
+    for line in without_effect(recipe, loop):
+        tqdm.write(translated(line), file=sys.stderr)
     loop = settled(loop, out)
     if loop.compile and recipe.penalty.of_slopes:
         raise ValueError("compile (=True) has no second derivative, which a penalty on slopes needs: leave one of them out")

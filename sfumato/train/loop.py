@@ -146,7 +146,7 @@ class Task(Protocol):
     gradients; `remarks(run) -> list of JSON lines`, after each look, which are said and logged; `full_precision`, names of networks that autocast
     leaves alone; `partly_used`, True where a loss does not reach all parameters; `splittable`, False where a loss compares pictures of a batch;
     `shardable`, False where parameters must be whole in each process, and `broadcasts`, False where a process keeps its own buffers;
-    `complete_from`, the progress from which on all its parts work, before which a run is not ended for want of a better score.
+    `complete_from`, the progress from which on all its parts work, before which no score counts as the best, and none as too long ago.
     """
 
     kind: str
@@ -546,8 +546,9 @@ class Trainer:
         if log and scores:
             log.write(images=images, **{k: round(v, 5) for k, v in scores.items()})
         score = scores.get("score", math.nan)
-        self.counters["stale"] += "score" in scores and images >= getattr(self.task, "complete_from", 0.0) * self.loop.images
-        if score > self.best and self.counters["skipped_in_a_row"] == 0:
+        complete = images >= getattr(self.task, "complete_from", 0.0) * self.loop.images
+        self.counters["stale"] += "score" in scores and complete
+        if complete and score > self.best and self.counters["skipped_in_a_row"] == 0:
             self.best, self.counters["stale"] = score, 0
             self._save_pack(self.run / "model-best.safetensors")
         for line in self.task.remarks(self.run) if log and hasattr(self.task, "remarks") else ():

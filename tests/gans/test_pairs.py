@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from sfumato.core.config import from_json, to_json
 from sfumato.core.seams import Cond
-from sfumato.gans.augment import ada, diffaugment
+from sfumato.gans.augment import _move, _scale, _tinted, _turn, ada, diffaugment
 from sfumato.gans.dcgan import DCGANConfig
 from sfumato.gans.pair import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, NetworkConfig
 from sfumato.gans.r3gan import GroupedBlock, R3GANConfig
@@ -67,6 +69,20 @@ def test_both_hear_what_is_said(network: NetworkConfig) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.kind)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_what_is_said_is_compared_by_projection(network: NetworkConfig, share: float) -> None:
+    """score = psi(phi) + share <V y, phi> / sqrt(d) (arXiv 1802.05637, eq. 3)."""
+    _, net = pair(network, labels=4)
+    x, cond = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3)), Cond(label=torch.tensor([0, 1, 2, -1]))
+    net.told.share.fill_(share)  # type: ignore[union-attr]
+    phi = net.network(x)
+    y = net.told.label.weight[[0, 1, 2, 4]]  # type: ignore[union-attr]
+    scale = getattr(net.project, "scale", 1.0)
+    expected = net.score(phi)[:, 0] + share * (scale * (y @ net.project.weight.T) * phi).sum(1) / phi.shape[1] ** 0.5  # type: ignore[union-attr, operator]
+    torch.testing.assert_close(net(x, cond), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.kind)
 def test_any_discriminator_can_be_bounded(network: NetworkConfig) -> None:
     torch.manual_seed(0)
     _, discriminator = pair(replace(network, norm="none") if network.kind == "dcgan" else network, spectral=True, labels=4)  # type: ignore[arg-type]
@@ -85,10 +101,13 @@ def test_any_discriminator_can_be_bounded(network: NetworkConfig) -> None:
 
 def test_configs_go_through_json() -> None:
     for network in NETWORKS:
-        for config in (GeneratorConfig(network=network, labels=3), DiscriminatorConfig(network=network, spectral=True)):
+        plain = replace(network, norm="none") if network.kind == "dcgan" else network  # type: ignore[arg-type]
+        for config in (GeneratorConfig(network=network, labels=3), DiscriminatorConfig(network=plain, spectral=True)):
             assert from_json(type(config), to_json(config)) == config
     with pytest.raises(ValueError, match=r"size \(=48\) must be a power of two"):
         GeneratorConfig(size=48)
+    with pytest.raises(ValueError, match=r"discriminator.network.norm \(='group'\) undoes what spectral bounds: set it to none"):
+        DiscriminatorConfig(network=DCGANConfig(norm="group"), spectral=True)
     with pytest.raises(ValueError, match=r"width x wider \(=20\) must be a multiple of group"):
         R3GANConfig(width=10)
     for wrong in (
@@ -176,6 +195,32 @@ def test_a_shift_and_a_hole_lose_what_they_should() -> None:
     kept = 1 - 0.25 * 0.73  # of a hole of a quarter of the picture, whose middle may be at the edge
     assert share == pytest.approx(kept * (1 - 2 / 32) ** 2, abs=0.05)
     assert set(alpha.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        (_scale(-torch.ones(1), torch.ones(1)), lambda x: x.flip(3)),
+        (_turn(torch.full((1,), math.pi / 2)), lambda x: x.rot90(1, (2, 3))),
+        (_turn(torch.full((1,), math.pi)), lambda x: x.flip(2, 3)),
+        (_move(torch.full((1,), 2 / 8 * 3), torch.zeros(1)), lambda x: torch.cat([x[..., 3:], x.flip(3)[..., :3]], dim=3)),
+    ],
+    ids=["mirrored", "a quarter turn", "half a turn", "shifted by three, reflected at the edge"],
+)
+def test_ada_places_pixels_exactly(matrix: torch.Tensor, expected: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("sfumato.gans.augment._placed", lambda *_: matrix)
+    monkeypatch.setattr("sfumato.gans.augment._tinted", lambda *_: (torch.eye(3)[None], torch.zeros(1, 3)))
+    torch.testing.assert_close(ada(x, 1.0), expected(x), rtol=0, atol=1e-5)
+
+
+def test_ada_turns_colours_about_the_greys() -> None:
+    """Whatever is drawn by chance: grey stays grey, and without contrast and brightness the sum of the colours stays."""
+    torch.manual_seed(0)
+    turn, _ = _tinted(torch.zeros(400, 3, 2, 2), 1.0)
+    grey = turn @ torch.ones(400, 3, 1)
+    torch.testing.assert_close(grey, grey[:, :1].expand(-1, 3, -1), rtol=0, atol=1e-4)
+    assert float(turn.std(0).min()) > 0.1, "every channel has a part in it"
 
 
 def test_ada_changes_as_many_as_it_should() -> None:

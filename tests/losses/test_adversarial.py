@@ -109,7 +109,9 @@ def test_where_penalties_look() -> None:
     assert at[:, 0, 0, 0].tolist() == [-1.0, -0.5, 0.0, 1.0]
     x = torch.randn(64, 3, 4, 4)
     u = torch.ones_like(x)
-    torch.testing.assert_close(beside(x, u) - x, torch.full_like(x, 0.5 * float(x.std())))
+    way = torch.linspace(0, 1, len(x))
+    expected = (0.5 * float(x.std()) * way).reshape(-1, *[1] * (x.ndim - 1)).expand_as(x)
+    torch.testing.assert_close(beside(x, u, way) - x, expected)
 
 
 def test_halfway_where_only_differences_mean_something() -> None:

@@ -1,0 +1,245 @@
+"""Whole checkpoints of Stable Diffusion: folders of diffusers and single files, read into networks that draw, and written in both layouts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sfumato.codecs.autoencoder import Autoencoder
+from sfumato.convert.checkpoint import read_tensors
+from sfumato.convert.clip import clip_json, ears_of, read_clip, read_tokenizer, text_tensors, without_last
+from sfumato.convert.compvis import UNET, VAE, from_unet, parted, to_unet, unet_config_of, vae_config_of
+from sfumato.convert.diffusers import (
+    SCALE,
+    codec_of,
+    filled,
+    read_json,
+    read_unet,
+    read_vae,
+    scheduler_config,
+    scheduler_json,
+    unet_json,
+    vae_json,
+    vae_tensors,
+)
+from sfumato.convert.taming import from_codec
+from sfumato.core.checkpoint import FileError, write_bytes
+from sfumato.diffusion.discrete import SchedulerConfig
+from sfumato.diffusion.unet import UNet
+from sfumato.text.clip import START
+from sfumato.text.prompts import Ear
+
+Version = Literal["1", "2", "xl"]
+SIZES = {"1": 512, "2": 768, "xl": 1024}  # sides of what each was trained on
+CONTEXTS = {768: "1", 1024: "2"}
+SCALES = {"1": SCALE, "2": SCALE, "xl": 0.13025}  # of latents
+FILTERS = ("safety_checker", "watermark")
+V_MARK, SNR_MARK = "v_pred", "ztsnr"  # empty tensors by which some checkpoints say what they predict
+PIPELINES = {"1": "StableDiffusionPipeline", "2": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
+REFUSED = {  # beginnings or parts of names, and what they are of
+    "model.diffusion_model.joint_blocks": "Stable Diffusion 3",
+    "model.diffusion_model.double_blocks": "Flux",
+    "double_blocks.": "Flux",
+    "control_model.": "a ControlNet",
+    "controlnet_cond_embedding.": "a ControlNet",
+    "input_hint_block.": "a ControlNet",
+    "ip_adapter.": "an IP-Adapter",
+    "image_proj.": "an IP-Adapter",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds. `notes` are to be told to whoever loads it."""
+
+    unet: UNet
+    codec: Autoencoder
+    ears: list[Ear]
+    scheduler: SchedulerConfig
+    version: Version
+    size: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet sees a mask and the picture without what is masked."""
+        return self.unet.config.channels == 2 * self.unet.config.out_channels + 1
+
+
+def version_of(unet: UNet) -> Version:
+    return "xl" if unet.config.pooled else CONTEXTS.get(unet.config.context, "1")  # type: ignore[return-value]
+
+
+def refuse(names: Any, source: object) -> None:
+    """Raises FileError for networks that are known by their names and not read."""
+    for name in names:
+        for mark, what in REFUSED.items():
+            if name.startswith(mark):
+                raise FileError(f"{source} is {what}: that is not read; Stable Diffusion 1.x, 2.x and XL are")
+
+
+def read_checkpoint(
+    path: Path, *, prediction: Literal["auto", "eps", "v"] = "auto", averaged: bool = False, variant: str | None = None
+) -> Checkpoint:
+    """A folder of diffusers or a single file. `prediction` decides where a file cannot; `averaged` takes a file's EMA weights.
+
+    Raises FileError with one clear line.
+    """
+    found = _folder(path, variant) if path.is_dir() else _single(path, prediction, averaged)
+    if prediction != "auto" and found.scheduler.prediction != prediction:
+        found = replace(found, scheduler=replace(found.scheduler, prediction=prediction))
+    return found
+
+
+# --- folders --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _folder(path: Path, variant: str | None) -> Checkpoint:
+    index = read_json(path / "model_index.json")
+    kind = str(index.get("_class_name", ""))
+    if not kind.startswith("StableDiffusion") or "3" in kind:
+        raise FileError(f"{path} is of {kind or 'no pipeline'}: StableDiffusionPipeline and StableDiffusionXLPipeline, and their kinds, are read")
+    for name in ("controlnet", "image_encoder", "feature_extractor"):
+        if name == "controlnet" and index.get(name, [None])[0]:
+            raise FileError(f"{path} holds a ControlNet: that is not read; Stable Diffusion 1.x, 2.x and XL are")
+    unet, codec = read_unet(path / "unet", variant), read_vae(path / "vae", variant)
+    version = version_of(unet)
+    scheduler = scheduler_config(read_json(path / "scheduler" / "scheduler_config.json"), path / "scheduler" / "scheduler_config.json")
+    if version != "xl":
+        scheduler = replace(scheduler, offset=1)  # as the pipeline has it, whatever its config says
+    ears = []
+    for ending in ("", "_2"):
+        if (path / f"text_encoder{ending}").is_dir():
+            tokenizer, pad = read_tokenizer(path / f"tokenizer{ending}")
+            network = read_clip(path / f"text_encoder{ending}", variant)
+            ears.append(Ear(network, tokenizer, pad, 2, False) if version == "xl" else Ear(network, tokenizer, pad))
+    if not ears:
+        raise FileError(f"{path} has no text_encoder folder: get the whole checkpoint")
+    side = read_json(path / "unet" / "config.json").get("sample_size") or 0
+    side = side if isinstance(side, int) else SIZES[version] // codec.spec.factor
+    notes = [f"{path} comes with a {name}, which is not applied" for name in FILTERS if index.get(name, [None])[0]]
+    return Checkpoint(unet, codec, ears, scheduler, version, side * codec.spec.factor or SIZES[version], tuple(notes))
+
+
+def write_folder(found: Checkpoint, path: Path, *, half: bool = False) -> None:
+    """A folder that diffusers loads."""
+
+    def put(name: str, config: dict[str, Any], tensors: dict[str, Tensor], stem: str) -> None:
+        (path / name).mkdir(parents=True, exist_ok=True)
+        _json(path / name / "config.json", config)
+        _save(tensors, path / name / f"{stem}.safetensors", half)
+
+    put("unet", unet_json(found.unet.config) | {"sample_size": found.size // found.codec.spec.factor}, found.unet.state_dict(), STEM)
+    put("vae", vae_json(found.codec), vae_tensors(found.codec), STEM)
+    index: dict[str, Any] = {
+        "_class_name": _pipeline(found), "_diffusers_version": "0.30.0", "scheduler": ["diffusers", scheduler_json(found.scheduler)["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    }  # fmt: skip
+    index |= {"force_zeros_for_empty_prompt": False} if found.version == "xl" else {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    for ear, ending in zip(found.ears, ("", "_2"), strict=False):
+        network = without_last(ear.network) if ear.layer == 2 and ear.normed else ear.network
+        named = {f"text_model.{k}" if not k.startswith("text_projection") else k: v for k, v in network.state_dict().items()}
+        put(f"text_encoder{ending}", clip_json(network.config) | {"bos_token_id": ear.start}, named, "model")
+        _tokenizer(ear, path / f"tokenizer{ending}")
+        index |= {f"text_encoder{ending}": ["transformers", clip_json(network.config)["architectures"][0]]}
+        index |= {f"tokenizer{ending}": ["transformers", "CLIPTokenizer"]}
+    (path / "scheduler").mkdir(exist_ok=True)
+    _json(path / "scheduler" / "scheduler_config.json", scheduler_json(found.scheduler))
+    _json(path / "model_index.json", index)
+
+
+STEM = "diffusion_pytorch_model"
+
+
+def _pipeline(found: Checkpoint) -> str:
+    kind = PIPELINES[found.version]
+    return kind.replace("Pipeline", "InpaintPipeline") if found.inpaints else kind
+
+
+def _tokenizer(ear: Ear, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    told = json.loads(ear.tokenizer.to_str())["model"]
+    _json(folder / "vocab.json", told["vocab"])
+    merges = [" ".join(m) if isinstance(m, list) else m for m in told["merges"]]
+    write_bytes(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]).encode())
+    end, pad = (ear.tokenizer.id_to_token(i) for i in (ear.end, ear.pad))
+    names = {"bos_token": START, "eos_token": end, "unk_token": end, "pad_token": pad}
+    _json(folder / "special_tokens_map.json", names)
+    _json(folder / "tokenizer_config.json", names | {"tokenizer_class": "CLIPTokenizer", "model_max_length": ear.room + 2, "do_lower_case": True})
+
+
+def _json(path: Path, value: dict[str, Any]) -> None:
+    write_bytes(path, json.dumps(value, indent=2).encode())
+
+
+def _save(tensors: dict[str, Tensor], path: Path, half: bool) -> None:
+    save_file({k: (v.half() if half and v.is_floating_point() else v).contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+
+
+# --- single files ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _single(path: Path, prediction: str, averaged: bool) -> Checkpoint:
+    tensors = read_tensors(path)
+    refuse(tensors, path)
+    parts = parted(tensors, averaged)
+    if not parts["unet"]:
+        raise FileError(f"{path} holds no UNet of Stable Diffusion (no tensor begins with {UNET}): sfumato info {path} says what it is")
+    params = _settings(path)
+    config = unet_config_of(parts["unet"], params.get("unet_config", {}).get("params", {}))
+    unet = filled(UNet, config, to_unet(parts["unet"], config), path)
+    version = version_of(unet)
+    if not parts["vae"]:
+        raise FileError(f"{path} holds no autoencoder (no tensor begins with {VAE}): get the whole checkpoint")
+    vae = {k: v for k, v in parts["vae"].items() if not k.startswith(("loss.", "model_ema"))}
+    scale = float(params.get("scale_factor", SCALES[version]))
+    codec = codec_of(vae_config_of(vae), vae, {"mean": [0.0] * config.out_channels, "std": [1 / scale] * config.out_channels}, path)
+    guess, notes = _predicts(version, unet, tensors, params, path) if prediction == "auto" else (prediction, ())
+    base = SchedulerConfig()
+    scheduler = replace(base, prediction=guess, path=replace(base.path, zero_snr=SNR_MARK in tensors and guess == "v"))
+    size = 512 if version == "2" and guess == "eps" else SIZES[version]
+    return Checkpoint(unet, codec, ears_of(parts["text"], path), scheduler, version, size, notes)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """`model.params` of the YAML that has the file's name; nothing without one. Raises FileError where that is no config of Stable Diffusion."""
+    told = next((p for p in (path.with_suffix(".yaml"), path.with_suffix(".yml")) if p.exists()), None)
+    if told is None:
+        return {}
+    try:
+        import yaml
+    except ImportError:
+        raise FileError(f"{told} says how {path.name} is made, and needs PyYAML to be read: pip install pyyaml, or move it away") from None
+    try:
+        return dict(yaml.safe_load(told.read_text(encoding="utf-8"))["model"]["params"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise FileError(f"{told} beside {path.name} is no config of Stable Diffusion: move it away to read the checkpoint without it") from None
+
+
+def _predicts(version: Version, unet: UNet, tensors: dict[str, Tensor], params: dict[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:
+    """eps or v: by a mark or the YAML beside it; what no file of its kind says otherwise; a guess, with a note."""
+    if V_MARK in tensors:
+        return "v", ()
+    if "parameterization" in params:
+        return ("v" if params["parameterization"] == "v" else "eps"), ()
+    if version != "2" or unet.config.channels != unet.config.out_channels:
+        return "eps", ()
+    return "v", (f"{path} does not say whether it predicts v or eps: v is taken, as of 2.1 at 768; give --prediction eps if pictures are noise",)
+
+
+def write_single(found: Checkpoint, path: Path, *, half: bool = False) -> None:
+    """One file in the layout of its authors, which other programs load."""
+    tensors = {UNET + k: v for k, v in from_unet(found.unet.state_dict(), found.unet.config).items()}
+    tensors |= {VAE + from_codec(k, gumbel=False): v for k, v in found.codec.state_dict().items() if not k.startswith("latent_")}
+    tensors |= text_tensors(found.ears)
+    if found.scheduler.prediction == "v":
+        tensors[V_MARK] = torch.zeros(0)
+    if found.scheduler.path.zero_snr:
+        tensors[SNR_MARK] = torch.zeros(0)
+    _save(tensors, path, half)

@@ -1,0 +1,318 @@
+"""Drawing with a checkpoint of Stable Diffusion: any size, prompts with weights, redrawing, two passes, and the noise of other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato.core.images import flatten, to_pil, to_tensor
+from sfumato.core.request import GenerateRequest
+from sfumato.core.seams import Cond, Denoise
+from sfumato.diffusion.discrete import SchedulerConfig
+from sfumato.diffusion.guidance import Post, cfg, guided, inpaint, rescale
+from sfumato.diffusion.precond import Precond
+from sfumato.diffusion.unet import TIMES
+from sfumato.pipelines.generate import Begun, Progress, Row, begun_digest
+from sfumato.pipelines.latent_diffusion import LatentDiffusion, Stream
+from sfumato.text.prompts import Ear, heard
+
+GUIDANCE = {"1": 7.5, "2": 7.5, "xl": 5.0}
+MOST_PIXELS = 4 * 512 * 512  # of all pictures that a CPU draws together
+TILE, OVERLAP = 64, 16  # latent cells of a tile in which large pictures are decoded, and how many of them two tiles share
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableDiffusion(LatentDiffusion):
+    """See `Model`. Made by `sfumato.load` of a folder of diffusers or a single file."""
+
+    ears: list[Ear] = field(default_factory=list)
+    scheduler: SchedulerConfig
+    inpaints: bool = False
+    sized: ClassVar[bool] = True
+
+    @property
+    def usual(self) -> dict[str, Any]:
+        return {"guidance": GUIDANCE[self.meta["version"]], "sampler": self.scheduler.sampler}
+
+    @property
+    def hears(self) -> bool:
+        return True
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.size]
+
+    @property
+    def together(self) -> int:
+        return max(1, min(4, MOST_PIXELS // self.size**2))
+
+    def unknown(self, prompt: str) -> list[tuple[str, list[str]]]:
+        """CLIP knows a word for everything."""
+        return []
+
+    def people(self, prompt: str) -> str | None:
+        return None
+
+    def too_long(self, prompt: str) -> bool:
+        """Prompts are heard in parts."""
+        return False
+
+    # --- what is asked for ------------------------------------------------------------------------------------------------------------------------
+
+    def extent(self, request: GenerateRequest) -> tuple[int, int]:
+        """Height and width: as asked for, or those of the init picture, made smaller where that is larger than what the model learned."""
+        factor = self.codec.spec.factor * 2 ** (len(self.denoiser.config.widths) - 1)  # type: ignore[operator]
+        if request.width is None and request.height is None and request.init is not None:
+            init, _ = self._pictures_of(request)
+            share = min(1.0, (self.size**2 / (init.width * init.height)) ** 0.5)
+            return tuple(max(1, round(side * share / factor)) * factor for side in (init.height, init.width))  # type: ignore[return-value]
+        side = request.size or self.size
+        return request.height or side, request.width or side
+
+    def check_way(self, request: GenerateRequest) -> None:
+        """Raises ValueError for a size, sampler, schedule, or a mask that there is not."""
+        super().check_way(request)
+        factor = self.codec.spec.factor
+        for name in ("width", "height"):
+            value = getattr(request, name)
+            if value is not None and value % factor:
+                raise ValueError(
+                    f"{name} (={value}) must be a multiple of {factor}: the nearest are {value // factor * factor} and {-(-value // factor) * factor}"
+                )
+        most = min(e.network.config.depth for e in self.ears)
+        if request.clip_skip is not None and request.clip_skip > most:
+            raise ValueError(f"clip_skip (={request.clip_skip}) must be from 1 to {most}: the blocks of this text encoder")
+        if self.inpaints and request.mask is None:
+            raise ValueError("mask (=None) is what this model draws by: it is for inpainting; name --init and --mask, or another model")
+        if request.hires > 1 and request.init is not None:
+            raise ValueError(f"hires (={request.hires}) is for pictures from noise: leave it or init out")
+
+    def steps_taken(self, request: GenerateRequest, begun: Begun | None) -> int:
+        if request.noise == "diffusers" and begun is not None:
+            return max(1, int(self.steps_of(request) * request.strength))
+        return super().steps_taken(request, begun)
+
+    def times(self, request: GenerateRequest) -> Tensor:
+        return self.scheduler.times(self.steps_of(request), request.sampler or self.scheduler.sampler, request.schedule)
+
+    # --- what is heard ----------------------------------------------------------------------------------------------------------------------------
+
+    def _sides(self, rows: list[Row]) -> tuple[Cond, Cond]:
+        """What is asked for and what guidance leans on, of as many parts: the same text encoder hears both together."""
+        request, n = rows[0].request, len(rows)
+        prompts = [r.request.prompt or "" for r in rows] + [r.request.negative or "" for r in rows]
+        both = heard(self.ears, prompts, request.clip_skip, torch.float32)
+        height, width = self.extent(request)
+        if self.denoiser.config.pooled:  # type: ignore[union-attr]
+            said = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device).expand(2 * n, -1)
+            both = replace(both, extra={TIMES: said})
+        else:
+            both = replace(both, pooled=None)
+        return both[:n], both[n:]
+
+    # --- noise ------------------------------------------------------------------------------------------------------------------------------------
+
+    def shape_of(self, request: GenerateRequest) -> tuple[int, int, int]:
+        height, width = self.extent(request)
+        factor = self.codec.spec.factor
+        return self.codec.spec.latent_channels, height // factor, width // factor
+
+    def _stream(self, row: Row, begun: Begun | None) -> Stream:
+        if row.request.noise == "own":
+            return super()._stream(row, begun)
+        one, shape = torch.Generator().manual_seed(row.seed), self.shape_of(row.request)  # for all that a picture needs, in this order
+        draw = lambda wanted: torch.randn((1, *shape), generator=one)[0] if wanted else None  # noqa: E731
+        of_init = draw(begun is not None and not (self.inpaints and row.request.strength == 1))
+        first = draw(True)
+        return Stream(shape, one, one, first, of_init, draw(begun is not None and begun.mask is not None))  # type: ignore[arg-type]
+
+    def _start(self, rows: list[Row], streams: list[Stream], ts: Tensor, begun: Begun | None) -> Tensor:
+        request = rows[0].request
+        asked = request.sampler or self.scheduler.sampler
+        x = torch.stack([s.first for s in streams]).to(self.device)
+        plain = x * self.scheduler.start(ts, asked, request.schedule)
+        if begun is None or (isinstance(begun, Loose) and self.inpaints and request.strength == 1):
+            return plain
+        mixed = self.path.mix(self._begun(begun, streams), x, ts[:1].expand(len(x)).to(x))
+        if isinstance(begun, Loose) and begun.mask is not None and request.strength == 1:
+            return torch.lerp(mixed, plain, begun.redraw().expand_as(x))
+        return mixed
+
+    def _begun(self, begun: Begun, streams: list[Stream]) -> Tensor:
+        """Latents of the init picture for each row: their means, or with the noise that diffusers gives them."""
+        if not isinstance(begun, Loose) or streams[0].of_init is None:
+            return begun.z.expand(len(streams), -1, -1, -1)
+        return begun.z + begun.std * torch.stack([s.of_init for s in streams]).to(begun.z)  # type: ignore[misc]
+
+    # --- steps ------------------------------------------------------------------------------------------------------------------------------------
+
+    def _denoise(self, rows: list[Row], begun: Begun | None, streams: list[Stream], ts: Tensor) -> Denoise:
+        request = rows[0].request
+        cond, empty = self._sides(rows)
+        if self.inpaints and begun is not None:
+            shown = self._shown(begun, streams)
+            cond, empty = (replace(c, concat=shown) for c in (cond, empty))
+        predict = Precond(self._asked(), self.scheduler.prediction, self.path, None if self.dtype == torch.float32 else self.dtype)
+        post: list[Post] = []
+        if request.guidance_rescale:
+            post.append(rescale(request.guidance_rescale, self.scheduler.prediction, self.path))
+        if begun is not None and begun.mask is not None and not self.inpaints:
+            post.append(inpaint(self._begun(begun, streams), begun.redraw()))
+        scale = self.usual["guidance"] if request.guidance is None else request.guidance
+        denoise = guided(cfg(predict, cond, empty, scale, request.guidance_interval), post)
+        if isinstance(begun, Loose) and begun.mask is not None and not self.inpaints and request.strength == 1:
+            return self._from_noise(denoise, begun, streams, ts)
+        return denoise
+
+    def _from_noise(self, denoise: Denoise, begun: Begun, streams: list[Stream], ts: Tensor) -> Denoise:
+        """At the first time diffusers shows the network noise alone, outside of the mask, too."""
+        noise, redraw = torch.stack([s.first for s in streams]).to(self.device), begun.redraw()
+
+        def first(x: Tensor, t: Tensor) -> Tensor:
+            return denoise(torch.lerp(noise, x, redraw.expand_as(x)) if float(t[0]) >= float(ts[0]) - 1e-6 else x, t)
+
+        return first
+
+    def _asked(self) -> Callable[[Tensor, Tensor, Cond], Tensor]:
+        """The network, which hears whole steps only where its scheduler has it so."""
+        if not self.scheduler.rounded:
+            return self.denoiser
+        steps = self.scheduler.path.num_betas
+        return lambda x, t, cond: self.denoiser(x, (t * steps).round() / steps, cond)
+
+    def _shown(self, begun: Begun, streams: list[Stream]) -> Tensor:
+        """What a model for inpainting sees beside x: the mask, and the latents of the picture without what is under it."""
+        assert begun.mask is not None
+        hidden = self.codec.encode(begun.x * (begun.mask < 0.5))
+        z = hidden.mean.expand(len(streams), -1, -1, -1)  # type: ignore[union-attr]
+        if isinstance(begun, Loose):
+            z = z + hidden.std * torch.stack([s.of_shown for s in streams]).to(z)  # type: ignore[misc]
+        mask = F.interpolate((begun.mask >= 0.5).float(), size=z.shape[2:])
+        return torch.cat([mask.expand(len(streams), -1, -1, -1), z], dim=1)
+
+    # --- pictures ---------------------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, request: GenerateRequest) -> Begun | None:
+        if request.init is None:
+            return None
+        init, mask = self._pictures_of(request)
+        height, width = self.extent(request)
+        x = to_tensor(covering(flatten(init), width, height), 3).to(self.device)
+        found = self.codec.encode(x)
+        assert found.mean is not None
+        at = None if mask is None else to_tensor(covering(flatten(mask, (0, 0, 0)).convert("L"), width, height), 1).to(self.device) / 2 + 0.5
+        if request.noise == "diffusers":
+            return Loose(x, found.mean, at, begun_digest(request), std=found.std)
+        return Begun(x, found.mean, at, begun_digest(request))
+
+    def _draw_rows(self, rows: list[Row], progress: Progress | None) -> Iterator[Any]:
+        request = rows[0].request if rows else None
+        with seamless([self.denoiser, self.codec], request is not None and request.tiling):
+            yield from super()._draw_rows(rows, progress) if request is None or request.hires == 1 else self._twice(rows, progress)
+
+    def _twice(self, rows: list[Row], progress: Progress | None) -> Iterator[Any]:
+        """At the asked size, then larger, and of that a share drawn anew."""
+        request = rows[0].request
+        height, width = self.extent(request)
+        high = replace(request, hires=1.0, strength=request.hires_strength, height=self._large(height, request), width=self._large(width, request))
+        done, chunks = 0, [rows[s : s + self.together] for s in range(0, len(rows), self.together)]
+        total = len(chunks) * (self.steps_of(request) + max(1, round(self.steps_of(request) * high.strength)))
+        last: Any = None
+        for chunk in chunks:
+            small = [replace(r, request=replace(r.request, hires=1.0)) for r in chunk]
+            large = [replace(r, request=replace(high, prompt=r.request.prompt, negative=r.request.negative)) for r in chunk]
+            begun: Begun | None = None
+            for part in (small, large):
+                if part is large:
+                    x = F.interpolate(self.decode(last), size=(high.height, high.width), mode="bicubic", antialias=True).clamp(-1, 1)
+                    z = torch.cat([self.codec.encode(p).mean for p in x.split(1)])  # type: ignore[misc]
+                    begun = Begun(x, z, None, "")
+                for last in self.latents(part, begun):  # noqa: B007
+                    done += 1
+                    if progress:
+                        progress(done, total)
+            for row, image in zip(chunk, to_pil(self.decode(last)), strict=True):
+                yield self._picture(image, row, None)
+
+    def _large(self, side: int, request: GenerateRequest) -> int:
+        return round(side * request.hires / self.codec.spec.factor) * self.codec.spec.factor
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        if max(z.shape[2:]) <= 2 * TILE:
+            return self.codec.decode(z.float())
+        return tiled(self.codec.decode, z.float(), self.codec.spec.factor)
+
+    def enlarge(self, x: Tensor, request: GenerateRequest) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Loose(Begun):
+    """As diffusers begins: latents with noise of their own, masks of whole cells, and nothing of the picture put back in the end."""
+
+    std: Tensor | None = None
+
+    def redraw(self) -> Tensor:
+        assert self.mask is not None
+        return F.interpolate((self.mask >= 0.5).float(), size=self.z.shape[2:])
+
+    def keep(self, x: Tensor) -> Tensor:
+        return x
+
+
+def covering(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture at this size: its middle, as large as it can be, without being stretched."""
+    share = max(width / image.width, height / image.height)
+    box = [(side - wanted / share) / 2 for side, wanted in ((image.width, width), (image.height, height))]
+    whole = (box[0], box[1], image.width - box[0], image.height - box[1])
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS, box=whole, reducing_gap=3.0)
+
+
+def tiled(decode: Callable[[Tensor], Tensor], z: Tensor, factor: int, side: int = TILE, overlap: int = OVERLAP) -> Tensor:
+    """A large picture decoded in tiles that overlap, each weighed less towards its edges: memory of one tile, and no seams where they meet."""
+    h, w = z.shape[2:]
+    out = weight = None
+    ramp = lambda n: torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).clamp_max(overlap * factor).float()  # noqa: E731
+    for top in starts(h, side, overlap):
+        for left in starts(w, side, overlap):
+            x = decode(z[:, :, top : top + side, left : left + side])
+            if out is None or weight is None:
+                out, weight = x.new_zeros(*x.shape[:2], h * factor, w * factor), x.new_zeros(1, 1, h * factor, w * factor)
+            share = (ramp(x.shape[2])[:, None] * ramp(x.shape[3])).to(x)
+            at = (..., slice(top * factor, top * factor + x.shape[2]), slice(left * factor, left * factor + x.shape[3]))
+            out[at] += x * share
+            weight[at] += share
+    assert out is not None
+    assert weight is not None
+    return out / weight
+
+
+def starts(length: int, side: int, overlap: int) -> list[int]:
+    """Where tiles begin, evenly, sharing at least `overlap`."""
+    if length <= side:
+        return [0]
+    count = -(-(length - overlap) // (side - overlap))
+    return [round(i * (length - side) / (count - 1)) for i in range(count)]
+
+
+@contextmanager
+def seamless(networks: list[nn.Module], on: bool) -> Iterator[None]:
+    """Convolutions that see what is beyond an edge at the edge across from it, so that pictures can be laid side by side."""
+    convolutions = (
+        [m for n in networks for m in n.modules() if isinstance(m, nn.Conv2d) and m.padding_mode == "zeros" and any(m.padding)] if on else []
+    )  # type: ignore[arg-type]
+    for m in convolutions:
+        m.padding_mode = "circular"
+    try:
+        yield
+    finally:
+        for m in convolutions:
+            m.padding_mode = "zeros"

@@ -1,0 +1,186 @@
+"""What a prompt says to the text encoders of Stable Diffusion: words with weights, in parts of 75 tokens, names of learned vectors among them.
+
+Signs and parts are those of AUTOMATIC1111's interface, which most prompts are written for: (word) is 1.1 times as strong, (word:1.3) 1.3 times,
+[word] 1 / 1.1 times, BREAK begins another part, and a backslash before a bracket makes it a sign like others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfumato.core.seams import Cond
+from sfumato.text.clip import END, START, ClipText
+
+SIGNS = re.compile(
+    r"\\[\\()\[\]]|(?P<close>:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\))|[()\[\]]|(?P<pause>\s*\bBREAK\b\s*)|[^\\()\[\]:\s]+|\s+|.", re.DOTALL
+)
+STRONGER = 1.1  # one pair of brackets
+BREAK = "BREAK"
+NEAR = 20  # tokens after a comma that go on to the next part with what follows, where a part is full
+
+Run = tuple[str, float]
+
+
+def weighted(prompt: str) -> list[Run]:
+    """[(text, weight)], neighbours of one weight together; (BREAK, -1) where another part begins. Brackets left open end with the prompt."""
+    runs: list[list[str | float]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def times(start: int, factor: float) -> None:
+        for run in runs[start:]:
+            if run[0] != BREAK:
+                run[1] = float(run[1]) * factor
+
+    for found in SIGNS.finditer(prompt):
+        sign = found.group()
+        if found["pause"]:
+            runs.append([BREAK, -1.0])
+        elif sign in opened:
+            opened[sign].append(len(runs))
+        elif found["close"] and opened["("]:
+            times(opened["("].pop(), float(found["weight"]))
+        elif sign == ")" and opened["("]:
+            times(opened["("].pop(), STRONGER)
+        elif sign == "]" and opened["["]:
+            times(opened["["].pop(), 1 / STRONGER)
+        else:
+            runs.append([sign[1:] if len(sign) == 2 and sign[0] == "\\" else sign, 1.0])
+    for starts, factor in ((opened["("], STRONGER), (opened["["], 1 / STRONGER)):
+        for start in starts:
+            times(start, factor)
+    whole: list[Run] = []
+    for text, weight in runs:
+        if whole and whole[-1][1] == weight and BREAK not in (text, whole[-1][0]):
+            whole[-1] = (whole[-1][0] + str(text), whole[-1][1])
+        else:
+            whole.append((str(text), float(weight)))
+    return whole or [("", 1.0)]
+
+
+@dataclass
+class Ear:
+    """A text encoder with its tokens. `pad` fills a part up after its end; states are taken from the `layer`-th block from the end (1: the last),
+    through the final norm where `normed`. `learned` are vectors "n d" by the names that stand for them in prompts.
+    """
+
+    network: ClipText
+    tokenizer: Tokenizer
+    pad: int
+    layer: int = 1
+    normed: bool = True
+    learned: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ids = [self.tokenizer.token_to_id(t) for t in (START, END)]
+        if None in ids:
+            raise ValueError(f"the tokenizer must know {START} and {END}: it is not of CLIP")
+        self.start, self.end = ids
+        self.comma = self.tokenizer.token_to_id(",</w>")
+
+    @property
+    def room(self) -> int:
+        """Tokens of a part, without its start and end."""
+        return self.network.config.tokens - 2
+
+    def pieces(self, text: str) -> list[list[int]]:
+        """Its tokens one by one, and where a name of learned vectors stands all of those together, numbered after the vocabulary."""
+        if not self.learned:
+            return [[i] for i in self._ids(text)]
+        names = sorted(self.learned, key=len, reverse=True)
+        parts = re.split("(" + "|".join(rf"(?<!\w){re.escape(n)}(?!\w)" for n in names) + ")", text, flags=re.IGNORECASE)
+        known, first = {n.lower(): n for n in names}, self._firsts()
+        found: list[list[int]] = []
+        for part in parts:
+            name = known.get(part.lower())
+            found += [[i] for i in self._ids(part)] if name is None else [[first[name] + k for k in range(len(self.learned[name]))]]
+        return found
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+
+    def _firsts(self) -> dict[str, int]:
+        found, at = {}, self.network.config.vocabulary
+        for name, vectors in self.learned.items():
+            found[name] = at
+            at += len(vectors)
+        return found
+
+    def parts(self, prompt: str) -> list[tuple[list[int], list[float]]]:
+        """[(tokens, their weights)] of at most `room` each. A full part ends after its last comma where that is near."""
+        done: list[tuple[list[int], list[float]]] = []
+        ids: list[int] = []
+        weights: list[float] = []
+        comma = -1  # where the last one is
+
+        def close() -> None:
+            nonlocal ids, weights, comma
+            done.append((ids, weights))
+            ids, weights, comma = [], [], -1
+
+        for text, weight in weighted(prompt):
+            if text == BREAK and weight < 0:
+                close()
+                continue
+            for piece in self.pieces(text):
+                if piece == [self.comma]:
+                    comma = len(ids)
+                elif len(ids) == self.room and comma >= 0 and len(ids) - comma <= NEAR:
+                    cut = comma + 1
+                    rest = ids[cut:], weights[cut:]
+                    ids, weights = ids[:cut], weights[:cut]
+                    close()
+                    ids, weights = rest
+                if ids and len(ids) + len(piece) > self.room:
+                    close()
+                ids += piece[: self.room]
+                weights += [weight] * len(piece[: self.room])
+        if ids or not done:
+            close()
+        return done
+
+    def filled(self, ids: Sequence[int]) -> list[int]:
+        """With start and end, as long as the encoder hears."""
+        return [self.start, *ids, self.end, *[self.pad] * (self.room - len(ids))]
+
+    def hear(
+        self, ids: Int[Tensor, "b n"], weights: Float[Tensor, "b n"], layer: int | None = None
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b p"]]:
+        """States, as strong as their weights say, of the same mean as without; and the pooled text."""
+        net, layer = self.network, layer or self.layer
+        if not 1 <= layer <= net.config.depth:
+            raise ValueError(f"clip_skip (={layer}) must be from 1 to {net.config.depth}: the blocks of this text encoder")
+        table = net.embeddings.token_embedding.weight
+        if self.learned:
+            table = torch.cat([table, *(v.to(table) for v in self.learned.values())])
+        states = net.hidden(F.embedding(ids, table))
+        chosen = states[len(states) - layer]
+        chosen = net.final_layer_norm(chosen) if self.normed else chosen
+        if bool((weights != 1).any()):
+            mean = chosen.mean((1, 2), keepdim=True)
+            chosen = chosen * weights[:, :, None]
+            chosen = chosen * (mean / chosen.mean((1, 2), keepdim=True))
+        return chosen, net.pooled(states[-1], ids)
+
+
+def heard(ears: Sequence[Ear], prompts: Sequence[str], layer: int | None = None, dtype: torch.dtype = torch.float32) -> Cond:
+    """What all ears hear: text "b 77k d" of the longest prompt's k parts, side by side, and the pooled text of the first part by the last ear."""
+    texts, pooled = [], None
+    for ear in ears:
+        said = [ear.parts(p) for p in prompts]
+        most = max(len(parts) for parts in said)
+        rows = [part for parts in said for part in (*parts, *[([], [])] * (most - len(parts)))]
+        device = ear.network.final_layer_norm.weight.device
+        ids = torch.tensor([ear.filled(i) for i, _ in rows], device=device)
+        weights = torch.tensor([[1.0, *w, *[1.0] * (ear.room + 1 - len(w))] for _, w in rows], device=device)
+        states, pool = ear.hear(ids, weights, layer)
+        texts.append(states.reshape(len(prompts), -1, states.shape[2]).to(dtype))
+        pooled = pool.reshape(len(prompts), most, -1)[:, 0].to(dtype)
+    return Cond(text=torch.cat(texts, dim=2), pooled=pooled)

@@ -1,0 +1,155 @@
+"""Whole pictures beside those of diffusers: the same checkpoint, request and noise, 1e-3 in [0, 1]."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
+from PIL import Image
+
+from sfumato.convert.stable import read_checkpoint, write_folder, write_single
+from sfumato.core.request import GenerateRequest
+from sfumato.pipelines.load import load
+
+PROMPT, NEGATIVE = "a photo of a red fox, sitting in the snow", "blurry, low quality"
+CLOSE = 1e-3
+
+
+def drawn(model: Any, request: GenerateRequest) -> np.ndarray:
+    """What is decoded, in [0, 1], before it is rounded to 8 bits."""
+    rows = model._rows(request)
+    begun = model.begin(rows[0].request)
+    *_, last = model.latents(rows, begun)
+    return ((model.decode(last).clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
+
+
+def theirs(pipe: Any, **more: Any) -> np.ndarray:
+    return pipe(
+        prompt=PROMPT, negative_prompt=NEGATIVE, guidance_scale=5.0, generator=torch.Generator().manual_seed(7), output_type="np", **more
+    ).images
+
+
+def photograph(side: int = 64) -> Image.Image:
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+    return small.resize((side, side), Image.Resampling.BICUBIC)
+
+
+REQUEST = GenerateRequest(prompt=PROMPT, negative=NEGATIVE, guidance=5.0, seed=7, steps=6, noise="diffusers", width=64, height=64)
+
+
+def test_pictures_from_words(reference: Any) -> None:
+    if reference.kind == "inpainting":
+        pytest.skip("draws into pictures only")
+    model = load(reference.folder, device="cpu")
+    for change, more in (({}, {}), ({"width": 96, "height": 32}, {}), ({"guidance_rescale": 0.7}, {"guidance_rescale": 0.7})):
+        request = replace(REQUEST, **change)  # type: ignore[arg-type]
+        expected = theirs(reference.pipe, num_inference_steps=6, width=request.width, height=request.height, **more)
+        assert np.abs(drawn(model, request) - expected).max() <= CLOSE, change
+    assert float(expected.std()) > 0.02, "a picture of one colour would prove nothing"
+
+
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler, trailing": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "euler, karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m, karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_are_obeyed(name: str, reference: Any, tmp_path: Path) -> None:
+    if reference.kind != "1":
+        pytest.skip("once is enough")
+    made, more = SCHEDULERS[name]
+    pipe = type(reference.pipe)(**{**reference.pipe.components, "scheduler": made.from_config(reference.pipe.scheduler.config, **more)},
+                                requires_safety_checker=False)  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path)
+    model = load(tmp_path, device="cpu")
+    assert model.usual["sampler"] == name.split(",")[0]
+    assert np.abs(drawn(model, REQUEST) - theirs(pipe, num_inference_steps=6, width=64, height=64)).max() <= CLOSE
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
+def test_pictures_from_pictures(name: str, reference: Any, tmp_path: Path) -> None:
+    """Not with PLMS, of whose doubled first step diffusers leaves one half out there."""
+    if reference.kind == "inpainting":
+        pytest.skip("draws into pictures only")
+    made = StableDiffusionXLImg2ImgPipeline if reference.kind == "xl" else StableDiffusionImg2ImgPipeline
+    parts = {k: v for k, v in reference.pipe.components.items() if k not in ("image_encoder", "feature_extractor", "safety_checker")}
+    extra = {} if reference.kind == "xl" else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    scheduler, more = SCHEDULERS[name]
+    parts["scheduler"] = scheduler.from_config(reference.pipe.scheduler.config, **more)
+    pipe = made(**parts, **extra, **({"force_zeros_for_empty_prompt": False, "add_watermarker": False} if reference.kind == "xl" else {}))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path)
+    photograph().save(tmp_path / "init.png")
+    model = load(tmp_path, device="cpu")
+    request = replace(REQUEST, init=str(tmp_path / "init.png"), strength=0.5)
+    expected = theirs(pipe, image=photograph(), strength=0.5, num_inference_steps=6)
+    assert np.abs(drawn(model, request) - expected).max() <= CLOSE
+
+
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "ancestral"])
+def test_pictures_redrawn_under_a_mask(name: str, strength: float, reference: Any, tmp_path: Path) -> None:
+    if reference.kind not in ("1", "inpainting"):
+        pytest.skip("the same code")
+    scheduler, more = SCHEDULERS[name]
+    scheduler = scheduler.from_config(reference.pipe.scheduler.config, **more)
+    parts = {**reference.pipe.components, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None}
+    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path)
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 20, 50, 60))
+    photograph().save(tmp_path / "init.png")
+    mask.save(tmp_path / "mask.png")
+    model = load(tmp_path, device="cpu")
+    request = replace(REQUEST, init=str(tmp_path / "init.png"), mask=str(tmp_path / "mask.png"), strength=strength)
+    expected = theirs(pipe, image=photograph(), mask_image=mask, strength=strength, num_inference_steps=6, width=64, height=64)
+    assert np.abs(drawn(model, request) - expected).max() <= CLOSE
+
+
+def test_what_we_write_diffusers_draws_with(reference: Any, tmp_path: Path) -> None:
+    """diffusers -> ours -> folder -> diffusers: the same weights bit for bit; and -> single file -> ours."""
+    found = read_checkpoint(reference.folder)
+    write_folder(found, tmp_path / "folder")
+    pipe = type(reference.pipe).from_pretrained(tmp_path / "folder", local_files_only=True)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if (network := getattr(reference.pipe, part, None)) is not None:
+            back = getattr(pipe, part).state_dict()
+            assert all(torch.equal(v, back[k]) for k, v in network.state_dict().items()), part
+    write_single(found, tmp_path / "single.safetensors")
+    if reference.kind in ("1", "2"):  # whose text encoders' heads no shape tells: those of 64 numbers are the real ones
+        again = read_checkpoint(tmp_path / "single.safetensors", prediction="eps")
+        for one, other in ((found.unet, again.unet), (found.codec, again.codec), (found.ears[0].network, again.ears[0].network)):
+            assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())  # type: ignore[attr-defined]
+
+
+def test_a_batch_is_four_singles(reference: Any) -> None:
+    if reference.kind == "inpainting":
+        pytest.skip("draws into pictures only")
+    model = load(reference.folder, device="cpu")
+    request = replace(REQUEST, noise="own", count=4, seed=3)
+    together = drawn(model, request)
+    for i in range(4):
+        assert np.abs(drawn(model, replace(request, count=1, seed=3 + i)) - together[i]).max() <= 1e-4
