@@ -138,12 +138,9 @@ class StableDiffusion(LatentDiffusion):
         asked = request.sampler or self.scheduler.sampler
         x = torch.stack([s.first for s in streams]).to(self.device)
         plain = x * self.scheduler.start(ts, asked, request.schedule)
-        if begun is None or (isinstance(begun, Loose) and self.inpaints and request.strength == 1):
+        if begun is None or (isinstance(begun, Loose) and begun.mask is not None and request.strength == 1):
             return plain
-        mixed = self.path.mix(self._begun(begun, streams), x, ts[:1].expand(len(x)).to(x))
-        if isinstance(begun, Loose) and begun.mask is not None and request.strength == 1:
-            return torch.lerp(mixed, plain, begun.redraw().expand_as(x))
-        return mixed
+        return self.path.mix(self._begun(begun, streams), x, ts[:1].expand(len(x)).to(x))
 
     def _begun(self, begun: Begun, streams: list[Stream]) -> Tensor:
         """Latents of the init picture for each row: their means, or with the noise that diffusers gives them."""
@@ -167,18 +164,21 @@ class StableDiffusion(LatentDiffusion):
             post.append(inpaint(self._begun(begun, streams), begun.redraw()))
         scale = self.usual["guidance"] if request.guidance is None else request.guidance
         denoise = guided(cfg(predict, cond, empty, scale, request.guidance_interval), post)
-        if isinstance(begun, Loose) and begun.mask is not None and not self.inpaints and request.strength == 1:
-            return self._from_noise(denoise, begun, streams, ts)
+        if isinstance(begun, Loose) and begun.mask is not None and not self.inpaints:
+            return self._beside(denoise, begun, streams, float(ts[0]) if request.strength == 1 else None)
         return denoise
 
-    def _from_noise(self, denoise: Denoise, begun: Begun, streams: list[Stream], ts: Tensor) -> Denoise:
-        """At the first time diffusers shows the network noise alone, outside of the mask, too."""
-        noise, redraw = torch.stack([s.first for s in streams]).to(self.device), begun.redraw()
+    def _beside(self, denoise: Denoise, begun: Begun, streams: list[Stream], noisy: float | None) -> Denoise:
+        """What the network sees outside of the mask, as diffusers has it: the picture with the first noise, whatever the sampler adds; at the time
+        `noisy` noise alone.
+        """
+        known, noise, redraw = self._begun(begun, streams), torch.stack([s.first for s in streams]).to(self.device), begun.redraw()
 
-        def first(x: Tensor, t: Tensor) -> Tensor:
-            return denoise(torch.lerp(noise, x, redraw.expand_as(x)) if float(t[0]) >= float(ts[0]) - 1e-6 else x, t)
+        def seen(x: Tensor, t: Tensor) -> Tensor:
+            outside = noise if noisy is not None and float(t[0]) >= noisy - 1e-6 else self.path.mix(known, noise, t)
+            return denoise(torch.lerp(outside.to(x), x, redraw.expand_as(x)), t)
 
-        return first
+        return seen
 
     def _asked(self) -> Callable[[Tensor, Tensor, Cond], Tensor]:
         """The network, which hears whole steps only where its scheduler has it so."""
