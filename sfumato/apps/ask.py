@@ -74,14 +74,19 @@ def _meta(model: str | None) -> dict[str, Any]:
 
 
 def styles(asked: Styles) -> Iterator[str]:
-    yield from _meta(asked.model)["styles"]
+    found = _meta(asked.model)["styles"]
+    if not found:
+        say("note: this model has no styles")
+    yield from found
 
 
 def concepts(asked: Concepts) -> Iterator[str]:
     if asked.word is not None and not asked.word.strip():
         raise ValueError("word is empty: name a thing, or leave it out to see everything")
     rows = list(_meta(asked.model)["words"].values())
-    if asked.word is not None:
+    if not rows:
+        say("note: this model knows nothing by name: it was trained without captions")
+    if asked.word is not None and rows:
         rows = _called(asked.word, rows)
     for row in {r["emoji"][0] or r["en"][0]: r for r in rows}.values():
         yield "\t".join(w for w in (row["emoji"][0], row["en"][0], row["zh"][0]) if w)

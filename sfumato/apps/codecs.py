@@ -53,7 +53,7 @@ class Convert:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Says what is wrong with a run of `sfumato train autoencoder`, finished or still running, and what helps; writes a page to look at."""
+    """Says what is wrong with a run of train autoencoder or train gan, finished or still running, and what helps; writes a page to look at."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
@@ -133,6 +133,9 @@ CURVES = (  # titles and the keys of a log that are drawn together
 )
 
 
+FEW_LOOKS = 3
+
+
 def run_doctor(asked: Doctor) -> Iterator[str]:
     """The findings as lines, then where the page is."""
     from sfumato.train.doctor import diagnose, facts_of
@@ -141,7 +144,7 @@ def run_doctor(asked: Doctor) -> Iterator[str]:
     run = asked.run / "codec" if (asked.run / "codec" / "log.jsonl").exists() else asked.run  # of train all
     log = run / "log.jsonl"
     if not log.exists():
-        raise FileError(f"{run} holds no log.jsonl: name a run folder of `sfumato train autoencoder`")
+        raise FileError(f"{run} holds no log.jsonl: name a run folder of `sfumato train autoencoder` or `sfumato train gan`")
     kind = (begun_with(run) or {}).get("kind", "autoencoder")
     if kind not in ("autoencoder", "gan"):
         raise ValueError(
@@ -152,8 +155,10 @@ def run_doctor(asked: Doctor) -> Iterator[str]:
     findings = diagnose(lines, facts_of(run))
     for f in findings:
         yield f"{f.name}: {translated(f.says)}"
+    looks = sum("score" in line or "psnr" in line or "kid" in line for line in lines)
     if not findings:
-        yield translated("nothing is wrong, as far as the log tells")
+        early = f"too early to say: the log holds {looks} looks, and the doctor wants {FEW_LOOKS}"
+        yield translated("nothing is wrong, as far as the log tells" if looks >= FEW_LOOKS else early)
     out = asked.out or run / "doctor.html"
     write_bytes(out, _page(run, kind, lines, [(f.name, f.sees, f.helps) for f in findings]).encode())
     yield str(out)

@@ -21,7 +21,7 @@ from sfumato.apps.cli import OUT, say
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.images import flatten, grid, png_bytes, texts_in
 from sfumato.core.language import translated
-from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, Device, GenerateRequest, metadata_text, parse_metadata
+from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, Device, GenerateRequest, metadata_text, parse_metadata, parse_parameters
 
 if TYPE_CHECKING:
     from sfumato.pipelines.generate import Model, Picture
@@ -66,7 +66,9 @@ class Generate:
     guidance_interval: tuple[float, float] | None = None
     """Times between 0 (clean) and 1 (noise) at which guidance acts."""
     sampler: str | None = None
-    """euler, ddim, ancestral, heun, dpmpp_2m (the default), dpmpp_2m_sde, dpmpp_3m_sde, or lcm (of models that were distilled for it)."""
+    """euler, ddim, ancestral, heun, lms, plms, unipc, dpmpp_2m (the default), dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, lcm (of models made for it)."""
+    schedule: str | None = None
+    """When the network is asked: uniform, lambda (exponential), karras, edm, ays, ays-xl; of Stable Diffusion also leading, trailing, linspace."""
     eta: float | None = None
     """Fresh noise in each step of the sampler ddim, 0 to 1."""
     truncation: float | None = None
@@ -89,6 +91,32 @@ class Generate:
     """Where to redraw the init picture: white there, black where it stays as it is; of the same size."""
     strength: float | None = None
     """How much of the init picture is drawn anew, above 0 (little) to 1 (0.6)."""
+    width: int | None = None
+    """Of Stable Diffusion: pixels from left to right."""
+    height: int | None = None
+    """Of Stable Diffusion: pixels from top to bottom."""
+    clip_skip: int | None = None
+    """Of Stable Diffusion: which block of the text encoder is heard, counted from its end (1: the last)."""
+    guidance_rescale: float | None = None
+    """Brings the contrast that guidance adds back, 0 (not) to 1 (arXiv 2305.08891 has 0.7)."""
+    tiling: bool = False
+    """Of Stable Diffusion: opposite edges fit together."""
+    variation: float | None = None
+    """How much of the noise is of --variation-seed instead, 0 to 1."""
+    variation_seed: int | None = None
+    """The seed of the other noise."""
+    hires: float | None = None
+    """Of Stable Diffusion: a second pass so many times as large."""
+    hires_strength: float | None = None
+    """How much is drawn anew in the second pass (0.5)."""
+    noise: Literal["own", "diffusers", "a1111"] | None = None
+    """Of Stable Diffusion: whose noise a seed stands for."""
+    lora: tuple[str, ...] | None = None
+    """Of Stable Diffusion: LoRA files, each with its strength (a.safetensors:0.8)."""
+    embedding: tuple[str, ...] | None = None
+    """Of Stable Diffusion: files of learned words (textual inversion)."""
+    prediction: Literal["auto", "eps", "v"] = "auto"
+    """What a checkpoint of Stable Diffusion predicts, where its file does not say."""
     morph: str | None = None
     """Another prompt: an animation from the first to this one, as .webp, .gif or .png."""
     morph_style: str | None = None
@@ -129,12 +157,13 @@ def run(asked: Generate) -> None:
     from sfumato.pipelines.load import load
 
     asked = replace(asked, prompts=(*asked.prompts, *_lines(asked.file)))
-    record = None if asked.source is None else read_record(asked.source)
+    theirs = None if asked.source is None else their_request(asked.source)
+    record = None if asked.source is None or theirs is not None else read_record(asked.source)
     if record is not None and "until" in record:
         asked = _morph_again(asked, record)
-    request, only = _request(asked, record)
+    request, only = _request(asked, record) if theirs is None else (replace(theirs, **_changes(asked)), None)
     requests = [replace(request, prompt=p) for p in asked.prompts or (request.prompt,)]
-    model = load(asked.model, **_engine(asked, record))
+    model = load(asked.model, prediction=asked.prediction, **_engine(asked, record))
     if record is not None:
         _compare(model, record, again=only is not None)
     _warn_of_flags(asked, morphs(asked))
@@ -280,6 +309,22 @@ def _compare(model: Model, record: dict[str, Any], again: bool) -> None:
         say(f"warning: it was drawn with {', '.join(other)}: the picture may differ by a level here and there")
 
 
+def their_request(source: Path) -> GenerateRequest | None:
+    """What AUTOMATIC1111's interface says in a picture of its own; None in ours. What it says and there is no request for is told."""
+    try:
+        with Image.open(source) as image:
+            texts = texts_in(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    if "parameters" not in texts or METADATA_KEY in texts or SEVERAL_KEY in texts:
+        return None
+    request, found = parse_parameters(texts["parameters"])
+    say(f"note: {source} was drawn by another program with the model {found.get('Model', '?')} ({found.get('Model hash', '?')})")
+    if "<lora:" in (request.prompt or ""):
+        say("warning: a LoRA named in the prompt has no effect: name its file with --lora")
+    return request
+
+
 def read_record(source: Path) -> dict[str, Any]:
     """The record inside one of our pictures: the request, and which of its pictures this is; of an animation, what it goes until, too."""
     try:
@@ -304,7 +349,7 @@ def _changes(asked: Generate) -> dict[str, Any]:
     given = {f.name: getattr(asked, f.name, None) for f in fields(GenerateRequest) if f.name not in ("prompt",)}
     if asked.style == "all":
         given["style"] = None
-    return {k: v for k, v in given.items() if v is not None}
+    return {k: v for k, v in given.items() if v is not None and v is not False}
 
 
 def where(model: Model) -> str:

@@ -17,7 +17,7 @@ import tyro
 
 from sfumato.apps.cli import say
 from sfumato.core.checkpoint import FileError, checkpoints, free_bytes
-from sfumato.core.config import nearest, to_json
+from sfumato.core.config import from_json, nearest, to_json
 from sfumato.core.language import translated
 from sfumato.core.request import Device
 from sfumato.core.runlog import read_log
@@ -58,6 +58,7 @@ def train(argv: list[str]) -> None:
     asked = replace(asked, loop=replace(asked.loop, **chosen))
     if getattr(asked, "init", None) is not None:
         asked = replace(asked, recipe=replace(asked.recipe, init=asked.init))
+    from_json(type(asked.recipe), to_json(asked.recipe), "recipe")  # kinds are not flags to choose from
     if asked.plan:
         print(json.dumps(plan(what, asked), indent=2, ensure_ascii=False))
         return

@@ -20,6 +20,7 @@ from sfumato.convert.header import read_header
 from sfumato.core.checkpoint import FileError
 
 NESTED = 4  # state_dicts within each other
+WITHIN = ("state_dict", "string_to_param")  # of checkpoints, and of learned words
 DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
@@ -107,8 +108,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as e:
         raise FileError(f"{path} cannot be read as a checkpoint ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__})") from None
     for _ in range(NESTED):
-        if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-            found = found["state_dict"]
+        inner = next((k for k in WITHIN if isinstance(found, dict) and isinstance(found.get(k), dict)), None)
+        found = found if inner is None else found[inner]
     named = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(found, dict) else {}
     claimed = next((k for k, v in named.items() if v.numel() > v.untyped_storage().nbytes() // v.element_size()), None)
     if claimed:

@@ -25,7 +25,7 @@ def at_least(low: float, **values: float) -> None:
     """Raises ValueError for a value that is not a finite number from `low` on."""
     for name, value in values.items():
         if not (math.isfinite(value) and value >= low):
-            raise ValueError(f"{name} (={value}) must be at least {low}")
+            raise ValueError(f"{name} (={value}) must be at least {low}" + ("" if math.isfinite(value) else ", and finite"))
 
 
 def to_json(config: Any) -> Any:

@@ -14,7 +14,7 @@ from sfumato.core.config import from_json, nearest, to_json
 Device = Literal["auto", "cpu", "cuda", "mps"]
 LONGEST_PROMPT = 2_000
 MOST_STEPS, MOST_IMAGES, MOST_CODES, MOST_SIDE = 1_000, 10_000, 65_536, 8_192
-NoiseMode = Literal["own", "diffusers"]
+NoiseMode = Literal["own", "diffusers", "a1111"]
 SEEDS = 2**63
 SOURCE_KEY = "Source"  # PNG's own word for where a picture comes from
 METADATA_KEY = "sfumato"
@@ -35,7 +35,8 @@ class GenerateRequest:
     Of models whose pictures have any size: width and height in pixels, schedule (when the network is asked), clip_skip (the text encoder's block
     from the end that is heard, 1 the last), guidance_rescale (0 to 1, arXiv 2305.08891), tiling (edges fit together), variation (0 to 1: how much of
     the noise is of variation_seed instead), hires (times the size in a second pass, of which hires_strength is drawn anew), and noise: streams of our
-    "own", or those of "diffusers".
+    "own", or those of "diffusers" and of "a1111" (AUTOMATIC1111's interface with a GPU). lora: files with strengths, "a.safetensors:0.8"; embedding:
+    files of learned words.
     init: a picture to begin from, of which `strength` (0 little, 1 all) is drawn anew (SDEdit, arXiv 2108.01073). mask: a picture of the same
     size, white where init is to be redrawn; what is black there stays as it is, to the pixel.
     """
@@ -71,6 +72,8 @@ class GenerateRequest:
     hires: float = 1.0
     hires_strength: float = 0.5
     noise: NoiseMode = "own"
+    lora: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "style", "label", "init", "mask"):
@@ -217,3 +220,55 @@ def parameters_text(
         values["Style"] = request.style
     values["Version"] = f"sfumato {version}"
     return "\n".join([*lines, ", ".join(f"{k}: {_quoted(v)}" for k, v in values.items())])
+
+
+# --- what other programs say ----------------------------------------------------------------------------------------------------------------------
+
+PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+THEIR_SAMPLERS = {
+    "Euler": "euler", "Euler a": "ancestral", "Heun": "heun", "LMS": "lms", "DDIM": "ddim", "PLMS": "plms", "UniPC": "unipc", "LCM": "lcm",
+    "DPM++ 2M": "dpmpp_2m", "DPM++ SDE": "dpmpp_sde", "DPM++ 2M SDE": "dpmpp_2m_sde", "DPM++ 3M SDE": "dpmpp_3m_sde",
+}  # fmt: skip
+THEIR_SCHEDULES = {"Karras": "karras", "Exponential": "lambda", "Uniform": "linspace", "Align Your Steps": "ays"}
+NOISES = {"CPU": "diffusers"}  # by what they call RNG; everything else is that of a GPU
+
+
+def parse_parameters(text: str) -> tuple[GenerateRequest, dict[str, str]]:
+    """A request from the `parameters` that AUTOMATIC1111's interface writes, and all that stands there by name. Raises ValueError."""
+    lines = text.strip().split("\n")
+    found = {k: _unquoted(v) for k, v in PAIR.findall(lines[-1])}
+    if len(found) < 3:
+        raise ValueError("the picture's parameters cannot be read: their last line should say Steps, Sampler, Seed and so on")
+    start = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines) - 1)
+    prompt, negative = ("\n".join(part).strip() for part in (lines[:start], lines[start:-1]))
+    named, _, schedule = found.get("Sampler", "").rpartition(" ")
+    if schedule not in THEIR_SCHEDULES:
+        named, schedule = found.get("Sampler", ""), found.get("Schedule type", "")
+    if named not in THEIR_SAMPLERS:
+        raise ValueError(
+            f"Sampler (={named!r}) must be one of {', '.join(THEIR_SAMPLERS)}: others are not here; name one with --sampler and the prompt"
+        )
+    size = re.fullmatch(r"(\d+)x(\d+)", found.get("Size", ""))
+    strength = float(found.get("Denoising strength", 0.5))
+    try:
+        request = GenerateRequest(
+            prompt=prompt or None, negative=negative.removeprefix("Negative prompt:").strip() or None, steps=int(found["Steps"]),
+            guidance=float(found["CFG scale"]), seed=int(found["Seed"]), sampler=THEIR_SAMPLERS[named],
+            schedule=THEIR_SCHEDULES.get(schedule, "linspace"),
+            width=int(size[1]) if size else None, height=int(size[2]) if size else None,
+            clip_skip=int(found["Clip skip"]) if "Clip skip" in found else None, variation=float(found.get("Variation seed strength", 0)),
+            variation_seed=int(found["Variation seed"]) if "Variation seed" in found else None, hires=float(found.get("Hires upscale", 1)),
+            hires_strength=strength if "Hires upscale" in found else 0.5, noise=NOISES.get(found.get("RNG", ""), "a1111"),
+        )  # fmt: skip
+    except KeyError as e:
+        raise ValueError(f"the picture's parameters lack {e.args[0]}") from None
+    return request, found
+
+
+def _unquoted(value: str) -> str:
+    if not value.startswith('"'):
+        return value.strip()
+    try:
+        return str(json.loads(value))
+    except json.JSONDecodeError:
+        return value

@@ -82,6 +82,9 @@ class Variety:
     scene: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("flip", "recolour", "count", "pair", "scene"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} (={getattr(self, name)}) must be between 0 and 1: it is a rate")
         if self.count + self.pair + self.scene > 1:
             raise ValueError(f"count + pair + scene (={self.count + self.pair + self.scene}) must be at most 1: they are rates of one choice")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path as Files
 from typing import Any, ClassVar
 
 import torch
@@ -12,18 +14,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.convert.kohya import read_embedding, read_lora
 from sfumato.core.images import flatten, to_pil, to_tensor
 from sfumato.core.request import GenerateRequest
+from sfumato.core.rng import Philox
 from sfumato.core.seams import Cond, Denoise
 from sfumato.diffusion.discrete import SchedulerConfig
 from sfumato.diffusion.guidance import Post, cfg, guided, inpaint, rescale
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.unet import TIMES
-from sfumato.pipelines.generate import Begun, Progress, Row, begun_digest
+from sfumato.nn.lora import merge
+from sfumato.pipelines.generate import Begun, Picture, Progress, Row, begun_digest
 from sfumato.pipelines.latent_diffusion import LatentDiffusion, Stream
 from sfumato.text.prompts import Ear, heard
 
 GUIDANCE = {"1": 7.5, "2": 7.5, "xl": 5.0}
+NEARLY = 0.9995  # the cosine above which that program takes a straight line
 MOST_PIXELS = 4 * 512 * 512  # of all pictures that a CPU draws together
 TILE, OVERLAP = 64, 16  # latent cells of a tile in which large pictures are decoded, and how many of them two tiles share
 
@@ -127,11 +133,27 @@ class StableDiffusion(LatentDiffusion):
     def _stream(self, row: Row, begun: Begun | None) -> Stream:
         if row.request.noise == "own":
             return super()._stream(row, begun)
+        if row.request.noise == "a1111":
+            return self._of_a1111(row)
         one, shape = torch.Generator().manual_seed(row.seed), self.shape_of(row.request)  # for all that a picture needs, in this order
         draw = lambda wanted: torch.randn((1, *shape), generator=one)[0] if wanted else None  # noqa: E731
         of_init = draw(begun is not None and not (self.inpaints and row.request.strength == 1))
         first = draw(True)
         return Stream(shape, one, one, first, of_init, draw(begun is not None and begun.mask is not None))  # type: ignore[arg-type]
+
+    def _of_a1111(self, row: Row) -> Stream:
+        """Numbers of CUDA's generator; a variation's noise along an arc whose angle is taken over rows of the latents, as that program does. Noise of
+        samplers in their steps begins with the seed again.
+        """
+        shape, request = self.shape_of(row.request), row.request
+        first = torch.from_numpy(Philox(row.seed).normal(*shape))
+        if request.variation:
+            other = torch.from_numpy(Philox((request.seed if request.variation_seed is None else request.variation_seed) or 0).normal(*shape))
+            dot = (F.normalize(first, dim=1) * F.normalize(other, dim=1)).sum(1, keepdim=True)
+            angle, v = dot.clamp(-1, 1).acos(), request.variation
+            arc = (((1 - v) * angle).sin() * first + (v * angle).sin() * other) / angle.sin()
+            first = torch.lerp(first, other, v) if float(dot.mean()) > NEARLY else arc
+        return Counted(shape, torch.Generator(), torch.Generator(), first, of_init=None, source=Philox(row.seed))
 
     def _start(self, rows: list[Row], streams: list[Stream], ts: Tensor, begun: Begun | None) -> Tensor:
         request = rows[0].request
@@ -214,9 +236,38 @@ class StableDiffusion(LatentDiffusion):
         return Begun(x, found.mean, at, begun_digest(request))
 
     def _draw_rows(self, rows: list[Row], progress: Progress | None) -> Iterator[Any]:
-        request = rows[0].request if rows else None
-        with seamless([self.denoiser, self.codec], request is not None and request.tiling):
-            yield from super()._draw_rows(rows, progress) if request is None or request.hires == 1 else self._twice(rows, progress)
+        if not rows:
+            return
+        request = rows[0].request
+        with seamless([self.denoiser, self.codec], request.tiling), self.changed(request):
+            yield from super()._draw_rows(rows, progress) if request.hires == 1 else self._twice(rows, progress)
+
+    @contextmanager
+    def changed(self, request: GenerateRequest) -> Iterator[None]:
+        """With a request's LoRAs merged into the networks and its learned words known; afterwards all is as it was, to the bit."""
+        networks = {"unet": self.denoiser} | {f"text_encoder{e}": ear.network for e, ear in zip(("", "_2"), self.ears, strict=False)}
+        loras = [(read_lora(path, networks), strength) for path, strength in map(strength_of, request.lora)]
+        merged = [merge(net, [(lora.changes.get(name, {}), s) for lora, s in loras]) for name, net in networks.items() if loras]
+        self._learn(request)
+        try:
+            yield
+        finally:
+            for part in merged:
+                part.eject()
+            for ear in self.ears:
+                ear.learned.clear()
+
+    def _learn(self, request: GenerateRequest) -> None:
+        """Raises ValueError for vectors that are not of these text encoders."""
+        for file in request.embedding:
+            for name, vectors in read_embedding(Files(file)).items():
+                widths, wanted = [v.shape[1] for v in vectors], [e.network.config.width for e in self.ears]
+                if widths != wanted:
+                    raise ValueError(
+                        f"embedding (={file!r}) has vectors of {widths} numbers, and this model's text encoders of {wanted}: it is of another model"
+                    )
+                for ear, of_ear in zip(self.ears, vectors, strict=True):
+                    ear.learned[name] = of_ear
 
     def _twice(self, rows: list[Row], progress: Progress | None) -> Iterator[Any]:
         """At the asked size, then larger, and of that a share drawn anew."""
@@ -250,8 +301,24 @@ class StableDiffusion(LatentDiffusion):
             return self.codec.decode(z.float())
         return tiled(self.codec.decode, z.float(), self.codec.spec.factor)
 
+    def _picture(self, image: Image.Image, row: Row, begun: Begun | None) -> Picture:
+        picture = super()._picture(image, row, begun)
+        if files := [str(strength_of(told)[0]) for told in row.request.lora] + list(row.request.embedding):
+            picture.record["files_sha256"] = {f: hashlib.sha256(Files(f).read_bytes()).hexdigest() for f in files}
+        return picture
+
     def enlarge(self, x: Tensor, request: GenerateRequest) -> Tensor:
         return x
+
+
+@dataclass(frozen=True)
+class Counted(Stream):
+    """Fresh noise of CUDA's generator."""
+
+    source: Philox = field(default_factory=lambda: Philox(0))
+
+    def fresh(self) -> Tensor:
+        return torch.from_numpy(self.source.normal(*self.shape))
 
 
 @dataclass(frozen=True)
@@ -266,6 +333,15 @@ class Loose(Begun):
 
     def keep(self, x: Tensor) -> Tensor:
         return x
+
+
+def strength_of(told: str) -> tuple[Files, float]:
+    """ "a.safetensors:0.8" -> the file and 0.8; 1 where nothing is said."""
+    name, colon, number = told.rpartition(":")
+    try:
+        return (Files(name), float(number)) if colon and name else (Files(told), 1.0)
+    except ValueError:
+        return Files(told), 1.0
 
 
 def covering(image: Image.Image, width: int, height: int) -> Image.Image:

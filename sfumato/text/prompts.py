@@ -166,7 +166,8 @@ class Ear:
         if bool((weights != 1).any()):
             mean = chosen.mean((1, 2), keepdim=True)
             chosen = chosen * weights[:, :, None]
-            chosen = chosen * (mean / chosen.mean((1, 2), keepdim=True))
+            weighed = chosen.mean((1, 2), keepdim=True)
+            chosen = chosen * torch.where(weighed == 0, 1.0, mean / weighed)
         return chosen, net.pooled(states[-1], ids)
 
 

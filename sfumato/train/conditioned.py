@@ -55,6 +55,14 @@ class Drop:
                 raise ValueError(f"drop.{name} (={getattr(self, name)}) must be between 0 and 1: it is a rate")
 
 
+def begun_from(init: str) -> Path:
+    """The pack of a run or file that a training begins from. Raises FileError that names the flag."""
+    try:
+        return find(init)
+    except FileError:
+        raise FileError(f"init (={init!r}) must be a run folder or a model file to begin from") from None
+
+
 def frozen_part(source: Path, run: Path, name: str) -> Path:
     """Copies a pack, or the newest one of another run, into this run folder, so that it can be moved; returns the copy.
 
@@ -152,7 +160,7 @@ class Lessons:
             return network
         part = part or self.recipe.part
         check_begun(self.recipe, network.config, part)
-        tensors, meta = load_pack(find(self.recipe.init))
+        tensors, meta = load_pack(begun_from(self.recipe.init))
         codec = {k.removeprefix("codec."): v for k, v in tensors.items() if k.startswith("codec.")}
         same = not self.of_codes or hash_tensors(codec) == hash_tensors(self.codec.state_dict())  # type: ignore[union-attr]
         if self.recipe.data == EMOJI:
@@ -336,7 +344,7 @@ def check_begun(recipe: Taught, net: Any, part: str = "") -> None:
 
     For one's own pictures other styles, labels, words and things are no hindrance, other widths are.
     """
-    pack = find(recipe.init)
+    pack = begun_from(recipe.init)
     meta = read_metadata(pack)
     part = part or recipe.part
     found = meta.get(part)

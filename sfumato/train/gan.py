@@ -166,8 +166,7 @@ class GANRecipe(Taught):
             raise ValueError(f"adapt.penalty (={self.adapt.penalty!r}) moves the weight of penalties on slopes: one of them must be above 0")
         if not (self.told_from >= 0 and self.told_ramp >= 0 and self.told_from + self.told_ramp <= 1):
             raise ValueError(f"told_from (={self.told_from}) and told_ramp (={self.told_ramp}) must be shares of the training, together at most 1")
-        if self.freeze < 0 or (self.freeze and not self.init):
-            raise ValueError(f"freeze (={self.freeze}) must be at least 0, and needs init: what is frozen is to have learned before")
+        at_least(0, freeze=self.freeze)
         if self.memory:
             raise ValueError("memory (=True) is of diffusion and priors: leave it out")
 
@@ -337,6 +336,9 @@ class GANTask(Lessons):
                 f"data (={recipe.data!r}) has {count} pictures to learn from: at least {FEWEST} are wanted, since a pair is measured by their variety"
             )
         of_data = {name: getattr(self.net, name) for name in ("text_width", "styles", "labels")}
+        for name, what in (("text_width", "captions"), ("styles", "styles"), ("labels", "classes")):
+            if getattr(recipe.generator, name) and not of_data[name]:
+                tqdm.write(translated(f"warning: generator.{name} has no effect: these pictures have no {what}"), file=sys.stderr)
         self.of_discriminator = replace(recipe.discriminator, **of_data)
         torch.manual_seed(seed)
         generator, discriminator = Generator(self.net), Discriminator(self.of_discriminator)
@@ -344,6 +346,8 @@ class GANTask(Lessons):
         self.networks: dict[str, nn.Module] = {
             "generator": self.begun(generator), "discriminator": self.begun(discriminator, "discriminator"), "balance": self.balance,
         }  # fmt: skip
+        if recipe.freeze and not recipe.init:
+            raise ValueError(f"freeze (={recipe.freeze}) needs --init: what is frozen is to have learned before")
         parts = discriminator.network.parts
         if recipe.freeze >= len(parts):
             raise ValueError(f"freeze (={recipe.freeze}) must be below {len(parts)}, the parts of this discriminator: one at least is to learn")

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, load_tensors, save_tensors, sweep, thousands, write_json
-from sfumato.core.config import from_json, to_json
+from sfumato.core.config import at_least, from_json, to_json
 from sfumato.core.images import save_png
 from sfumato.core.language import translated
 from sfumato.core.pack import save_pack
@@ -101,6 +101,7 @@ class LoopConfig:
         for name in ("images", "batch_size", "accumulate", "save_every", "sample_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1")
+        at_least(0, threads=self.threads, ema=self.ema, warmup=self.warmup, weight_decay=self.weight_decay)
         if self.patience < 0:
             raise ValueError(f"patience (={self.patience}) must be at least 0: looks without a better score, 0 never ends a run")
         if not 0 <= self.decay <= 1:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.core.request import GenerateRequest, metadata_text, parameters_text, parse_metadata, style_weights
+from sfumato.core.request import GenerateRequest, metadata_text, parameters_text, parse_metadata, parse_parameters, style_weights
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # ho
 
 def test_parameters_text_is_read_by_other_programs() -> None:
     request = GenerateRequest(prompt="a cat", negative="a dog", style="noto:0.5,twemoji:0.5", steps=12, guidance=4.5)
-    text = parameters_text(request, seed=9, size=64, model="emoji", model_hash="0123456789abcdef", version="0.1.0")
+    text = parameters_text(request, seed=9, size=(64, 64), model="emoji", model_hash="0123456789abcdef", version="0.1.0")
     lines = text.split("\n")
     assert lines[:2] == ["a cat", "Negative prompt: a dog"]
     values = dict(PAIR.findall(lines[-1]))
@@ -97,6 +97,37 @@ def test_parameters_text_is_read_by_other_programs() -> None:
 
 
 def test_no_negative_no_line() -> None:
-    text = parameters_text(GenerateRequest(prompt="a\ncat"), seed=0, size=64, model="m", model_hash="0" * 10, version="1")
+    text = parameters_text(GenerateRequest(prompt="a\ncat"), seed=0, size=(64, 64), model="m", model_hash="0" * 10, version="1")
     assert text.count("\n") == 1
     assert "Negative" not in text
+
+
+THEIRS = (
+    "a (red:1.2) fox, snow\nNegative prompt: blurry, low quality\nSteps: 25, Sampler: DPM++ 2M Karras, CFG scale: 6.5, Seed: 1234567890, "
+    "Size: 512x768, Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, Clip skip: 2, Variation seed: 7, Variation seed strength: 0.3, "
+    'Lora hashes: "a: 1234, b: 5678", Version: v1.6.0'
+)
+
+
+def test_what_another_interface_wrote_is_read() -> None:
+    request, found = parse_parameters(THEIRS)
+    assert (request.prompt, request.negative) == ("a (red:1.2) fox, snow", "blurry, low quality")
+    assert (request.steps, request.sampler, request.schedule, request.guidance) == (25, "dpmpp_2m", "karras", 6.5)
+    assert (request.seed, request.width, request.height, request.clip_skip) == (1234567890, 512, 768, 2)
+    assert (request.variation, request.variation_seed, request.noise) == (0.3, 7, "a1111")
+    assert found["Lora hashes"] == "a: 1234, b: 5678"
+    plain, _ = parse_parameters("two\nlines\nSteps: 20, Sampler: Euler a, Schedule type: Exponential, CFG scale: 7, Seed: 1, Size: 64x64, RNG: CPU")
+    assert (plain.prompt, plain.negative, plain.sampler, plain.schedule, plain.noise) == ("two\nlines", None, "ancestral", "lambda", "diffusers")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a fox", "cannot be read"),
+        ("a\nSteps: 20, Sampler: DPM adaptive, CFG scale: 7, Seed: 1", r"Sampler \(='DPM adaptive'\) must be one of"),
+        ("a\nSteps: 20, Sampler: Euler, Size: 64x64, Model: x", "lack CFG scale"),
+    ],
+)
+def test_parameters_that_cannot_be_read(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parse_parameters(text)

@@ -378,6 +378,8 @@ def test_it_begins_from_another_pair_and_freezes_a_part(run: Path, own_folder: P
     still = {k for k, v in ours.items() if torch.equal(v, theirs[f"discriminator.{k}"])}
     assert {"network.first.weight", "network.blocks.1.0.mix.weight"} <= still
     assert "network.blocks.2.0.mix.weight" not in still
+    with pytest.raises(ValueError, match=r"freeze \(=2\) needs --init"):
+        task_of(replace(recipe, init=None), tmp_path / "alone")
     with pytest.raises(ValueError, match=r"freeze \(=9\) must be below 3, the parts of this discriminator"):
         task_of(replace(recipe, freeze=9), tmp_path / "frozen")
     with pytest.raises(ValueError, match="must hold a generator of the recipe's shape"):
@@ -492,7 +494,7 @@ def test_recipes_go_through_json_and_say_what_is_wrong() -> None:
         ({"p": 0.2, "augment": "none"}, "augment ada"),
         ({"betas": (-0.5, 0.9)}, r"betas \(=\(-0.5, 0.9\)\) must be from 0 to below 1"),
         ({"d_lr": float("nan")}, "d_lr"),
-        ({"freeze": 2}, "needs init"),
+        ({"freeze": -1}, r"freeze \(=-1\) must be at least 0"),
         ({"memory": True}, "memory"),
     ):
         with pytest.raises(ValueError, match=said):
