@@ -39,14 +39,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Convert:
-    """Reads a VQGAN of taming-transformers or a diffusers VQModel into a model of ours, or writes ours in their layout."""
+    """Reads a VQGAN of taming-transformers or a diffusers VQModel into a model of ours, or writes ours, or a Stable Diffusion, in their layouts."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """A .ckpt, .pt or .safetensors, a folder of a VQModel, or with --to a model of ours."""
     target: Annotated[Path, tyro.conf.Positional]
     """The file to write; with --to diffusers a folder."""
-    to: Literal["sfumato", "taming", "diffusers"] = "sfumato"
+    to: Literal["sfumato", "taming", "diffusers", "single"] = "sfumato"
     """The layout to write."""
+    half: bool = False
+    """Of Stable Diffusion: numbers of 16 bits."""
+    prediction: Literal["auto", "eps", "v"] = "auto"
+    """What a checkpoint of Stable Diffusion predicts, where its file does not say."""
     force: bool = False
     """Overwrite what exists."""
 
@@ -84,6 +88,11 @@ def run_convert(asked: Convert) -> Iterator[str]:
     """Converts; says what was found."""
     if asked.target.exists() and not asked.force:
         raise FileError(f"{asked.target} exists: use --force to overwrite it, or name another")
+    if asked.to in ("single", "diffusers") and _of_stable_diffusion(asked.source):
+        yield from _convert_stable(asked)
+        return
+    if asked.to == "single":
+        raise ValueError(f"source (={str(asked.source)!r}) must be a checkpoint of Stable Diffusion to be written as a single file")
     from sfumato.convert.taming import SecondStageError, read_model, read_vqgan, to_pack, whole_pack, write_vqgan
     from sfumato.core.pack import save_pack
     from sfumato.pipelines.codec import load_codec
@@ -109,6 +118,33 @@ def run_convert(asked: Convert) -> Iterator[str]:
     size = sum(p.numel() for p in codec.parameters())
     codes = f"{codec.spec.codebook_size:,}"
     say(f"a {c.bottleneck.kind} codec: f{c.convnet.factor}, {codes} codes of {c.bottleneck.channels}, {size / 1e6:.1f} M parameters")
+    yield str(asked.target)
+
+
+def _of_stable_diffusion(source: Path) -> bool:
+    from sfumato.convert.compvis import UNET
+    from sfumato.convert.header import read_header
+
+    if source.is_dir():
+        return (source / "model_index.json").exists()
+    if source.suffix == ".safetensors" and source.exists():
+        return any(name.startswith(UNET) for name in read_header(source)[0])
+    return source.suffix in (".ckpt", ".pt", ".pth")
+
+
+def _convert_stable(asked: Convert) -> Iterator[str]:
+    from sfumato.convert.stable import read_checkpoint, write_folder, write_single
+
+    if asked.to == "single" and asked.target.suffix != ".safetensors":
+        raise ValueError(f"target (={str(asked.target)!r}) must end in .safetensors")
+    if asked.to == "diffusers" and asked.target.suffix:
+        raise ValueError(f"target (={str(asked.target)!r}) must be a folder: name it without an ending")
+    found = read_checkpoint(asked.source, prediction=asked.prediction)
+    for note in found.notes:
+        say(f"note: {note}")
+    (write_single if asked.to == "single" else write_folder)(found, asked.target, half=asked.half)
+    size = sum(p.numel() for p in found.unet.parameters()) / 1e6
+    say(f"Stable Diffusion {found.version}, predicts {found.scheduler.prediction}, a UNet of {size:.0f} M parameters")
     yield str(asked.target)
 
 

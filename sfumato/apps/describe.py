@@ -13,6 +13,8 @@ from sfumato.core.config import to_json
 from sfumato.core.images import texts_in
 from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, parse_metadata
 
+FOREIGN = (".ckpt", ".pt", ".pth", ".bin")  # pickles, of which nothing is run
+
 
 def describe(path: Path) -> dict[str, Any]:
     """Facts about a pack, a state, a run folder or a picture, in the order to print them. Raises FileError for anything else."""
@@ -70,13 +72,19 @@ def _record(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
+    if path.suffix in FOREIGN:
+        from sfumato.convert.about import about
+
+        return about(path) | {"bytes": f"{path.stat().st_size:,}"}
     meta = read_metadata(path)
     facts: dict[str, Any] = {"what": "safetensors file", "bytes": f"{path.stat().st_size:,}"}
     run, counters = meta.get("run"), meta.get("counters")
     if isinstance(run, dict) and isinstance(counters, dict):
         return facts | {"what": f"training state ({run.get('kind')})", **counters}
     if "kind" not in meta:
-        return facts | {"of sfumato": "no: it says nothing of its kind"}
+        from sfumato.convert.about import about
+
+        return about(path) | {"bytes": facts["bytes"]}
     facts["what"] = f"model ({meta['kind']})"
     shown = ("hash", "format", "images", "size", "styles", "labels", "prediction", "path")
     facts |= {k: meta[k] for k in shown if meta.get(k) not in (None, [])}
@@ -85,8 +93,19 @@ def _tensors(path: Path) -> dict[str, Any]:
     return facts | {name: json.dumps(meta[name]) for name in ("codec", "text", "denoiser", "prior") if name in meta}
 
 
+def _pipeline(path: Path) -> dict[str, Any]:
+    """Of a folder of diffusers."""
+    from sfumato.convert.diffusers import read_json
+
+    index = read_json(path / "model_index.json")
+    parts = {k: v for k, v in index.items() if isinstance(v, list) and v and v[0]}
+    return {"what": "folder of diffusers", "kind": index.get("_class_name"), "holds": ", ".join(parts)}
+
+
 def _run(path: Path) -> dict[str, Any]:
     config = path / "config.json"
+    if (path / "model_index.json").exists():
+        return _pipeline(path)
     if not config.exists():
         raise FileError(f"{path} is a folder without a config.json: not a run of sfumato")
     try:

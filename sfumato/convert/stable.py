@@ -94,7 +94,14 @@ def read_checkpoint(
     found = _folder(path, variant) if path.is_dir() else _single(path, prediction, averaged)
     if prediction != "auto" and found.scheduler.prediction != prediction:
         found = replace(found, scheduler=replace(found.scheduler, prediction=prediction))
-    return found
+    return replace(found, notes=found.notes + _not_finite(found, path))
+
+
+def _not_finite(found: Checkpoint, path: Path) -> tuple[str, ...]:
+    """A note of how many numbers are none."""
+    networks = (found.unet, found.codec, *(e.network for e in found.ears))
+    count = sum(int((~torch.isfinite(v)).sum()) for n in networks for v in n.state_dict().values() if v.is_floating_point())
+    return (f"{count:,} numbers in {path} are not finite: what it draws may be black; get it again",) if count else ()
 
 
 # --- folders --------------------------------------------------------------------------------------------------------------------------------------
