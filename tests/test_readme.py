@@ -108,41 +108,6 @@ def codecs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: out / name for name in ("doctor", "sample", "convert")}
 
 
-@pytest.fixture(scope="module")
-def stable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint of Stable Diffusion, and what lies beside it: a LoRA, a learned word, a photograph, a picture of another interface."""
-    import torch
-    from PIL.PngImagePlugin import PngInfo
-    from safetensors.torch import load_file, save_file
-
-    from sfumato.codecs.autoencoder import Autoencoder, AutoencoderConfig
-    from sfumato.codecs.bottlenecks.kl import KLConfig
-    from sfumato.codecs.resnets import ResnetConfig
-    from sfumato.convert.stable import Checkpoint, write_single
-    from sfumato.diffusion.discrete import SchedulerConfig
-    from sfumato.diffusion.unet import UNet, UNetConfig
-    from sfumato.text.clip import ClipConfig, ClipText, usual_tokenizer
-    from sfumato.text.prompts import Ear
-
-    torch.manual_seed(0)
-    out = tmp_path_factory.mktemp("stable")
-    net = ResnetConfig(width=32, multipliers=(1, 1, 1, 1), blocks=1, attention=(), resolution=512, z_channels=4, double_z=True)
-    ear = Ear(ClipText(ClipConfig(width=64, inner=64, depth=2, heads=1)), usual_tokenizer(), 49_407)
-    unet = UNet(UNetConfig(widths=(32, 64), depths=(0, 1), heads=(1, 1), blocks=1, context=64))
-    codec = Autoencoder(AutoencoderConfig(convnet=net, bottleneck=KLConfig(channels=4)))
-    write_single(Checkpoint(unet, codec, [ear], SchedulerConfig(), "1", 512), out / "sd15.safetensors")
-    torch.save({"state_dict": load_file(out / "sd15.safetensors")}, out / "sd15.ckpt")
-    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    save_file({f"{layer}.lora_down.weight": torch.randn(2, 64), f"{layer}.lora_up.weight": torch.randn(64, 2)}, out / "style.safetensors")
-    torch.save({"string_to_param": {"*": torch.randn(2, 64)}, "name": "x"}, out / "my-style.pt")
-    Image.linear_gradient("L").convert("RGB").save(out / "photo.png")
-    Image.new("L", (256, 256), 255).save(out / "mask.png")
-    told = PngInfo()
-    told.add_text("parameters", "a fox\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, Model: x")
-    Image.new("RGB", (64, 64)).save(out / "webui.png", pnginfo=told)
-    return out
-
-
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The calls of the trainers, which end before they begin."""

@@ -8,7 +8,8 @@ import platform
 import re
 import secrets
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -115,6 +116,14 @@ class Generate:
     """Of Stable Diffusion: LoRA files, each with its strength (a.safetensors:0.8)."""
     embedding: tuple[str, ...] | None = None
     """Of Stable Diffusion: files of learned words (textual inversion)."""
+    extend: tuple[int, int, int, int] | None = None
+    """Of Stable Diffusion: pixels to draw to the left, above, to the right and below of the init picture (with --strength 1)."""
+    apg: float | None = None
+    """How much of the guidance along the picture counts, which saturates colours: 0 to 1 (arXiv 2410.02416)."""
+    vae: Path | None = None
+    """Of Stable Diffusion: another autoencoder, a file or a folder."""
+    preview: int = 0
+    """Writes what the picture would be every so many steps, into preview.png beside it."""
     prediction: Literal["auto", "eps", "v"] = "auto"
     """What a checkpoint of Stable Diffusion predicts, where its file does not say."""
     morph: str | None = None
@@ -163,7 +172,7 @@ def run(asked: Generate) -> None:
         asked = _morph_again(asked, record)
     request, only = _request(asked, record) if theirs is None else (replace(theirs, **_changes(asked)), None)
     requests = [replace(request, prompt=p) for p in asked.prompts or (request.prompt,)]
-    model = load(asked.model, prediction=asked.prediction, **_engine(asked, record))
+    model = load(asked.model, prediction=asked.prediction, vae=asked.vae, **_engine(asked, record))
     if record is not None:
         _compare(model, record, again=only is not None)
     _warn_of_flags(asked, morphs(asked))
@@ -189,7 +198,8 @@ def run(asked: Generate) -> None:
             say("warning: out has no effect together with sheet")
         _sheet(model, files[0], requests, styles, tell)
         return finish(files[0], asked.json, tell)
-    pictures = _draw(model, jobs, tell)
+    with previews(model, asked.preview, jobs[0].files[0].with_name("preview.png")):
+        pictures = _draw(model, jobs, tell)
     result = jobs[0].files[0]
     if len(pictures) > 1:
         result = _grid_path(asked, jobs)
@@ -457,6 +467,31 @@ def check_targets(paths: list[Path], force: bool) -> None:
         folder = next(p for p in path.absolute().parents if p.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise FileError(f"cannot write {path}: {folder} is not a folder that may be written to")
+
+
+@contextmanager
+def previews(model: Model, every: int, path: Path) -> Iterator[None]:
+    """Writes what the picture would be after every so many steps; nothing stays of it when the pictures are there."""
+    if every < 0:
+        raise ValueError(f"preview (={every}) must be at least 0: steps from one look to the next")
+    watchers: list[Any] | None = getattr(model, "watchers", None)
+    if not every or watchers is None:
+        if every:
+            say("warning: preview has no effect: it is for models that draw by diffusion")
+        yield
+        return
+    from sfumato.core.images import to_pil
+
+    def watch(step: int, x0: Any) -> None:
+        if (step + 1) % every == 0:
+            write_bytes(path, png_bytes(grid(to_pil(model.decode(x0))), {}))
+
+    watchers.append(watch)
+    try:
+        yield
+    finally:
+        watchers.remove(watch)
+        path.unlink(missing_ok=True)
 
 
 def _draw(model: Model, jobs: list[Job], tell: Tell) -> list[Picture]:

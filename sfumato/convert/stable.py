@@ -28,7 +28,7 @@ from sfumato.convert.diffusers import (
     vae_json,
     vae_tensors,
 )
-from sfumato.convert.taming import from_codec
+from sfumato.convert.taming import from_codec, from_diffusers
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.diffusion.discrete import SchedulerConfig
 from sfumato.diffusion.unet import UNet
@@ -212,6 +212,29 @@ def _single(path: Path, prediction: str, averaged: bool) -> Checkpoint:
     scheduler = replace(base, prediction=guess, path=replace(base.path, zero_snr=SNR_MARK in tensors and guess == "v"))
     size = 512 if version == "2" and guess == "eps" else SIZES[version]
     return Checkpoint(unet, codec, ears_of(parts["text"], path), scheduler, version, size, notes)
+
+
+def read_codec(path: Path, version: Version = "1") -> Autoencoder:
+    """The autoencoder alone: a `vae` folder, or a single file of it or with it. A file does not say how its latents are scaled: as `version` does.
+
+    Raises FileError.
+    """
+    if path.is_dir():
+        return read_vae(path / "vae" if (path / "vae").is_dir() else path)
+    tensors = read_tensors(path)
+    refuse(tensors, path)
+    known = next((p for p in (VAE, "vae.", "") if f"{p}encoder.conv_in.weight" in tensors), None)
+    if known is None:
+        raise FileError(f"{path} holds no autoencoder of Stable Diffusion: there is no encoder.conv_in.weight in it")
+    own = {k.removeprefix(known): v for k, v in tensors.items() if k.startswith(known)}
+    if "encoder.conv_norm_out.weight" in own:
+        levels = 1 + max(int(k.split(".")[2]) for k in own if k.startswith("encoder.down_blocks."))
+        blocks = 1 + max(int(k.split(".")[4]) for k in own if k.startswith("encoder.down_blocks.0.resnets."))
+        own = from_diffusers(own, levels, blocks)
+    kept = {k: v for k, v in own.items() if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
+    config = vae_config_of(kept)
+    channels = config.bottleneck.channels
+    return codec_of(config, kept, {"mean": [0.0] * channels, "std": [1 / SCALES[version]] * channels}, path)
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -35,8 +35,9 @@ class GenerateRequest:
     Of models whose pictures have any size: width and height in pixels, schedule (when the network is asked), clip_skip (the text encoder's block
     from the end that is heard, 1 the last), guidance_rescale (0 to 1, arXiv 2305.08891), tiling (edges fit together), variation (0 to 1: how much of
     the noise is of variation_seed instead), hires (times the size in a second pass, of which hires_strength is drawn anew), and noise: streams of our
-    "own", or those of "diffusers" and of "a1111" (AUTOMATIC1111's interface with a GPU). lora: files with strengths, "a.safetensors:0.8"; embedding:
-    files of learned words.
+    "own", or those of "diffusers" and of "a1111" (AUTOMATIC1111's interface with a GPU). extend: pixels to draw to the left, above,
+    to the right and below of the init picture. lora: files with strengths, "a.safetensors:0.8"; embedding: files of learned words.
+    apg: how much of the guidance along the picture counts, of any diffusion model (arXiv 2410.02416, eta); None is plain guidance.
     init: a picture to begin from, of which `strength` (0 little, 1 all) is drawn anew (SDEdit, arXiv 2108.01073). mask: a picture of the same
     size, white where init is to be redrawn; what is black there stays as it is, to the pixel.
     """
@@ -74,6 +75,8 @@ class GenerateRequest:
     noise: NoiseMode = "own"
     lora: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
+    extend: tuple[int, int, int, int] | None = None
+    apg: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "style", "label", "init", "mask"):
@@ -130,6 +133,15 @@ class GenerateRequest:
             raise ValueError(f"variation_seed (={self.variation_seed!r}) must be a whole number between 0 and 2^63")
         if self.mask is not None and self.init is None:
             raise ValueError(f"mask (={self.mask!r}) says where to redraw the init picture: name one with --init")
+        if self.apg is not None and not (type(self.apg) in (int, float) and 0 <= self.apg <= 1):
+            raise ValueError(f"apg (={self.apg!r}) must be between 0 and 1: how much of the guidance along the picture counts, 1 is plain guidance")
+        if self.extend is not None:
+            if self.init is None:
+                raise ValueError(f"extend (={self.extend}) says how much to draw around the init picture: name one with --init")
+            if self.mask is not None or min(self.extend) < 0 or not 0 < max(self.extend) <= MOST_SIDE:
+                raise ValueError(
+                    f"extend (={self.extend}) must be four numbers of pixels from 0 to {MOST_SIDE:,}, one at least above 0, without a mask"
+                )
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
             raise ValueError(f"guidance_interval (={self.guidance_interval}) must be two rising times between 0 and 1")
         if self.style is not None:

@@ -33,7 +33,7 @@ CHUNK = 16  # pictures drawn together, at most
 USUAL_GUIDANCE = 3.0
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Progress = Callable[[int, int], None]
-OF_SIZED = ("width", "height", "clip_skip", "tiling", "hires", "noise", "lora", "embedding")
+OF_SIZED = ("width", "height", "clip_skip", "tiling", "hires", "noise", "lora", "embedding", "extend")
 
 
 class NotFinite(ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Denoise
-from sfumato.diffusion.guidance import Post, cfg, guided, inpaint, rescale, text_style
+from sfumato.diffusion.guidance import Post, apg, cfg, guided, inpaint, rescale, text_style
 from sfumato.diffusion.path import Path, timesteps
-from sfumato.diffusion.precond import Precond
+from sfumato.diffusion.precond import Precond, Prediction
 from sfumato.diffusion.samplers import sample_ddim, sampler
 from sfumato.nn.layers import slerp
 from sfumato.pipelines.generate import Begun, Model, Row
 
 USUAL_STEPS = 20
+Watch = Callable[[int, Tensor], None]  # the step, and the latents "b c h w" of the denoised pictures
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class LatentDiffusion(Model):
 
     denoiser: nn.Module
     path: Path
+    watchers: list[Watch] = field(default_factory=list)  # are told after each step what the picture would be
     way: ClassVar[str] = "diffusion"
     part: ClassVar[str] = "denoiser"
 
@@ -77,6 +79,8 @@ class LatentDiffusion(Model):
         function = sampler(request.sampler or self.usual["sampler"]).function
         extra = {"eta": request.eta} if function is sample_ddim and request.eta else {}
         for step in function(self._denoise(rows, begun, streams, ts), x, ts, self.path, noise=noise, **extra):
+            for watch in self.watchers:
+                watch(step.i, step.x0)
             yield step.x
 
     def _start(self, rows: list[Row], streams: list[Stream], ts: Tensor, begun: Begun | None) -> Tensor:
@@ -103,14 +107,18 @@ class LatentDiffusion(Model):
         cond, empty = self._sides(rows)
         predict = Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
         post: list[Post] = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
-        if request.guidance_rescale:
-            post.append(rescale(request.guidance_rescale, self.meta["prediction"], self.path))
+        post += self._changes(request, self.meta["prediction"])
         if begun is not None and begun.mask is not None:
             post.append(inpaint(begun.z, begun.redraw()))
         scale = self.usual["guidance"] if request.guidance is None else request.guidance
         if request.style_guidance is None:
             return guided(cfg(predict, cond, empty, scale, request.guidance_interval), post)
         return guided(text_style(predict, cond, empty, self._neither(rows, empty), scale, request.style_guidance), post)
+
+    def _changes(self, request: GenerateRequest, prediction: Prediction) -> list[Post]:
+        """What a request does to guidance."""
+        projected = [] if request.apg is None else [apg(request.apg)]
+        return projected + ([rescale(request.guidance_rescale, prediction, self.path)] if request.guidance_rescale else [])
 
     def _without_dead(self, x0: Tensor, *_: Any) -> Tensor:
         """Channels that the codec does not use stay 0, as training had them: nobody taught the denoiser what to say of them."""

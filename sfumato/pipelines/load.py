@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from sfumato import zoo
 from sfumato.codecs.upscaler import Upscaler, drawn_by
 from sfumato.convert.header import read_header
-from sfumato.convert.stable import read_checkpoint
+from sfumato.convert.stable import read_checkpoint, read_codec
 from sfumato.core.checkpoint import FileError, read_metadata
 from sfumato.core.config import from_json
 from sfumato.core.language import translated
@@ -55,7 +56,15 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 
-def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dtype = "auto", threads: int = 0, prediction: Asked = "auto") -> Model:
+def load(
+    model: str | Path | None = None,
+    *,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: int = 0,
+    prediction: Asked = "auto",
+    vae: Path | None = None,
+) -> Model:
     """Loads the bundled model, or the named one, ready to draw: one of ours, or a checkpoint of Stable Diffusion, a folder of diffusers or a single
     file; `prediction` is for those that do not say what they predict. Raises FileError or ValueError with one clear line.
     """
@@ -65,7 +74,9 @@ def load(model: str | Path | None = None, *, device: Device = "auto", dtype: Dty
         torch.set_num_threads(threads)
     path = find(model)
     if is_stable(path):
-        return load_stable(path, choose_device(device), dtype, prediction)
+        return load_stable(path, choose_device(device), dtype, prediction, vae)
+    if vae is not None:
+        raise ValueError(f"vae (={str(vae)!r}) must be left out: it is for checkpoints of Stable Diffusion")
     tensors, meta = load_pack(path)
     if meta["kind"] not in DRAWING:
         raise FileError(f"{path} is of kind {meta['kind']!r} and does not draw by itself: name a run of `sfumato train diffusion`, prior or gan")
@@ -101,9 +112,11 @@ def is_stable(path: Path) -> bool:
     return path.suffix == ".safetensors" and "hash" not in read_header(path)[1]
 
 
-def load_stable(path: Path, device: torch.device, dtype: Dtype, prediction: Asked) -> StableDiffusion:
+def load_stable(path: Path, device: torch.device, dtype: Dtype, prediction: Asked, vae: Path | None = None) -> StableDiffusion:
     """A checkpoint of Stable Diffusion, ready to draw; what is to be known of it goes to stderr."""
     found = read_checkpoint(path, prediction=prediction)
+    if vae is not None:
+        found = replace(found, codec=read_codec(vae, found.version))
     for note in found.notes:
         print(translated(f"note: {note}"), file=sys.stderr)
     kind = choose_dtype(dtype, device)

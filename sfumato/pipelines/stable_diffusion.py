@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path as Files
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import Philox
 from sfumato.core.seams import Cond, Denoise
 from sfumato.diffusion.discrete import SchedulerConfig
-from sfumato.diffusion.guidance import Post, cfg, guided, inpaint, rescale
+from sfumato.diffusion.guidance import cfg, guided, inpaint
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.unet import TIMES
 from sfumato.nn.lora import merge
@@ -95,7 +96,7 @@ class StableDiffusion(LatentDiffusion):
         most = min(e.network.config.depth for e in self.ears)
         if request.clip_skip is not None and request.clip_skip > most:
             raise ValueError(f"clip_skip (={request.clip_skip}) must be from 1 to {most}: the blocks of this text encoder")
-        if self.inpaints and request.mask is None:
+        if self.inpaints and request.mask is None and request.extend is None:
             raise ValueError("mask (=None) is what this model draws by: it is for inpainting; name --init and --mask, or another model")
         if request.hires > 1 and request.init is not None:
             raise ValueError(f"hires (={request.hires}) is for pictures from noise: leave it or init out")
@@ -179,9 +180,7 @@ class StableDiffusion(LatentDiffusion):
             shown = self._shown(begun, streams)
             cond, empty = (replace(c, concat=shown) for c in (cond, empty))
         predict = Precond(self._asked(), self.scheduler.prediction, self.path, None if self.dtype == torch.float32 else self.dtype)
-        post: list[Post] = []
-        if request.guidance_rescale:
-            post.append(rescale(request.guidance_rescale, self.scheduler.prediction, self.path))
+        post = self._changes(request, self.scheduler.prediction)
         if begun is not None and begun.mask is not None and not self.inpaints:
             post.append(inpaint(self._begun(begun, streams), begun.redraw()))
         scale = self.usual["guidance"] if request.guidance is None else request.guidance
@@ -234,6 +233,17 @@ class StableDiffusion(LatentDiffusion):
         if request.noise == "diffusers":
             return Loose(x, found.mean, at, begun_digest(request), std=found.std)
         return Begun(x, found.mean, at, begun_digest(request))
+
+    def _pictures_of(self, request: GenerateRequest) -> tuple[Image.Image, Image.Image | None]:
+        """The init picture and its mask; with `extend` on a larger sheet, the mask around it, and as a first guess its mirrored edges there."""
+        init, mask = super()._pictures_of(request)
+        if request.extend is None:
+            return init, mask
+        left, top, right, bottom = request.extend
+        flat = np.pad(np.asarray(flatten(init)), ((top, bottom), (left, right), (0, 0)), mode="symmetric")
+        around = np.full(flat.shape[:2], 255, dtype=np.uint8)
+        around[top : top + init.height, left : left + init.width] = 0
+        return Image.fromarray(flat), Image.fromarray(around)
 
     def _draw_rows(self, rows: list[Row], progress: Progress | None) -> Iterator[Any]:
         if not rows:

@@ -1,0 +1,208 @@
+"""What is asked of a checkpoint of Stable Diffusion, and what it refuses: sizes, passes, edges, noise, LoRAs, learned words, and once more from a PNG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sfumato.apps.cli import main
+from sfumato.core.checkpoint import FileError
+from sfumato.core.request import GenerateRequest, parse_metadata
+from sfumato.core.rng import Philox
+from sfumato.pipelines.load import load
+from sfumato.pipelines.stable_diffusion import StableDiffusion, starts, tiled
+
+REQUEST = GenerateRequest(prompt="a fox", seed=3, steps=2, width=64, height=64)
+
+
+@pytest.fixture(scope="module")
+def model(stable: Path) -> StableDiffusion:
+    found = load(stable / "sd15.safetensors", device="cpu")
+    assert isinstance(found, StableDiffusion)
+    return found
+
+
+def image(model: StableDiffusion, request: GenerateRequest) -> np.ndarray:
+    (picture,) = model.pictures(request)
+    return np.asarray(picture.image).astype(float)
+
+
+def test_any_size_and_two_passes(model: StableDiffusion) -> None:
+    assert image(model, replace(REQUEST, width=96, height=40)).shape == (40, 96, 3)
+    seen: list[tuple[int, int]] = []
+    (picture,) = model.pictures(replace(REQUEST, hires=1.5, hires_strength=0.5), progress=lambda done, total: seen.append((done, total)))
+    assert picture.image.size == (96, 96)
+    assert seen[-1] == (3, 3), "two steps, and half of two"
+    with pytest.raises(ValueError, match=r"width \(=63\) must be a multiple of 8: the nearest are 56 and 64"):
+        model.check(replace(REQUEST, width=63))
+
+
+def test_the_same_request_is_the_same_picture_and_its_png_says_it(model: StableDiffusion) -> None:
+    request = replace(REQUEST, count=2)
+    a, b = (list(model.pictures(request)) for _ in range(2))
+    assert [p.png() for p in a] == [p.png() for p in b]
+    assert "Size: 64x64" in a[0].parameters
+    record = parse_metadata(json.dumps({"version": "0", **json.loads(_text(a[0].png()))}))
+    assert record["request"].guidance == 7.5
+    assert record["request"].sampler == "dpmpp_2m"
+
+
+def _text(png: bytes) -> str:
+    import io
+
+    with Image.open(io.BytesIO(png)) as found:
+        return str(found.text["sfumato"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": "a (fox:1.5)"}, {"negative": "snow"}, {"guidance": 2.0}, {"clip_skip": 2}, {"guidance_rescale": 0.9}, {"apg": 0.0}, {"tiling": True},
+     {"variation": 0.5, "variation_seed": 9}, {"schedule": "trailing"}, {"sampler": "plms"}, {"noise": "diffusers"}, {"noise": "a1111"},
+     {"prompt": "a fox, " + "in the snow, " * 40}],
+    ids=lambda c: "-".join(c),
+)  # fmt: skip
+def test_everything_that_is_said_counts(change: dict[str, object], model: StableDiffusion) -> None:
+    assert np.abs(image(model, replace(REQUEST, **change)) - image(model, REQUEST)).mean() > 0.02  # type: ignore[arg-type]
+
+
+def test_opposite_edges_fit_together(model: StableDiffusion) -> None:
+    """Rolled noise gives the rolled picture only where nothing ends at an edge."""
+    from sfumato.pipelines.stable_diffusion import seamless
+
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), seamless([model.codec], True):
+        one, other = model.codec.decode(x), model.codec.decode(x.roll(4, 3))
+    assert torch.allclose(one.roll(32, 3), other, atol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(model.codec.decode(x).roll(32, 3), model.codec.decode(x.roll(4, 3)), atol=1e-2)
+
+
+def test_tiles_leave_no_seams() -> None:
+    """A decoder without neighbours is the same in tiles; every cell is in one."""
+    z = torch.randn(2, 4, 70, 50, generator=torch.Generator().manual_seed(0))
+    decode = lambda z: z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)  # noqa: E731
+    assert torch.allclose(tiled(decode, z, 8, side=32, overlap=8), decode(z), atol=1e-5)
+    for length in (10, 32, 33, 56, 57, 200):
+        found = starts(length, 32, 8)
+        assert found[0] == 0
+        assert max(found) + 32 >= length
+        assert all(b - a <= 24 for a, b in zip(found, found[1:], strict=False))
+
+
+def test_masks_keep_what_they_do_not_show_and_pictures_grow(model: StableDiffusion, stable: Path, tmp_path: Path) -> None:
+    photo = Image.open(stable / "photo.png").resize((64, 64))
+    photo.save(tmp_path / "photo.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    request = GenerateRequest(prompt="a fox", seed=3, steps=2, init=str(tmp_path / "photo.png"), mask=str(tmp_path / "mask.png"), strength=1.0)
+    found = image(model, request)
+    assert np.array_equal(found[:, :32], np.asarray(photo)[:, :32])
+    assert not np.array_equal(found[:, 32:], np.asarray(photo)[:, 32:])
+    grown = image(model, replace(request, mask=None, extend=(16, 0, 16, 8)))
+    assert grown.shape == (72, 96, 3)
+    assert np.array_equal(grown[:64, 16:80], np.asarray(photo))
+
+
+def test_loras_and_learned_words_leave_nothing_behind(model: StableDiffusion, stable: Path) -> None:
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    plain = image(model, REQUEST)
+    request = replace(REQUEST, lora=(f"{stable / 'style.safetensors'}:0.8",))
+    (picture,) = model.pictures(request)
+    assert np.abs(np.asarray(picture.image).astype(float) - plain).mean() > 0.02
+    assert list(picture.record["files_sha256"]) == [str(stable / "style.safetensors")]
+    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+    words = replace(REQUEST, prompt="a fox in my-style", embedding=(str(stable / "my-style.pt"),))
+    assert np.abs(image(model, words) - image(model, replace(words, embedding=()))).mean() > 0.02
+    assert np.array_equal(image(model, REQUEST), plain)
+    assert model.ears[0].learned == {}
+    save_file({"emb_params": torch.zeros(1, 7)}, stable / "wrong.safetensors")
+    with pytest.raises(ValueError, match=r"has vectors of \[7\] numbers, and this model's text encoders of \[64\]"):
+        image(model, replace(REQUEST, embedding=(str(stable / "wrong.safetensors"),)))
+
+
+def test_noise_is_whose_it_is_said_to_be(model: StableDiffusion) -> None:
+    (row,) = model._rows(replace(REQUEST, noise="a1111"))
+    assert np.array_equal(model._stream(row, None).first.numpy(), Philox(3).normal(4, 8, 8))
+    (row,) = model._rows(replace(REQUEST, noise="diffusers"))
+    expected = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))[0]
+    assert torch.equal(model._stream(row, None).first, expected)
+    (row,) = model._rows(replace(REQUEST, noise="a1111", variation=1.0, variation_seed=5))
+    assert np.allclose(model._stream(row, None).first.numpy(), Philox(5).normal(4, 8, 8), atol=1e-5)
+
+
+@pytest.fixture
+def sees(model: StableDiffusion) -> Iterator[list[int]]:
+    steps: list[int] = []
+    watch = lambda i, x0: steps.append(i)  # noqa: E731
+    model.watchers.append(watch)
+    yield steps
+    model.watchers.remove(watch)
+
+
+def test_a_preview_is_asked_after_every_step(model: StableDiffusion, sees: list[int]) -> None:
+    image(model, REQUEST)
+    assert sees == [0, 1]
+
+
+def test_another_autoencoder(stable: Path, tmp_path: Path) -> None:
+    whole = load_file(stable / "sd15.safetensors")
+    vae = {k.removeprefix("first_stage_model."): v for k, v in whole.items() if k.startswith("first_stage_model.")}
+    vae["decoder.conv_out.bias"] = vae["decoder.conv_out.bias"] + 0.5
+    save_file(vae, tmp_path / "vae.safetensors")
+    one, other = load(stable / "sd15.safetensors", device="cpu"), load(stable / "sd15.safetensors", device="cpu", vae=tmp_path / "vae.safetensors")
+    assert image(other, REQUEST).mean() > image(one, REQUEST).mean() + 20  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"vae \(=.*\) must be left out"):
+        load("emoji", vae=tmp_path / "vae.safetensors")
+
+
+def test_bad_input_is_one_line(model: StableDiffusion, stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sd, out = str(stable / "sd15.safetensors"), str(tmp_path / "a.png")
+    save_file({"something": torch.zeros(2)}, tmp_path / "other.safetensors")
+    for argv, said in (
+        (["--clip-skip", "9"], "clip_skip (=9) must be from 1 to 2"),
+        (["--schedule", "kerras"], "did you mean 'karras'"),
+        (["--sampler", "dpmpp"], "sampler (='dpmpp') must be one of"),
+        (["--extend", "8", "0", "0", "0"], "name one with --init"),
+        (["--lora", str(tmp_path / "none.safetensors")], "there is no file"),
+        (["--model", str(tmp_path / "other.safetensors")], "holds no UNet of Stable Diffusion"),
+        (["--steps", "1001"], "between 1 and 1,000"),
+        (["--style", "noto"], "this model has no styles"),
+    ):
+        with pytest.raises(SystemExit) as done:
+            main(["generate", "a fox", "--model", sd, "--width", "64", "--height", "64", "--steps", "1", "--out", out, "--force", *argv])
+        assert done.value.code == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said in error
+    with pytest.raises(SystemExit):
+        main(["generate", "a fox", "--width", "64", "--out", out])
+    assert "width (=64) must be left out: it is for checkpoints of Stable Diffusion" in capsys.readouterr().err
+    with pytest.raises(FileError, match="is a ControlNet"):
+        save_file({"control_model.x": torch.zeros(2)}, tmp_path / "control.safetensors")
+        load(tmp_path / "control.safetensors")
+
+
+def test_what_a_file_is(stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"x.dora_scale": torch.zeros(2)}, tmp_path / "dora.safetensors")
+    for file, said in (
+        (stable / "sd15.safetensors", "checkpoint of Stable Diffusion"), (stable / "sd15.ckpt", "holds: UNet, autoencoder, text encoder"),
+        (stable / "style.safetensors", "rank: 2"), (stable / "my-style.pt", "textual inversion"), (tmp_path / "dora.safetensors", "a DoRA (not read)"),
+    ):  # fmt: skip
+        main(["info", str(file)])
+        assert said in capsys.readouterr().out, file
+
+
+def test_it_is_converted_and_draws_the_same(model: StableDiffusion, stable: Path, tmp_path: Path) -> None:
+    main(["convert", str(stable / "sd15.ckpt"), str(tmp_path / "folder"), "--to", "diffusers"])
+    main(["convert", str(tmp_path / "folder"), str(tmp_path / "again.safetensors"), "--to", "single", "--half"])
+    one = image(model, REQUEST)
+    assert np.abs(image(load(tmp_path / "folder", device="cpu"), replace(REQUEST, schedule="karras")) - one).max() <= 1  # type: ignore[arg-type]
+    assert np.abs(image(load(tmp_path / "again.safetensors", device="cpu"), REQUEST) - one).mean() <= 2  # type: ignore[arg-type]
