@@ -113,7 +113,7 @@ def own_shards(own_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def stable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint of Stable Diffusion, and what lies beside it: a LoRA, a learned word, a photograph, a picture of another interface."""
-    import torch
+    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
     from safetensors.torch import load_file, save_file
 

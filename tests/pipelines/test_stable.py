@@ -1,10 +1,11 @@
-"""What is asked of a checkpoint of Stable Diffusion, and what it refuses: sizes, passes, edges, noise, LoRAs, learned words, and once more from a PNG."""
+"""What is asked of a checkpoint of Stable Diffusion, and what it refuses: sizes, passes, edges, noise, LoRAs, learned words, conversions."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_tiles_leave_no_seams() -> None:
         found = starts(length, 32, 8)
         assert found[0] == 0
         assert max(found) + 32 >= length
-        assert all(b - a <= 24 for a, b in zip(found, found[1:], strict=False))
+        assert all(b - a <= 24 for a, b in pairwise(found))
 
 
 def test_masks_keep_what_they_do_not_show_and_pictures_grow(model: StableDiffusion, stable: Path, tmp_path: Path) -> None:
@@ -185,15 +186,16 @@ def test_bad_input_is_one_line(model: StableDiffusion, stable: Path, tmp_path: P
     with pytest.raises(SystemExit):
         main(["generate", "a fox", "--width", "64", "--out", out])
     assert "width (=64) must be left out: it is for checkpoints of Stable Diffusion" in capsys.readouterr().err
+    save_file({"control_model.x": torch.zeros(2)}, tmp_path / "control.safetensors")
     with pytest.raises(FileError, match="is a ControlNet"):
-        save_file({"control_model.x": torch.zeros(2)}, tmp_path / "control.safetensors")
         load(tmp_path / "control.safetensors")
 
 
 def test_what_a_file_is(stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"x.dora_scale": torch.zeros(2)}, tmp_path / "dora.safetensors")
     for file, said in (
-        (stable / "sd15.safetensors", "checkpoint of Stable Diffusion"), (stable / "sd15.ckpt", "holds: UNet, autoencoder, text encoder"),
+        (stable / "sd15.safetensors", "checkpoint of Stable Diffusion"),
+        (stable / "sd15.ckpt", "holds: UNet, autoencoder, text encoder"),
         (stable / "style.safetensors", "rank: 2"), (stable / "my-style.pt", "textual inversion"), (tmp_path / "dora.safetensors", "a DoRA (not read)"),
     ):  # fmt: skip
         main(["info", str(file)])
