@@ -196,7 +196,8 @@ def test_what_a_file_is(stable: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for file, said in (
         (stable / "sd15.safetensors", "checkpoint of Stable Diffusion"),
         (stable / "sd15.ckpt", "holds: UNet, autoencoder, text encoder"),
-        (stable / "style.safetensors", "rank: 2"), (stable / "my-style.pt", "textual inversion"), (tmp_path / "dora.safetensors", "a DoRA (not read)"),
+        (stable / "style.safetensors", "rank: 2"),
+        (stable / "my-style.pt", "textual inversion"), (tmp_path / "dora.safetensors", "a DoRA (not read)"),
     ):  # fmt: skip
         main(["info", str(file)])
         assert said in capsys.readouterr().out, file
