@@ -330,8 +330,6 @@ def their_request(source: Path) -> GenerateRequest | None:
         return None
     request, found = parse_parameters(texts["parameters"])
     say(f"note: {source} was drawn by another program with the model {found.get('Model', '?')} ({found.get('Model hash', '?')})")
-    if "<lora:" in (request.prompt or ""):
-        say("warning: a LoRA named in the prompt has no effect: name its file with --lora")
     return request
 
 
@@ -402,6 +400,8 @@ def warn(model: Model, r: GenerateRequest) -> None:
         say("warning: guidance_interval has no effect at guidance 1 or together with style_guidance")
     if r.strength != usual.strength and r.init is None:
         say("warning: strength has no effect without --init")
+    if r.prompt and "<lora:" in r.prompt:
+        say("warning: a LoRA named in the prompt has no effect: name its file with --lora")
     if r.prompt and (shown := model.people(r.prompt)):
         say(f"note: this model draws no people and no faces: {shown!r} gives what goes with it at most")
     for text in (r.prompt, r.negative):
