@@ -12,7 +12,8 @@ from sfumato.core.checkpoint import FileError, load_tensors
 from sfumato.core.images import to_pil
 from sfumato.core.pack import save_pack
 from sfumato.core.request import GenerateRequest, style_weights
-from sfumato.pipelines.generate import CHUNK, Row, slerp
+from sfumato.nn.layers import slerp
+from sfumato.pipelines.generate import CHUNK, Row
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
 
 
