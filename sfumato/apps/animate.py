@@ -36,7 +36,7 @@ def animate(asked: Generate, model: Model, requests: list[GenerateRequest]) -> N
     for name in ("morph", "morph_style"):
         if getattr(asked, name) == "":
             raise ValueError(f"{name} is empty: say what the animation ends with, or leave it out")
-    first = replace(requests[0], count=1)
+    first = model.complete(replace(requests[0], count=1))
     seed = first.seed if asked.morph_seed is None else asked.morph_seed
     last = replace(first, prompt=asked.morph or first.prompt, style=asked.morph_style or first.style, seed=seed)
     model.check(last)

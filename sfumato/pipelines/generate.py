@@ -244,13 +244,18 @@ class Model(ABC):
         start, end = (self._rows(r)[0] for r in (a, b))
         yield from self._draw_rows([replace(start, index=i, toward=end, share=i / (frames - 1)) for i in range(frames)], progress)
 
+    def complete(self, request: GenerateRequest) -> GenerateRequest:
+        """With what is usual where it says nothing."""
+        request = replace(request, **{k: v for k, v in self.usual.items() if getattr(request, k) is None})
+        if self.way in ("gpt", "gan"):  # whose steps are its codes, or one
+            return request
+        return replace(request, steps=self.steps_of(request))
+
     def _rows(self, request: GenerateRequest) -> list[Row]:
         self.check(request)
         if request.seed is None:
             request = replace(request, seed=secrets.randbelow(2**31))
-        request = replace(request, **{k: v for k, v in self.usual.items() if getattr(request, k) is None})
-        if self.way not in ("gpt", "gan"):  # whose steps are its codes, or one
-            request = replace(request, steps=self.steps_of(request))
+        request = self.complete(request)
         seeds = [request.seed + i for i in range(request.count)]  # type: ignore[operator]
         return [Row(request, i, seed, self._style_of(request, seed)) for i, seed in enumerate(seeds)]
 

@@ -75,7 +75,7 @@ class StableDiffusion(LatentDiffusion):
 
     def extent(self, request: GenerateRequest) -> tuple[int, int]:
         """Height and width: as asked for, or those of the init picture, made smaller where that is larger than what the model learned."""
-        factor = self.codec.spec.factor * 2 ** (len(self.denoiser.config.widths) - 1)  # type: ignore[operator]
+        factor = self.codec.spec.factor
         if request.width is None and request.height is None and request.init is not None:
             init, _ = self._pictures_of(request)
             share = min(1.0, (self.size**2 / (init.width * init.height)) ** 0.5)
@@ -186,20 +186,31 @@ class StableDiffusion(LatentDiffusion):
         scale = self.usual["guidance"] if request.guidance is None else request.guidance
         denoise = guided(cfg(predict, cond, empty, scale, request.guidance_interval), post)
         if isinstance(begun, Loose) and begun.mask is not None and not self.inpaints:
-            return self._beside(denoise, begun, streams, float(ts[0]) if request.strength == 1 else None)
+            start = self._start(rows, streams, ts, begun) if request.strength == 1 else None
+            return self._beside(denoise, begun, streams, float(ts[0]), start)
         return denoise
 
-    def _beside(self, denoise: Denoise, begun: Begun, streams: list[Stream], noisy: float | None) -> Denoise:
-        """What the network sees outside of the mask, as diffusers has it: the picture with the first noise, whatever the sampler adds; at the time
-        `noisy` noise alone.
+    def _beside(self, denoise: Denoise, begun: Begun, streams: list[Stream], first: float, start: Tensor | None) -> Denoise:
+        """What the network sees outside of the mask, as diffusers has it: the picture with the first noise, whatever the sampler adds; at the first
+        time `start`, where that is noise alone.
         """
         known, noise, redraw = self._begun(begun, streams), torch.stack([s.first for s in streams]).to(self.device), begun.redraw()
 
         def seen(x: Tensor, t: Tensor) -> Tensor:
-            outside = noise if noisy is not None and float(t[0]) >= noisy - 1e-6 else self.path.mix(known, noise, t)
+            outside = start if start is not None and float(t[0]) >= first - 1e-6 else self.path.mix(known, noise, t)
             return denoise(torch.lerp(outside.to(x), x, redraw.expand_as(x)), t)
 
         return seen
+
+    @torch.no_grad()
+    def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:
+        """See `LatentDiffusion`; as diffusers has it, what the mask does not show ends as it was, whatever is left of the noise elsewhere."""
+        for x in super().latents(rows, begun):
+            if isinstance(begun, Loose) and begun.mask is not None and not self.inpaints:
+                known = self._begun(begun, [self._stream(r, begun) for r in rows])
+                yield torch.lerp(known.to(x), x, begun.redraw().expand_as(x))
+            else:
+                yield x
 
     def _asked(self) -> Callable[[Tensor, Tensor, Cond], Tensor]:
         """The network, which hears whole steps only where its scheduler has it so."""

@@ -196,8 +196,8 @@ def test_models_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     empty = tmp_path / "empty.safetensors"
     empty.touch()
     for path, named in (
-        (text, "not a readable safetensors"),
-        (empty, "not a readable safetensors"),
+        (text, "is no safetensors file, or was cut off"),
+        (empty, "is no safetensors file, or was cut off"),
         (tmp_path / "gone", "must be a file"),
         (tmp_path, "folder"),
     ):
