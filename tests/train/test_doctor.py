@@ -73,9 +73,9 @@ def test_healthy_runs_get_no_finding(name: str, bottleneck: object, more: dict, 
     assert not any("finding" in line for line in read_log(tmp_path / "log.jsonl"))
 
 
-def test_a_discriminator_that_learns_fifty_times_too_fast_is_named(pictures: Path, tmp_path: Path) -> None:
-    """Nothing else is changed; the healthy run beside it has the same settings."""
-    train(recipe(pictures, adversary=replace(ADVERSARY, lr=50 * ADVERSARY.lr)), LOOP, tmp_path)
+def test_a_discriminator_that_learns_far_too_fast_is_named(pictures: Path, tmp_path: Path) -> None:
+    """Nothing else is changed; the healthy run beside it has the same settings. (At 50 times it depends on the processor whether it overshoots.)"""
+    train(recipe(pictures, adversary=replace(ADVERSARY, lr=150 * ADVERSARY.lr)), LOOP, tmp_path)
     assert found_in(tmp_path) == ["discriminator-too-fast"]
 
 
