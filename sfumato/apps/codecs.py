@@ -88,6 +88,8 @@ def run_convert(asked: Convert) -> Iterator[str]:
     """Converts; says what was found."""
     if asked.target.exists() and not asked.force:
         raise FileError(f"{asked.target} exists: use --force to overwrite it, or name another")
+    if asked.to == "diffusers" and asked.target.suffix:
+        raise ValueError(f"target (={str(asked.target)!r}) must be a folder: name it without an ending")
     if asked.to in ("single", "diffusers") and _of_stable_diffusion(asked.source):
         yield from _convert_stable(asked)
         return
@@ -109,8 +111,6 @@ def run_convert(asked: Convert) -> Iterator[str]:
             say(f"with a transformer over its codes, {classes}: sfumato generate --model {asked.target} draws")
     else:
         codec = load_codec(asked.source).codec
-        if asked.to == "diffusers" and asked.target.suffix:
-            raise ValueError(f"target (={str(asked.target)!r}) must be a folder: name it without an ending")
         if asked.to == "taming" and not asked.target.suffix:
             raise ValueError(f"target (={str(asked.target)!r}) must end in .ckpt or .safetensors")
         write_vqgan(codec, asked.target)
@@ -137,8 +137,6 @@ def _convert_stable(asked: Convert) -> Iterator[str]:
 
     if asked.to == "single" and asked.target.suffix != ".safetensors":
         raise ValueError(f"target (={str(asked.target)!r}) must end in .safetensors")
-    if asked.to == "diffusers" and asked.target.suffix:
-        raise ValueError(f"target (={str(asked.target)!r}) must be a folder: name it without an ending")
     found = read_checkpoint(asked.source, prediction=asked.prediction)
     for note in found.notes:
         say(f"note: {note}")
@@ -191,8 +189,8 @@ def run_doctor(asked: Doctor) -> Iterator[str]:
     findings = diagnose(lines, facts_of(run))
     for f in findings:
         yield f"{f.name}: {translated(f.says)}"
-    looks = sum("score" in line or "psnr" in line or "kid" in line for line in lines)
     if not findings:
+        looks = sum("score" in line or "psnr" in line or "kid" in line for line in lines)
         early = f"too early to say: the log holds {looks} looks, and the doctor wants {FEW_LOOKS}"
         yield translated("nothing is wrong, as far as the log tells" if looks >= FEW_LOOKS else early)
     out = asked.out or run / "doctor.html"

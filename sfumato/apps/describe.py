@@ -72,12 +72,8 @@ def _record(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    if path.suffix in FOREIGN:
-        from sfumato.convert.about import about
-
-        return about(path) | {"bytes": f"{path.stat().st_size:,}"}
-    meta = read_metadata(path)
     facts: dict[str, Any] = {"what": "safetensors file", "bytes": f"{path.stat().st_size:,}"}
+    meta = {} if path.suffix in FOREIGN else read_metadata(path)
     run, counters = meta.get("run"), meta.get("counters")
     if isinstance(run, dict) and isinstance(counters, dict):
         return facts | {"what": f"training state ({run.get('kind')})", **counters}

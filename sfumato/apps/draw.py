@@ -73,7 +73,7 @@ class Generate:
     eta: float | None = None
     """Fresh noise in each step of the sampler ddim, 0 to 1."""
     truncation: float | None = None
-    """Of GANs: how far to stray from what is usual; 1 as learned, 0.7 safer and more alike."""
+    """Of GANs: how far to stray from what is usual; 1 as learned, 0.7 more alike."""
     temperature: float | None = None
     """Of models that draw codes: 1 as learned, 0 always the likeliest code."""
     top_k: int | None = None

@@ -17,6 +17,7 @@ from sfumato.convert.clip import clip_json, ears_of, read_clip, read_tokenizer, 
 from sfumato.convert.compvis import UNET, VAE, from_unet, parted, to_unet, unet_config_of, vae_config_of
 from sfumato.convert.diffusers import (
     SCALE,
+    STEMS,
     codec_of,
     filled,
     read_json,
@@ -112,9 +113,8 @@ def _folder(path: Path, variant: str | None) -> Checkpoint:
     kind = str(index.get("_class_name", ""))
     if not kind.startswith("StableDiffusion") or "3" in kind:
         raise FileError(f"{path} is of {kind or 'no pipeline'}: StableDiffusionPipeline and StableDiffusionXLPipeline, and their kinds, are read")
-    for name in ("controlnet", "image_encoder", "feature_extractor"):
-        if name == "controlnet" and index.get(name, [None])[0]:
-            raise FileError(f"{path} holds a ControlNet: that is not read; Stable Diffusion 1.x, 2.x and XL are")
+    if index.get("controlnet", [None])[0]:
+        raise FileError(f"{path} holds a ControlNet: that is not read; Stable Diffusion 1.x, 2.x and XL are")
     unet, codec = read_unet(path / "unet", variant), read_vae(path / "vae", variant)
     version = version_of(unet)
     scheduler = scheduler_config(read_json(path / "scheduler" / "scheduler_config.json"), path / "scheduler" / "scheduler_config.json")
@@ -142,8 +142,8 @@ def write_folder(found: Checkpoint, path: Path, *, half: bool = False) -> None:
         _json(path / name / "config.json", config)
         _save(tensors, path / name / f"{stem}.safetensors", half)
 
-    put("unet", unet_json(found.unet.config) | {"sample_size": found.size // found.codec.spec.factor}, found.unet.state_dict(), STEM)
-    put("vae", vae_json(found.codec), vae_tensors(found.codec), STEM)
+    put("unet", unet_json(found.unet.config) | {"sample_size": found.size // found.codec.spec.factor}, found.unet.state_dict(), STEMS[0])
+    put("vae", vae_json(found.codec), vae_tensors(found.codec), STEMS[0])
     index: dict[str, Any] = {
         "_class_name": _pipeline(found), "_diffusers_version": "0.30.0", "scheduler": ["diffusers", scheduler_json(found.scheduler)["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
@@ -152,16 +152,13 @@ def write_folder(found: Checkpoint, path: Path, *, half: bool = False) -> None:
     for ear, ending in zip(found.ears, ("", "_2"), strict=False):
         network = without_last(ear.network) if ear.layer == 2 and ear.normed else ear.network
         named = {f"text_model.{k}" if not k.startswith("text_projection") else k: v for k, v in network.state_dict().items()}
-        put(f"text_encoder{ending}", clip_json(network.config) | {"bos_token_id": ear.start}, named, "model")
+        put(f"text_encoder{ending}", clip_json(network.config) | {"bos_token_id": ear.start}, named, STEMS[1])
         _tokenizer(ear, path / f"tokenizer{ending}")
         index |= {f"text_encoder{ending}": ["transformers", clip_json(network.config)["architectures"][0]]}
         index |= {f"tokenizer{ending}": ["transformers", "CLIPTokenizer"]}
     (path / "scheduler").mkdir(exist_ok=True)
     _json(path / "scheduler" / "scheduler_config.json", scheduler_json(found.scheduler))
     _json(path / "model_index.json", index)
-
-
-STEM = "diffusion_pytorch_model"
 
 
 def _pipeline(found: Checkpoint) -> str:
@@ -205,8 +202,7 @@ def _single(path: Path, prediction: str, averaged: bool) -> Checkpoint:
     if not parts["vae"]:
         raise FileError(f"{path} holds no autoencoder (no tensor begins with {VAE}): get the whole checkpoint")
     vae = {k: v for k, v in parts["vae"].items() if not k.startswith(("loss.", "model_ema"))}
-    scale = float(params.get("scale_factor", SCALES[version]))
-    codec = codec_of(vae_config_of(vae), vae, {"mean": [0.0] * config.out_channels, "std": [1 / scale] * config.out_channels}, path)
+    codec = _codec(vae, float(params.get("scale_factor", SCALES[version])), path)
     guess, notes = _predicts(version, unet, tensors, params, path) if prediction == "auto" else (prediction, ())
     base = SchedulerConfig()
     scheduler = replace(base, prediction=guess, path=replace(base.path, zero_snr=SNR_MARK in tensors and guess == "v"))
@@ -232,9 +228,14 @@ def read_codec(path: Path, version: Version = "1") -> Autoencoder:
         blocks = 1 + max(int(k.split(".")[4]) for k in own if k.startswith("encoder.down_blocks.0.resnets."))
         own = from_diffusers(own, levels, blocks)
     kept = {k: v for k, v in own.items() if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
-    config = vae_config_of(kept)
+    return _codec(kept, SCALES[version], path)
+
+
+def _codec(tensors: dict[str, Tensor], scale: float, path: Path) -> Autoencoder:
+    """By its authors' names, its latents times `scale`."""
+    config = vae_config_of(tensors)
     channels = config.bottleneck.channels
-    return codec_of(config, kept, {"mean": [0.0] * channels, "std": [1 / SCALES[version]] * channels}, path)
+    return codec_of(config, tensors, {"mean": [0.0] * channels, "std": [1 / scale] * channels}, path)
 
 
 def _settings(path: Path) -> dict[str, Any]:

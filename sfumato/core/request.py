@@ -29,7 +29,7 @@ class GenerateRequest:
     prompt: None draws without text. style: a name, or "noto:0.5,twemoji:0.5"; None lets each seed draw its own mixture.
     guidance: 1 is none; guidance_interval (low, high) in t limits it (arXiv 2404.07724); style_guidance: a strength of its own for the style.
     steps: None is what the model usually takes. eta: fresh noise of the sampler ddim. truncation: how far a GAN strays from what is usual (1: as
-    learned, less is safer and more alike). temperature (0 takes the likeliest), top_k (0: all) and top_p
+    learned, less is more alike). temperature (0 takes the likeliest), top_k (0: all) and top_p
     (1: all) say how codes are drawn, where the model draws codes. seed None: a random one is chosen. size: None is the largest that the model has.
     guidance and sampler None: what the model usually takes.
     Of models whose pictures have any size: width and height in pixels, schedule (when the network is asked), clip_skip (the text encoder's block

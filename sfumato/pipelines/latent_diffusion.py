@@ -27,7 +27,7 @@ Watch = Callable[[int, Tensor], None]  # the step, and the latents "b c h w" of 
 class Stream:
     """The noise of one picture: the `first`, and more of it for samplers that take `fresh` noise in their steps."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     begins: torch.Generator
     steps: torch.Generator
     first: Tensor = field(default=None)  # type: ignore[assignment]
@@ -93,8 +93,12 @@ class LatentDiffusion(Model):
         side = self.size // self.codec.spec.factor
         return self.codec.spec.latent_channels, side, side
 
+    def _shape(self, row: Row, begun: Begun | None) -> tuple[int, ...]:
+        """As what is begun from has it, whose file is not opened again for that."""
+        return self.shape_of(row.request) if begun is None else tuple(begun.z.shape[1:])
+
     def _stream(self, row: Row, begun: Begun | None) -> Stream:
-        own = Stream(self.shape_of(row.request), torch_rng(row.seed, "generate/noise"), torch_rng(row.seed, "generate/steps"))
+        own = Stream(self._shape(row, begun), torch_rng(row.seed, "generate/noise"), torch_rng(row.seed, "generate/steps"))
         request = row.request
         if request.variation:
             seed = request.seed if request.variation_seed is None else request.variation_seed

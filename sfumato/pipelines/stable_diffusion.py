@@ -116,8 +116,8 @@ class StableDiffusion(LatentDiffusion):
         request, n = rows[0].request, len(rows)
         prompts = [r.request.prompt or "" for r in rows] + [r.request.negative or "" for r in rows]
         both = heard(self.ears, prompts, request.clip_skip, torch.float32)
-        height, width = self.extent(request)
         if self.denoiser.config.pooled:  # type: ignore[union-attr]
+            height, width = self.extent(request)
             said = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device).expand(2 * n, -1)
             both = replace(both, extra={TIMES: said})
         else:
@@ -135,18 +135,18 @@ class StableDiffusion(LatentDiffusion):
         if row.request.noise == "own":
             return super()._stream(row, begun)
         if row.request.noise == "a1111":
-            return self._of_a1111(row)
-        one, shape = torch.Generator().manual_seed(row.seed), self.shape_of(row.request)  # for all that a picture needs, in this order
+            return self._of_a1111(row, self._shape(row, begun))
+        one, shape = torch.Generator().manual_seed(row.seed), self._shape(row, begun)  # for all that a picture needs, in this order
         draw = lambda wanted: torch.randn((1, *shape), generator=one)[0] if wanted else None  # noqa: E731
         of_init = draw(begun is not None and not (self.inpaints and row.request.strength == 1))
         first = draw(True)
         return Stream(shape, one, one, first, of_init, draw(begun is not None and begun.mask is not None))  # type: ignore[arg-type]
 
-    def _of_a1111(self, row: Row) -> Stream:
+    def _of_a1111(self, row: Row, shape: tuple[int, ...]) -> Stream:
         """Numbers of CUDA's generator; a variation's noise along an arc whose angle is taken over rows of the latents, as that program does. Noise of
         samplers in their steps begins with the seed again.
         """
-        shape, request = self.shape_of(row.request), row.request
+        request = row.request
         first = torch.from_numpy(Philox(row.seed).normal(*shape))
         if request.variation:
             other = torch.from_numpy(Philox((request.seed if request.variation_seed is None else request.variation_seed) or 0).normal(*shape))
@@ -205,12 +205,12 @@ class StableDiffusion(LatentDiffusion):
     @torch.no_grad()
     def latents(self, rows: list[Row], begun: Begun | None = None) -> Iterator[Tensor]:
         """See `LatentDiffusion`; as diffusers has it, what the mask does not show ends as it was, whatever is left of the noise elsewhere."""
+        if not isinstance(begun, Loose) or begun.mask is None or self.inpaints:
+            yield from super().latents(rows, begun)
+            return
+        known, redraw = self._begun(begun, [self._stream(r, begun) for r in rows]), begun.redraw()
         for x in super().latents(rows, begun):
-            if isinstance(begun, Loose) and begun.mask is not None and not self.inpaints:
-                known = self._begun(begun, [self._stream(r, begun) for r in rows])
-                yield torch.lerp(known.to(x), x, begun.redraw().expand_as(x))
-            else:
-                yield x
+            yield torch.lerp(known.to(x), x, redraw.expand_as(x))
 
     def _asked(self) -> Callable[[Tensor, Tensor, Cond], Tensor]:
         """The network, which hears whole steps only where its scheduler has it so."""

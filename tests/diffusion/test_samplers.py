@@ -56,12 +56,10 @@ def test_full_range_converges_to_the_exact_answer(gaussian, path, name):
     assert errors[1] < errors[0] / 4
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("name", [n for n in DETERMINISTIC if n != "lms"])  # whose last step goes by four slopes, not to what the network says
 @pytest.mark.parametrize("schedule", ["lambda", "karras"])
 def test_schedules_in_lambda_converge_up_to_their_last_step(gaussian, path, name, schedule):
     """However many steps there are, the last one is from the same small sigma: what it alone does is the limit, near the exact answer."""
-    if name == "lms":
-        pytest.skip("its last step goes by the slopes of four, and not to what the network says")
     errors = []
     for n in (32, 256):
         ts = timesteps(path, n, schedule=schedule)

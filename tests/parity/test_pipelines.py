@@ -26,6 +26,7 @@ from sfumato.pipelines.load import load
 
 PROMPT, NEGATIVE = "a photo of a red fox, sitting in the snow", "blurry, low quality"
 CLOSE = 1e-3
+DRAW = ["1", "2", "xl"]  # what draws without a picture to draw into
 
 
 def drawn(model: Any, request: GenerateRequest) -> np.ndarray:
@@ -51,9 +52,8 @@ def photograph(side: int = 64) -> Image.Image:
 REQUEST = GenerateRequest(prompt=PROMPT, negative=NEGATIVE, guidance=5.0, seed=7, steps=6, noise="diffusers", width=64, height=64)
 
 
+@pytest.mark.parametrize("reference", DRAW, indirect=True)
 def test_pictures_from_words(reference: Any) -> None:
-    if reference.kind == "inpainting":
-        pytest.skip("draws into pictures only")
     model = load(reference.folder, device="cpu")
     for change, more in (({}, {}), ({"width": 96, "height": 32}, {}), ({"guidance_rescale": 0.7}, {"guidance_rescale": 0.7})):
         request = replace(REQUEST, **change)  # type: ignore[arg-type]
@@ -74,10 +74,9 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("reference", ["1"], indirect=True)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_are_obeyed(name: str, reference: Any, tmp_path: Path) -> None:
-    if reference.kind != "1":
-        pytest.skip("once is enough")
     made, more = SCHEDULERS[name]
     pipe = type(reference.pipe)(**{**reference.pipe.components, "scheduler": made.from_config(reference.pipe.scheduler.config, **more)},
                                 requires_safety_checker=False)  # fmt: skip
@@ -88,11 +87,10 @@ def test_schedulers_are_obeyed(name: str, reference: Any, tmp_path: Path) -> Non
     assert np.abs(drawn(model, REQUEST) - theirs(pipe, num_inference_steps=6, width=64, height=64)).max() <= CLOSE
 
 
+@pytest.mark.parametrize("reference", DRAW, indirect=True)
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
 def test_pictures_from_pictures(name: str, reference: Any, tmp_path: Path) -> None:
     """Not with PLMS, of whose doubled first step diffusers leaves one half out there."""
-    if reference.kind == "inpainting":
-        pytest.skip("draws into pictures only")
     made = StableDiffusionXLImg2ImgPipeline if reference.kind == "xl" else StableDiffusionImg2ImgPipeline
     parts = {k: v for k, v in reference.pipe.components.items() if k not in ("image_encoder", "feature_extractor", "safety_checker")}
     extra = {} if reference.kind == "xl" else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -108,11 +106,10 @@ def test_pictures_from_pictures(name: str, reference: Any, tmp_path: Path) -> No
     assert np.abs(drawn(model, request) - expected).max() <= CLOSE
 
 
+@pytest.mark.parametrize("reference", ["1", "inpainting"], indirect=True)
 @pytest.mark.parametrize("strength", [0.7, 1.0])
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "ancestral"])
 def test_pictures_redrawn_under_a_mask(name: str, strength: float, reference: Any, tmp_path: Path) -> None:
-    if reference.kind not in ("1", "inpainting"):
-        pytest.skip("the same code")
     scheduler, more = SCHEDULERS[name]
     scheduler = scheduler.from_config(reference.pipe.scheduler.config, **more)
     parts = {**reference.pipe.components, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None}
@@ -145,9 +142,8 @@ def test_what_we_write_diffusers_draws_with(reference: Any, tmp_path: Path) -> N
             assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("reference", DRAW, indirect=True)
 def test_a_batch_is_four_singles(reference: Any) -> None:
-    if reference.kind == "inpainting":
-        pytest.skip("draws into pictures only")
     model = load(reference.folder, device="cpu")
     request = replace(REQUEST, noise="own", count=4, seed=3)
     together = drawn(model, request)

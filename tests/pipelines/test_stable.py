@@ -71,7 +71,8 @@ def _text(png: bytes) -> str:
     ids=lambda c: "-".join(c),
 )  # fmt: skip
 def test_everything_that_is_said_counts(change: dict[str, object], model: StableDiffusion) -> None:
-    assert not np.array_equal(image(model, replace(REQUEST, **change)), image(model, REQUEST))  # type: ignore[arg-type]
+    least = 0.0 if "apg" in change else 0.02  # a random network's guidance hardly pushes along the picture
+    assert np.abs(image(model, replace(REQUEST, **change)) - image(model, REQUEST)).mean() > least  # type: ignore[arg-type]
 
 
 def test_opposite_edges_fit_together(model: StableDiffusion) -> None:
