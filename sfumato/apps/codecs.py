@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +15,9 @@ from sfumato.apps.draw import check_targets
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.language import translated
 from sfumato.core.runlog import read_log
+
+if TYPE_CHECKING:
+    from sfumato.codecs.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Convert:
-    """Reads a VQGAN of taming-transformers or a diffusers VQModel into a model of ours, or writes ours, or a Stable Diffusion, in their layouts."""
+    """Reads a VQGAN, a VQModel or the autoencoder of a Stable Diffusion into a model of ours, or writes ours, or a Stable Diffusion, as others have it."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """A .ckpt, .pt or .safetensors, a folder of a VQModel, or with --to a model of ours."""
@@ -49,6 +52,8 @@ class Convert:
     """The layout to write."""
     half: bool = False
     """Of Stable Diffusion: numbers of 16 bits."""
+    size: int | None = None
+    """Of an autoencoder that becomes ours: the side of the pictures that models on it will draw."""
     prediction: Literal["auto", "eps", "v"] = "auto"
     """What a checkpoint of Stable Diffusion predicts, where its file does not say."""
     force: bool = False
@@ -99,7 +104,12 @@ def run_convert(asked: Convert) -> Iterator[str]:
     from sfumato.core.pack import save_pack
     from sfumato.pipelines.codec import load_codec
 
-    if asked.to == "sfumato":
+    if asked.to == "sfumato" and _holds_kl(asked.source):
+        codec, network = _kl_of(asked.source), None
+        save_pack(asked.target, *to_pack(codec, asked.size))
+    elif asked.size is not None:
+        raise ValueError(f"size (={asked.size}) must be left out: it is for the autoencoder of a Stable Diffusion")
+    elif asked.to == "sfumato":
         try:
             codec, network = read_model(asked.source)
         except SecondStageError as e:
@@ -117,8 +127,33 @@ def run_convert(asked: Convert) -> Iterator[str]:
     c = codec.config
     size = sum(p.numel() for p in codec.parameters())
     codes = f"{codec.spec.codebook_size:,}"
-    say(f"a {c.bottleneck.kind} codec: f{c.convnet.factor}, {codes} codes of {c.bottleneck.channels}, {size / 1e6:.1f} M parameters")
+    if c.discrete:
+        say(f"a {c.bottleneck.kind} codec: f{c.convnet.factor}, {codes} codes of {c.bottleneck.channels}, {size / 1e6:.1f} M parameters")
+    else:
+        say(f"a kl codec: f{c.convnet.factor}, latents of {c.bottleneck.channels} channels, {size / 1e6:.1f} M parameters")
     yield str(asked.target)
+
+
+def _holds_kl(source: Path) -> bool:
+    """Whether a file or a folder is of Stable Diffusion, or its autoencoder alone."""
+    from sfumato.convert.about import about
+    from sfumato.convert.diffusers import read_json
+
+    if source.is_dir():
+        folder = source / "vae" if (source / "vae").is_dir() else source
+        told = folder / "config.json"
+        return told.exists() and read_json(told).get("_class_name") in ("AutoencoderKL", "AutoencoderTiny")
+    return source.exists() and any(kind in about(source)["what"] for kind in ("of Stable Diffusion", "tiny autoencoder"))
+
+
+def _kl_of(source: Path) -> Autoencoder:
+    from sfumato.codecs.autoencoder import Autoencoder
+    from sfumato.convert.stable import read_codec
+
+    found = read_codec(source)
+    if not isinstance(found, Autoencoder):
+        raise FileError(f"{source} is a tiny autoencoder, which is no codec to train on: it draws with `sfumato generate --vae`")
+    return found
 
 
 def _of_stable_diffusion(source: Path) -> bool:

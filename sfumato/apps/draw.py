@@ -121,11 +121,17 @@ class Generate:
     apg: float | None = None
     """How much of the guidance along the picture counts, which saturates colours: 0 to 1 (arXiv 2410.02416)."""
     vae: Path | None = None
-    """Of Stable Diffusion: another autoencoder, a file or a folder."""
+    """Of Stable Diffusion: another autoencoder, a file or a folder; a tiny one (TAESD), too."""
     preview: int = 0
     """Writes what the picture would be every so many steps, into preview.png beside it."""
     prediction: Literal["auto", "eps", "v"] = "auto"
     """What a checkpoint of Stable Diffusion predicts, where its file does not say."""
+    averaged: bool = False
+    """Of a single file of Stable Diffusion: its averages (EMA)."""
+    variant: str | None = None
+    """Of a folder of diffusers: the files that are called so (fp16)."""
+    guide: str | None = None
+    """A weaker model that guidance leans on, such as an earlier checkpoint of the same run (arXiv 2406.02507)."""
     morph: str | None = None
     """Another prompt: an animation from the first to this one, as .webp, .gif or .png."""
     morph_style: str | None = None
@@ -172,7 +178,7 @@ def run(asked: Generate) -> None:
         asked = _morph_again(asked, record)
     request, only = _request(asked, record) if theirs is None else (replace(theirs, **_changes(asked)), None)
     requests = [replace(request, prompt=p) for p in asked.prompts or (request.prompt,)]
-    model = load(asked.model, prediction=asked.prediction, vae=asked.vae, **_engine(asked, record))
+    model = load(asked.model, **_engine(asked, record), **_loading(asked, record))
     if record is not None:
         _compare(model, record, again=only is not None)
     _warn_of_flags(asked, morphs(asked))
@@ -292,6 +298,15 @@ def _engine(asked: Generate, record: dict[str, Any] | None) -> dict[str, Any]:
     return {k: recorded[k] if v in ("auto", 0) else v for k, v in chosen.items()}
 
 
+def _loading(asked: Generate, record: dict[str, Any] | None) -> dict[str, Any]:
+    """What a model is loaded with, as asked for, else as the record says."""
+    plain = Generate()
+    said = {} if record is None else record.get("with", {})
+    chosen = {name: getattr(asked, name) for name in ("prediction", "vae", "averaged", "variant", "guide")}
+    found = {k: said[k] if k in said and v == getattr(plain, k) else v for k, v in chosen.items()}
+    return found | {"vae": None if found["vae"] is None else Path(found["vae"])}
+
+
 def _compare(model: Model, record: dict[str, Any], again: bool) -> None:
     """Refuses to pass another model's picture off as the same one; says what else is different."""
     import torch
@@ -313,10 +328,19 @@ def _compare(model: Model, record: dict[str, Any], again: bool) -> None:
         )
     if again and record["request"].init is not None and record.get("init_sha256") != begun_digest(record["request"]):
         raise ValueError(f"{record['request'].init} or its mask is not the picture that was begun from: it has changed, so it cannot be drawn again")
+    if again and record.get("with", {}) != model.meta.get("with", {}):
+        raise ValueError(
+            f"the picture was drawn with {_said(record.get('with', {}))}, this is {_said(model.meta.get('with', {}))}: "
+            "name the same, or give the prompt again to draw it with this"
+        )
     here = {"engine": f"torch {torch.__version__}", "device": model.device.type, "threads": torch.get_num_threads(), "machine": platform.machine()}
     other = [f"{k} {record[k]} instead of {v}" for k, v in here.items() if record.get(k, v) != v]
     if again and other:
         say(f"warning: it was drawn with {', '.join(other)}: the picture may differ by a level here and there")
+
+
+def _said(loaded: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {str(v)[:10] if k.endswith('_hash') else v}" for k, v in loaded.items()) or "nothing more"
 
 
 def their_request(source: Path) -> GenerateRequest | None:
@@ -394,6 +418,10 @@ def warn(model: Model, r: GenerateRequest) -> None:
         say("warning: steps has no effect: this model draws in one pass")
     if diffusion and r.eta and r.sampler != "ddim":
         say(f"warning: eta has no effect with the sampler {r.sampler}; it is for ddim")
+    guided = getattr(model, "guide", None) is not None
+    for name in ("negative", "style_guidance"):
+        if guided and getattr(r, name) is not None:
+            say(f"warning: {name} has no effect together with guide")
     if r.negative and r.guidance == 1 and r.style_guidance in (None, 1):
         say("warning: negative has no effect at guidance 1")
     if diffusion and r.guidance_interval and (r.guidance == 1 or r.style_guidance is not None):

@@ -11,6 +11,7 @@ from sfumato.convert.compvis import AVERAGED, MANY, UNET, VAE, unet_config_of
 from sfumato.convert.header import read_header
 from sfumato.convert.kohya import DOWN, OTHERS
 from sfumato.convert.stable import CONTEXTS, REFUSED, SNR_MARK, V_MARK
+from sfumato.convert.taesd import parts_of
 from sfumato.core.checkpoint import FileError
 
 SHOWN = ("ss_base_model_version", "ss_sd_model_name", "ss_network_dim", "ss_network_alpha", "ss_output_name")  # of kohya's metadata
@@ -31,6 +32,8 @@ def about(path: Path) -> dict[str, Any]:
     if {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= {name.removeprefix(VAE) for name in names}:
         quantizer = any(name.startswith("quantize.") for name in names)
         return {"what": "VQGAN of taming-transformers" if quantizer else "autoencoder of Stable Diffusion", "tensors": len(names)}
+    if tiny := parts_of(names):  # type: ignore[arg-type]
+        return {"what": f"tiny autoencoder (TAESD): {' and '.join(sorted(tiny))}", "tensors": len(names)}
     flat = [tuple(v.shape) for v in names.values()]
     if len(names) <= 16 and all(len(s) in (1, 2) for s in flat):
         return {"what": "textual inversion", "vectors": [s[0] if len(s) == 2 else 1 for s in flat], "numbers": [s[-1] for s in flat]}

@@ -19,7 +19,6 @@ from sfumato.convert.checkpoint import check_fit, read_tensors
 from sfumato.convert.taming import from_codec, from_diffusers, to_codec, to_diffusers
 from sfumato.core.checkpoint import FileError
 from sfumato.core.config import nearest
-from sfumato.diffusion.discrete import OPEN as ROUNDED
 from sfumato.diffusion.discrete import SchedulerConfig
 from sfumato.diffusion.path import PathConfig
 from sfumato.diffusion.unet import UNet, UNetConfig
@@ -136,7 +135,7 @@ def scheduler_config(c: dict[str, Any], source: object = "scheduler_config.json"
         )  # fmt: skip
         return SchedulerConfig(
             path=path, prediction=PREDICTIONS[c.get("prediction_type", "epsilon")], sampler=asked, schedule=over or spacing, spacing=spacing,
-            offset=c.get("steps_offset", 0), ends="first" if first else "clean", rounded=asked in ROUNDED,
+            offset=c.get("steps_offset", 0), ends="first" if first else "clean", rounded=True,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as e:
         raise FileError(f"{source} does not say when a model is asked ({e})") from None

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato.codecs.autoencoder import Autoencoder
+from sfumato.codecs.tiny import TinyAutoencoder
 from sfumato.convert.checkpoint import read_tensors
 from sfumato.convert.clip import clip_json, ears_of, read_clip, read_tokenizer, text_tensors, without_last
 from sfumato.convert.compvis import UNET, VAE, from_unet, parted, to_unet, unet_config_of, vae_config_of
@@ -29,6 +30,7 @@ from sfumato.convert.diffusers import (
     vae_json,
     vae_tensors,
 )
+from sfumato.convert.taesd import read_tiny, read_tiny_folder
 from sfumato.convert.taming import from_codec, from_diffusers
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.diffusion.discrete import SchedulerConfig
@@ -210,15 +212,19 @@ def _single(path: Path, prediction: str, averaged: bool) -> Checkpoint:
     return Checkpoint(unet, codec, ears_of(parts["text"], path), scheduler, version, size, notes)
 
 
-def read_codec(path: Path, version: Version = "1") -> Autoencoder:
-    """The autoencoder alone: a `vae` folder, or a single file of it or with it. A file does not say how its latents are scaled: as `version` does.
+def read_codec(path: Path, version: Version = "1") -> Autoencoder | TinyAutoencoder:
+    """The autoencoder alone: a `vae` folder, a single file of it or with it, or a tiny one (TAESD). No file says how latents are scaled: as `version`
+    has it.
 
     Raises FileError.
     """
     if path.is_dir():
-        return read_vae(path / "vae" if (path / "vae").is_dir() else path)
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        return read_tiny_folder(folder) or read_vae(folder)
     tensors = read_tensors(path)
     refuse(tensors, path)
+    if (tiny := read_tiny(path, tensors)) is not None:
+        return tiny
     known = next((p for p in (VAE, "vae.", "") if f"{p}encoder.conv_in.weight" in tensors), None)
     if known is None:
         raise FileError(f"{path} holds no autoencoder of Stable Diffusion: there is no encoder.conv_in.weight in it")

@@ -359,9 +359,14 @@ def _to_diffusers(codec: Autoencoder, tensors: dict[str, Tensor], folder: Path) 
 # --- packs ----------------------------------------------------------------------------------------------------------------------------------------
 
 
-def to_pack(codec: Autoencoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata) of a pack that holds the codec alone."""
-    size = codec.config.convnet.resolution if isinstance(codec.config.convnet, ResnetConfig) else 8 * codec.config.convnet.factor
+def to_pack(codec: Autoencoder, size: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata) of a pack that holds the codec alone; `size` is the side of the pictures that models on it draw, where it is another.
+    Raises ValueError for a size that the codec does not have.
+    """
+    net = codec.config.convnet
+    size = size or (net.resolution if isinstance(net, ResnetConfig) else 8 * net.factor)
+    if size < 1 or size % net.factor:
+        raise ValueError(f"size (={size}) must be a multiple of {net.factor}, by which this codec makes pictures smaller")
     tensors = {f"codec.{k}": v.clone() for k, v in codec.state_dict().items()}
     return tensors, {"kind": "codec", "codec": to_json(codec.config), "size": size}
 

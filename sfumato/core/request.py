@@ -182,8 +182,10 @@ def parse_metadata(text: str) -> dict[str, Any]:
         until = {"until": from_json(GenerateRequest, record["until"], "until")} if "until" in record else {}  # of an animation
         if until and not (type(record["frames"]) is int and type(record["fps"]) in (int, float)):
             raise TypeError("frames and fps must be numbers")
+        if not all(isinstance(v, str | bool) for v in record.get("with", {}).values()):
+            raise TypeError("with must hold names and switches")
         return record | whole | {"request": request} | until
-    except (json.JSONDecodeError, KeyError, TypeError, OverflowError) as e:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise ValueError(f"the picture's metadata cannot be read: {e!r}") from None
 
 

@@ -27,7 +27,7 @@ SCHEDULES: tuple[str, ...] = (*SPACINGS, *get_args(Schedule))
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """`sampler` and `schedule` are used where a request names none. `offset` of steps, of "leading" only; `ends`: at the clean picture, or at what
-    the first step leaves; `rounded`: a network that is asked between two steps hears the nearer one.
+    the first step leaves; `rounded`: asked between two steps by a sampler of `OPEN`, a network hears the nearer one.
     """
 
     kind: str = "scheduler"

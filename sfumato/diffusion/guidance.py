@@ -82,6 +82,16 @@ def cfg(predict: Predict, cond: Cond, uncond: Cond, scale: Weight, interval: tup
     return [(predict, cond, scale), (predict, uncond, _minus(1.0, scale))]
 
 
+def autoguidance(
+    predict: Predict, cond: Cond, weaker: Predict, its_cond: Cond, scale: Weight, interval: tuple[float, float] | None = None
+) -> list[Term]:
+    """A weaker model to lean on instead of an empty condition: D = weaker + scale (predict - weaker), both told the same (arXiv 2406.02507, eq. 3).
+    `interval` as in `cfg`.
+    """
+    first, (_, _, rest) = cfg(predict, cond, cond, scale, interval)
+    return [first, (weaker, its_cond, rest)]
+
+
 def _within(scale: Weight, low: float, high: float) -> Weight:
     if not 0 <= low <= high <= 1:
         raise ValueError(f"interval (=({low}, {high})) must satisfy 0 <= low <= high <= 1: times at which guidance acts, 1 is noise")

@@ -396,6 +396,8 @@ class Model(ABC):
             record |= {"side": self.side(row.request), "upscaler": self.upscaler_hash}
         if begun is not None:
             record["init_sha256"] = begun.digest
+        if self.meta.get("with"):
+            record["with"] = self.meta["with"]
         model, digest = self.name, self.meta["hash"]
         parameters = parameters_text(
             row.request, seed=row.seed, size=(image.width, image.height), model=model, model_hash=digest, version=sfumato.__version__, way=self.way

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
-from sfumato.core.seams import Denoise
-from sfumato.diffusion.guidance import Post, apg, cfg, guided, inpaint, rescale, text_style
+from sfumato.core.seams import Cond, Denoise, Predict
+from sfumato.diffusion.guidance import Post, Term, apg, autoguidance, cfg, guided, inpaint, rescale, text_style
 from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond, Prediction
 from sfumato.diffusion.samplers import sample_ddim, sampler
@@ -49,6 +49,7 @@ class LatentDiffusion(Model):
     denoiser: nn.Module
     path: Path
     watchers: list[Watch] = field(default_factory=list)  # are told after each step what the picture would be
+    guide: LatentDiffusion | None = None  # a weaker model of the same latents that guidance leans on
     way: ClassVar[str] = "diffusion"
     part: ClassVar[str] = "denoiser"
 
@@ -109,15 +110,30 @@ class LatentDiffusion(Model):
     def _denoise(self, rows: list[Row], begun: Begun | None, streams: list[Stream], ts: Tensor) -> Denoise:
         request = rows[0].request
         cond, empty = self._sides(rows)
-        predict = Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
         post: list[Post] = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
         post += self._changes(request, self.meta["prediction"])
         if begun is not None and begun.mask is not None:
             post.append(inpaint(begun.z, begun.redraw()))
-        scale = self.usual["guidance"] if request.guidance is None else request.guidance
-        if request.style_guidance is None:
-            return guided(cfg(predict, cond, empty, scale, request.guidance_interval), post)
-        return guided(text_style(predict, cond, empty, self._neither(rows, empty), scale, request.style_guidance), post)
+        if request.style_guidance is None or self.guide is not None:
+            return guided(self._terms(rows, cond, empty), post)
+        neither = self._neither(rows, empty)
+        return guided(text_style(self.predict(request), cond, empty, neither, self._scale(request), request.style_guidance), post)
+
+    def _scale(self, request: GenerateRequest) -> float:
+        return self.usual["guidance"] if request.guidance is None else request.guidance
+
+    def _terms(self, rows: list[Row], cond: Cond, empty: Cond) -> list[Term]:
+        """Guidance away from what is not asked for, or from what a weaker model draws of the same."""
+        request = rows[0].request
+        predict, scale, interval = self.predict(request), self._scale(request), request.guidance_interval
+        if self.guide is None:
+            return cfg(predict, cond, empty, scale, interval)
+        its, _ = self.guide._sides(rows)
+        return autoguidance(predict, cond, self.guide.predict(request), replace(its, concat=cond.concat), scale, interval)
+
+    def predict(self, request: GenerateRequest) -> Predict:
+        """The network as one that says what is clean."""
+        return Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
 
     def _changes(self, request: GenerateRequest, prediction: Prediction) -> list[Post]:
         """What a request does to guidance."""

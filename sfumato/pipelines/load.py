@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,27 +64,69 @@ def load(
     threads: int = 0,
     prediction: Asked = "auto",
     vae: Path | None = None,
+    averaged: bool = False,
+    variant: str | None = None,
+    guide: str | Path | None = None,
 ) -> Model:
     """Loads the bundled model, or the named one, ready to draw: one of ours, or a checkpoint of Stable Diffusion, a folder of diffusers or a single
-    file; `prediction` is for those that do not say what they predict. Raises FileError or ValueError with one clear line.
+    file. Of those, `prediction` is for files that do not say what they predict, `vae` another autoencoder (a tiny one, too), `averaged` takes the
+    averages (EMA) of a single file, `variant` the files of a folder that are called so ("fp16"). `guide` is a weaker model of the same latents for
+    guidance to lean on (arXiv 2406.02507). Raises FileError or ValueError with one clear line.
     """
     if threads < 0:
         raise ValueError(f"threads (={threads}) must be at least 0: 0 leaves the choice to torch")
     if threads:
         torch.set_num_threads(threads)
-    path = find(model)
+    where = choose_device(device)
+    kind, stable = choose_dtype(dtype, where), Stable(prediction=prediction, vae=vae, averaged=averaged, variant=variant)
+    found = _load(find(model), where, kind, stable)
+    return found if guide is None else guided_by(found, _load(find(guide), where, kind), guide)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stable:
+    """What is asked of a checkpoint of Stable Diffusion, beside its path; see `load`."""
+
+    prediction: Asked = "auto"
+    vae: Path | None = None
+    averaged: bool = False
+    variant: str | None = None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What a picture's record says of it."""
+        return {f.name: str(v) if isinstance(v, Path) else v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
+
+
+def guided_by(model: Model, weaker: Model, named: str | Path) -> Model:
+    """The model with another one that its guidance leans on. Raises ValueError where it cannot."""
+    if not (isinstance(model, LatentDiffusion) and isinstance(weaker, LatentDiffusion)):
+        raise ValueError(f"guide (={str(named)!r}) and the model must both draw by diffusion")
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    same = {
+        "latents": model.codec.spec == weaker.codec.spec,  # type: ignore[union-attr]
+        "times": torch.equal(model.path.alpha(t), weaker.path.alpha(t)),
+        "inputs": getattr(model, "inpaints", None) == getattr(weaker, "inpaints", None),
+    }
+    if different := [what for what, so in same.items() if not so]:
+        raise ValueError(
+            f"guide (={str(named)!r}) must have the {different[0]} that the model has: name an earlier checkpoint of it, or a smaller one of its kind"
+        )
+    said = model.meta.get("with", {}) | {"guide": str(named), "guide_hash": weaker.meta["hash"]}
+    return replace(model, guide=weaker, meta=model.meta | {"with": said})  # type: ignore[call-arg]
+
+
+def _load(path: Path, where: torch.device, kind: torch.dtype, stable: Stable = Stable()) -> Model:
     if is_stable(path):
-        return load_stable(path, choose_device(device), dtype, prediction, vae)
-    if vae is not None:
-        raise ValueError(f"vae (={str(vae)!r}) must be left out: it is for checkpoints of Stable Diffusion")
+        return load_stable(path, where, kind, stable)
+    if given := next(iter(stable.said.items()), None):
+        raise ValueError(f"{given[0]} (={given[1]!r}) must be left out: it is for checkpoints of Stable Diffusion")
     tensors, meta = load_pack(path)
     if meta["kind"] not in DRAWING:
         raise FileError(f"{path} is of kind {meta['kind']!r} and does not draw by itself: name a run of `sfumato train diffusion`, prior or gan")
     part, others, needed = DRAWING[meta["kind"]]
     if missing := [k for k in (*needed, *others, part, "size", "styles", "labels", "words") if k not in meta]:
         raise FileError(f"{path} lacks {', '.join(missing)} in its metadata: it was not written whole, or not by sfumato")
-    where = choose_device(device)
-    kind = choose_dtype(dtype, where)
     networks = {name: _empty(meta[name]) for name in (*others, part)}
     if "text" in meta:
         networks["text"] = _empty(meta["text"], meta["tokenizer"])
@@ -112,18 +154,22 @@ def is_stable(path: Path) -> bool:
     return path.suffix == ".safetensors" and "hash" not in read_header(path)[1]
 
 
-def load_stable(path: Path, device: torch.device, dtype: Dtype, prediction: Asked, vae: Path | None = None) -> StableDiffusion:
+def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stable) -> StableDiffusion:
     """A checkpoint of Stable Diffusion, ready to draw; what is to be known of it goes to stderr."""
-    found = read_checkpoint(path, prediction=prediction)
-    if vae is not None:
-        found = replace(found, codec=read_codec(vae, found.version))
+    found, said = read_checkpoint(path, prediction=asked.prediction, averaged=asked.averaged, variant=asked.variant), asked.said
+    if asked.vae is not None:
+        found, said = replace(found, codec=read_codec(asked.vae, found.version)), said | {"vae_hash": file_hash(asked.vae)}
+    if found.codec.spec.latent_channels != found.unet.config.out_channels:
+        raise ValueError(
+            f"vae (={str(asked.vae)!r}) has latents of {found.codec.spec.latent_channels} channels, the model of {found.unet.config.out_channels}: "
+            "it is of another kind of model"
+        )
     for note in found.notes:
         print(translated(f"note: {note}"), file=sys.stderr)
-    kind = choose_dtype(dtype, device)
     for ear in found.ears:
         ear.network.to(device, torch.float32)
     meta = {"kind": "stable-diffusion", "version": found.version, "size": found.size, "styles": [], "labels": [], "words": {}, "filler": [],
-            "hash": file_hash(path), "prediction": found.scheduler.prediction}  # fmt: skip
+            "hash": file_hash(path), "prediction": found.scheduler.prediction, "with": said}  # fmt: skip
     return StableDiffusion(
         denoiser=found.unet.to(device, kind), codec=found.codec.to(device, torch.float32), ears=found.ears, scheduler=found.scheduler,
         path=found.scheduler.made, inpaints=found.inpaints, text=None, meta=meta, name=path.stem if path.is_file() else path.name, device=device,

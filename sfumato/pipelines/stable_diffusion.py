@@ -19,9 +19,9 @@ from sfumato.convert.kohya import read_embedding, read_lora
 from sfumato.core.images import flatten, to_pil, to_tensor
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import Philox
-from sfumato.core.seams import Cond, Denoise
-from sfumato.diffusion.discrete import SchedulerConfig
-from sfumato.diffusion.guidance import cfg, guided, inpaint
+from sfumato.core.seams import Cond, Denoise, Predict
+from sfumato.diffusion.discrete import OPEN, SchedulerConfig
+from sfumato.diffusion.guidance import guided, inpaint
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.unet import TIMES
 from sfumato.nn.lora import merge
@@ -179,12 +179,10 @@ class StableDiffusion(LatentDiffusion):
         if self.inpaints and begun is not None:
             shown = self._shown(begun, streams)
             cond, empty = (replace(c, concat=shown) for c in (cond, empty))
-        predict = Precond(self._asked(), self.scheduler.prediction, self.path, None if self.dtype == torch.float32 else self.dtype)
         post = self._changes(request, self.scheduler.prediction)
         if begun is not None and begun.mask is not None and not self.inpaints:
             post.append(inpaint(self._begun(begun, streams), begun.redraw()))
-        scale = self.usual["guidance"] if request.guidance is None else request.guidance
-        denoise = guided(cfg(predict, cond, empty, scale, request.guidance_interval), post)
+        denoise = guided(self._terms(rows, cond, empty), post)
         if isinstance(begun, Loose) and begun.mask is not None and not self.inpaints:
             start = self._start(rows, streams, ts, begun) if request.strength == 1 else None
             return self._beside(denoise, begun, streams, float(ts[0]), start)
@@ -212,12 +210,15 @@ class StableDiffusion(LatentDiffusion):
         for x in super().latents(rows, begun):
             yield torch.lerp(known.to(x), x, redraw.expand_as(x))
 
-    def _asked(self) -> Callable[[Tensor, Tensor, Cond], Tensor]:
-        """The network, which hears whole steps only where its scheduler has it so."""
-        if not self.scheduler.rounded:
-            return self.denoiser
+    def predict(self, request: GenerateRequest) -> Predict:
+        """See `LatentDiffusion`; the network hears whole steps only where diffusers has it so."""
+        rounds = self.scheduler.rounded and (request.sampler or self.scheduler.sampler) in OPEN
+        network = self._rounding if rounds else self.denoiser
+        return Precond(network, self.scheduler.prediction, self.path, None if self.dtype == torch.float32 else self.dtype)
+
+    def _rounding(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         steps = self.scheduler.path.num_betas
-        return lambda x, t, cond: self.denoiser(x, (t * steps).round() / steps, cond)
+        return self.denoiser(x, (t * steps).round() / steps, cond)
 
     def _shown(self, begun: Begun, streams: list[Stream]) -> Tensor:
         """What a model for inpainting sees beside x: the mask, and the latents of the picture without what is under it."""

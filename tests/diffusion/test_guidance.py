@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sfumato.core.seams import Cond
 from sfumato.diffusion.dit import DiT, DiTConfig
-from sfumato.diffusion.guidance import apg, cfg, guided, inpaint, mixture, rescale, text_style
+from sfumato.diffusion.guidance import apg, autoguidance, cfg, guided, inpaint, mixture, rescale, text_style
 from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, from_x0
 from sfumato.diffusion.samplers import SAMPLERS, sample_heun
@@ -82,6 +82,17 @@ def test_two_networks_are_two_calls(x):
     assert (good.rows, bad.rows) == ([4], [2, 2])
     guided([(good, cond, 2.0), (bad, cond, -0.5), (good, Cond(), -0.5)])(x, T)
     assert good.rows == [4, 2, 2]
+
+
+def test_autoguidance_leans_on_the_weaker_network_told_the_same(x):
+    strong, weaker, cond, its = Net(), Net(), texts(4), texts(2)
+    got = guided(autoguidance(strong, cond, weaker, its, 2.5))(x, T)
+    a, b = Net()(x, T, cond), Net()(x, T, its)
+    assert torch.allclose(got, b + 2.5 * (a - b), atol=1e-12)
+    assert (strong.rows, weaker.rows) == ([2], [2])
+    outside = guided(autoguidance(strong, cond, weaker, its, 2.5, (0.6, 1.0)))(x, T)
+    assert torch.equal(outside, a)
+    assert weaker.rows == [2], "outside of the interval it is not asked"
 
 
 def test_a_term_of_weight_zero_is_not_evaluated(x):

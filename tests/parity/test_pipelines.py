@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 
 from sfumato.convert.stable import read_checkpoint, write_folder, write_single
@@ -149,3 +150,57 @@ def test_a_batch_is_four_singles(reference: Any) -> None:
     together = drawn(model, request)
     for i in range(4):
         assert np.abs(drawn(model, replace(request, count=1, seed=3 + i)) - together[i]).max() <= 1e-4
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+OTHERS = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
+LAYERS = {"attention": ATTENTION, "everything": ATTENTION + OTHERS}
+
+
+@pytest.mark.parametrize("reference", DRAW, indirect=True)
+@pytest.mark.parametrize(("layers", "alpha"), [("attention", 8), ("everything", 3)])
+def test_a_lora_that_diffusers_wrote(alpha: int, layers: str, reference: Any, tmp_path: Path) -> None:
+    """Of the UNet and the text encoders: peft's own layers draw, and ours with the file that diffusers wrote of them, 1e-4."""
+    pipe = type(reference.pipe).from_pretrained(reference.folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    plain = theirs(pipe, num_inference_steps=4, width=64, height=64)
+    texts = [n for n in ("text_encoder", "text_encoder_2") if getattr(pipe, n, None) is not None]
+    files: dict[str, Any] = {}
+    torch.manual_seed(5)
+    for name in ("unet", *texts):
+        targets = LAYERS[layers] if name == "unet" else ["q_proj", "k_proj", "v_proj", "out_proj"]
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules=targets)
+        network = inject_adapter_in_model(config, getattr(pipe, name))
+        for key, value in network.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(value, std=0.1)
+        files |= {f"{name}_lora_layers": get_peft_model_state_dict(network), f"{name}_lora_adapter_metadata": config.to_dict()}
+    type(pipe).save_lora_weights(tmp_path, **files)
+    expected = theirs(pipe, num_inference_steps=4, width=64, height=64)
+    assert np.abs(expected - plain).max() > 0.02, "a LoRA without effect would prove nothing"
+    model = load(reference.folder, device="cpu")
+    request = replace(REQUEST, steps=4, lora=(str(tmp_path / "pytorch_lora_weights.safetensors"),))
+    with model.changed(request):  # type: ignore[attr-defined]
+        assert np.abs(drawn(model, request) - expected).max() <= 1e-4
+    assert np.abs(drawn(model, replace(request, lora=())) - plain).max() <= CLOSE
+
+
+@pytest.mark.parametrize("reference", DRAW, indirect=True)
+def test_a_share_of_a_lora(reference: Any, tmp_path: Path) -> None:
+    """As diffusers reads and weighs it."""
+    config = LoraConfig(r=4, lora_alpha=3, target_modules=LAYERS["everything"])
+    network = inject_adapter_in_model(config, type(reference.pipe.unet)(**reference.pipe.unet.config))
+    torch.manual_seed(5)
+    for key, value in network.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(value, std=0.1)
+    type(reference.pipe).save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(network))
+    pipe = type(reference.pipe).from_pretrained(reference.folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors", adapter_name="it")
+    pipe.set_adapters("it", 0.7)
+    expected = theirs(pipe, num_inference_steps=4, width=64, height=64)
+    model = load(reference.folder, device="cpu")
+    request = replace(REQUEST, steps=4, lora=(f"{tmp_path / 'pytorch_lora_weights.safetensors'}:0.7",))
+    with model.changed(request):  # type: ignore[attr-defined]
+        assert np.abs(drawn(model, request) - expected).max() <= 1e-4

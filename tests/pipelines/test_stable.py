@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sfumato.apps.cli import main
+from sfumato.codecs.tiny import TinyAutoencoder, TinyConfig
 from sfumato.core.checkpoint import FileError
 from sfumato.core.request import GenerateRequest, parse_metadata
 from sfumato.core.rng import Philox
+from sfumato.pipelines.codec import load_codec
 from sfumato.pipelines.load import load
 from sfumato.pipelines.stable_diffusion import StableDiffusion, starts, tiled
 
@@ -164,6 +166,91 @@ def test_another_autoencoder(stable: Path, tmp_path: Path) -> None:
     assert image(other, REQUEST).mean() > image(one, REQUEST).mean() + 20  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"vae \(=.*\) must be left out"):
         load("emoji", vae=tmp_path / "vae.safetensors")
+
+
+@pytest.fixture(scope="module")
+def weaker(stable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with another UNet."""
+    torch.manual_seed(9)
+    tensors = load_file(stable / "sd15.safetensors")
+    file = tmp_path_factory.mktemp("weaker") / "weaker.safetensors"
+    save_file({k: v + 0.05 * torch.randn_like(v) if k.startswith("model.") else v for k, v in tensors.items()}, file)
+    return file
+
+
+def test_a_weaker_model_guides(model: StableDiffusion, stable: Path, weaker: Path) -> None:
+    itself = load(stable / "sd15.safetensors", device="cpu", guide=stable / "sd15.safetensors")
+    alone = image(model, replace(REQUEST, guidance=1.0))
+    assert np.abs(image(itself, replace(REQUEST, guidance=4.0)) - alone).max() <= 1, "two that say the same push nowhere"  # type: ignore[arg-type]
+    other = load(stable / "sd15.safetensors", device="cpu", guide=weaker)
+    assert np.abs(image(other, replace(REQUEST, guidance=4.0)) - alone).mean() > 1  # type: ignore[arg-type]
+    assert np.abs(image(other, replace(REQUEST, guidance=1.0)) - alone).max() == 0  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"guide \(='emoji'\) must have the latents that the model has"):
+        load(stable / "sd15.safetensors", device="cpu", guide="emoji")
+
+
+def test_a_picture_is_drawn_again_with_what_it_was_drawn_with(stable: Path, weaker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = load_file(stable / "sd15.safetensors")
+    vae = {k.removeprefix("first_stage_model."): v for k, v in whole.items() if k.startswith("first_stage_model.")}
+    vae["decoder.conv_out.bias"] = vae["decoder.conv_out.bias"] + 0.5
+    save_file(vae, tmp_path / "vae.safetensors")
+    common = ["--model", str(stable / "sd15.safetensors"), "--out"]
+    first, again = str(tmp_path / "first.png"), str(tmp_path / "again.png")
+    asked = ["a fox", "--seed", "3", "--steps", "1", "--width", "64", "--height", "64", "--vae", str(tmp_path / "vae.safetensors")]
+    main(["generate", *asked, "--guide", str(weaker), "--prediction", "eps", *common, first])
+    main(["generate", "--from", first, *common, again])
+    assert Path(first).read_bytes() == Path(again).read_bytes()
+    save_file(vae | {"decoder.conv_out.bias": -vae["decoder.conv_out.bias"]}, tmp_path / "vae.safetensors")
+    with pytest.raises(SystemExit) as done:
+        main(["generate", "--from", first, *common, again, "--force"])
+    assert done.value.code == 2
+    assert "the picture was drawn with prediction eps, vae" in capsys.readouterr().err
+
+
+def test_averages_are_taken_where_they_are_asked_for(stable: Path, tmp_path: Path, model: StableDiffusion) -> None:
+    """A file with the names that its authors give them; and of a folder the variant."""
+    tensors = load_file(stable / "sd15.safetensors")
+    unet = {k: v for k, v in tensors.items() if k.startswith("model.diffusion_model.")}
+    averages = {"model_ema." + k.removeprefix("model.").replace(".", ""): v + 0.05 for k, v in unet.items()}
+    save_file(tensors | averages, tmp_path / "full.safetensors")
+    raw, averaged = (load(tmp_path / "full.safetensors", device="cpu", averaged=a) for a in (False, True))
+    name = "conv_in.weight"
+    assert torch.equal(raw.denoiser.state_dict()[name], model.denoiser.state_dict()[name])  # type: ignore[attr-defined]
+    assert torch.equal(averaged.denoiser.state_dict()[name], model.denoiser.state_dict()[name] + 0.05)  # type: ignore[attr-defined]
+    main(["convert", str(stable / "sd15.safetensors"), str(tmp_path / "folder"), "--to", "diffusers"])
+    for file in (tmp_path / "folder").rglob("*.safetensors"):
+        save_file({k: v + 0.05 for k, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
+    varied = load(tmp_path / "folder", device="cpu", variant="fp16")
+    assert torch.equal(varied.denoiser.state_dict()[name], averaged.denoiser.state_dict()[name])  # type: ignore[attr-defined]
+    with pytest.raises(FileError, match="of the variant bf16"):
+        load(tmp_path / "folder", device="cpu", variant="bf16")
+
+
+def test_its_autoencoder_becomes_a_codec_to_train_on(
+    model: StableDiffusion, stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["convert", str(stable / "sd15.safetensors"), str(tmp_path / "codec.safetensors"), "--size", "64"])
+    assert "a kl codec: f8, latents of 4 channels" in capsys.readouterr().err
+    found = load_codec(tmp_path / "codec.safetensors")
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert found.size == 64
+    assert torch.equal(found.codec.encode(x).mean, model.codec.encode(x).mean)  # type: ignore[arg-type, union-attr]
+    for more, said in ((["--size", "63"], "size (=63) must be a multiple of 8"), (["--to", "taming", "--size", "64"], "size (=64) must be left out")):
+        with pytest.raises(SystemExit) as done:
+            main(["convert", str(stable / "sd15.safetensors"), str(tmp_path / "other.safetensors"), *more])
+        assert done.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_tiny_autoencoder_draws_in_its_place(model: StableDiffusion, stable: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tiny = TinyAutoencoder(TinyConfig())
+    named = {(k.replace("coder.", "coder.layers.", 1)): v for k, v in tiny.state_dict().items()}
+    save_file(named, tmp_path / "taesd.safetensors")
+    drawing = load(stable / "sd15.safetensors", device="cpu", vae=tmp_path / "taesd.safetensors")
+    request = replace(REQUEST, init=str(stable / "photo.png"), strength=0.5)
+    assert np.abs(image(drawing, request) - image(model, request)).mean() > 1  # type: ignore[arg-type]
+    assert image(drawing, replace(REQUEST, tiling=True)).shape == (64, 64, 3)  # type: ignore[arg-type]
 
 
 def test_bad_input_is_one_line(model: StableDiffusion, stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
