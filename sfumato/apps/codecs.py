@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Convert:
-    """Reads a VQGAN, a VQModel or the autoencoder of a Stable Diffusion into a model of ours, or writes ours, or a Stable Diffusion, as others have it."""
+    """Reads a VQGAN, a VQModel or the autoencoder of a Stable Diffusion into a model of ours, or writes ours or a Stable Diffusion for others."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """A .ckpt, .pt or .safetensors, a folder of a VQModel, or with --to a model of ours."""

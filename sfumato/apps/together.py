@@ -314,10 +314,11 @@ def disk_needed(stages: list[Stage], size: int, found: Scan) -> int:
     import torch
 
     from sfumato import zoo
+    from sfumato.nn.layers import Unfilled
 
     total, of = 0, {"autoencoder": "codec", "diffusion": "denoiser", "prior": "prior"}
     for s in stages:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             net = zoo.make(to_json(getattr(s.recipe, of[s.what]))) if s.what in of else None
         weights = 4 * sum(p.numel() for p in net.parameters()) if net is not None else 20_000_000
         total += (s.loop.keep + 1) * 5 * weights  # raw, averaged, two moments; and the pack

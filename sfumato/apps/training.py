@@ -247,10 +247,11 @@ def _parameters(what: str, recipe: Any, task: Any) -> dict[str, int]:
 
     from sfumato import zoo
     from sfumato.data.emoji import concepts, drawable
+    from sfumato.nn.layers import Unfilled
     from sfumato.train.text import IMAGE_WIDTH, Heads
 
     networks = dict(task.networks)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         if what in GENERATORS and not recipe.limit and recipe.data == EMOJI:
             things = len(drawable())
             labels = things if recipe.labels == "concept" else task.net.labels

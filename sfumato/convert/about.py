@@ -30,7 +30,7 @@ def about(path: Path) -> dict[str, Any]:
         facts: dict[str, Any] = {"what": "LoRA", "layers": len(rank), "rank": max(rank)}
         return facts | {k.removeprefix("ss_"): said[k] for k in SHOWN if k in said}
     if {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= {name.removeprefix(VAE) for name in names}:
-        quantizer = any(name.startswith("quantize.") for name in names)
+        quantizer = any(name.removeprefix(VAE).startswith("quantize.") for name in names)
         return {"what": "VQGAN of taming-transformers" if quantizer else "autoencoder of Stable Diffusion", "tensors": len(names)}
     if tiny := parts_of(names):  # type: ignore[arg-type]
         return {"what": f"tiny autoencoder (TAESD): {' and '.join(sorted(tiny))}", "tensors": len(names)}

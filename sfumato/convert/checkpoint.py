@@ -19,6 +19,7 @@ from torch import Tensor
 from sfumato.convert.header import read_header
 from sfumato.core.checkpoint import FileError
 
+PIECE = 2**24  # bytes that are read at once
 NESTED = 4  # state_dicts within each other
 WITHIN = ("state_dict", "string_to_param")  # of checkpoints, and of learned words
 DTYPES = {
@@ -86,9 +87,23 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("a storage of an unknown kind")
         if key not in self.storages:
-            data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            self.storages[key] = _bytes(self.archive, f"{self.root}/data/{key}").view(dtype)
         return self.storages[key]
+
+
+def _bytes(archive: zipfile.ZipFile, name: str) -> Tensor:
+    """A member of an archive, in memory once. Raises UnpicklingError for a compressed one, which may be of any size: PyTorch writes none."""
+    told = archive.getinfo(name)
+    if told.compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError(f"{name} is compressed, which PyTorch never writes")
+    found = torch.empty(told.file_size, dtype=torch.uint8)
+    with archive.open(told) as file:
+        filled, whole = 0, memoryview(found.numpy())
+        while filled < len(whole) and (count := file.readinto(whole[filled : filled + PIECE])):  # type: ignore[attr-defined]
+            filled += count
+    if filled < told.file_size:
+        raise pickle.UnpicklingError(f"{name} ends early")
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -114,10 +129,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     claimed = next((k for k, v in named.items() if v.numel() > v.untyped_storage().nbytes() // v.element_size()), None)
     if claimed:
         raise FileError(f"{path}: {claimed} says it has {named[claimed].numel():,} values, more than the file holds")
-    tensors = {k: v.detach().clone() for k, v in named.items()}
+    tensors = _apart(named)
     if not tensors:
         raise FileError(f"{path} holds no tensors by name: it is no checkpoint of a network")
     return tensors
+
+
+def _apart(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own, which only those that share theirs have to be copied to."""
+    found, seen = {}, set()
+    for name, v in named.items():
+        memory = v.untyped_storage()
+        alone = v.is_contiguous() and memory.nbytes() == v.nbytes and memory.data_ptr() not in seen
+        seen.add(memory.data_ptr())
+        found[name] = v.detach() if alone else v.detach().clone()
+    return found
 
 
 def check_fit(wanted: dict[str, Tensor], given: dict[str, Tensor], source: object) -> None:

@@ -22,6 +22,7 @@ from sfumato.core.config import nearest
 from sfumato.diffusion.discrete import SchedulerConfig
 from sfumato.diffusion.path import PathConfig
 from sfumato.diffusion.unet import UNet, UNetConfig
+from sfumato.nn.layers import Unfilled
 
 PLAIN: dict[str, tuple[Any, ...]] = {  # of a UNet's config: what may stand there, for what we do not have otherwise
     "center_input_sample": (False,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -96,7 +97,7 @@ def tensors_of(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
 
 def filled(make: Any, config: Any, tensors: dict[str, Tensor], source: object) -> Any:
     """A network that has these tensors as they are, frozen; no memory is taken for others. Raises FileError where they do not fit."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         network: nn.Module = make(config)
     check_fit(network.state_dict(), tensors, source)
     network.load_state_dict(tensors, assign=True)

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 Activation = Literal["silu", "relu", "gelu", "leaky-relu"]
 Norm = Literal["group", "batch", "none"]
+
+
+class Unfilled(TorchFunctionMode):
+    """Networks made within have no first weights: those of a file come, and random numbers take time (on "meta" the import of torch's compiler, too)."""
+
+    DRAWN = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_", "orthogonal_")
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__name__", "") in self.DRAWN:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def activation_of(kind: Activation) -> nn.Module:

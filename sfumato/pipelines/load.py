@@ -21,6 +21,7 @@ from sfumato.core.pack import load_pack
 from sfumato.core.request import Device
 from sfumato.diffusion.path import PathConfig, make_path
 from sfumato.metrics.judge import Judge
+from sfumato.nn.layers import Unfilled
 from sfumato.pipelines.codes import CodesModel
 from sfumato.pipelines.find import bundled, find
 from sfumato.pipelines.gan import GANModel
@@ -188,12 +189,9 @@ def file_hash(path: Path) -> str:
 
 
 def _empty(config: dict[str, Any], *extra: Any) -> torch.nn.Module:
-    """The network of a config without the time that first weights take, unless it holds what no file keeps."""
-    with torch.device("meta"):
-        network = zoo.make(config, *extra)
-    if any(m._non_persistent_buffers_set for m in network.modules()):
+    """The network of a config without the time that first weights take."""
+    with Unfilled():
         return zoo.make(config, *extra)
-    return network.to_empty(device="cpu")
 
 
 def load_judge(model: str | Path) -> Judge:
