@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
@@ -107,14 +108,17 @@ def test_pictures_from_pictures(name: str, reference: Any, tmp_path: Path) -> No
     assert np.abs(drawn(model, request) - expected).max() <= CLOSE
 
 
-@pytest.mark.parametrize("reference", ["1", "inpainting"], indirect=True)
+@pytest.mark.parametrize("reference", ["1", "2", "xl", "inpainting"], indirect=True)
 @pytest.mark.parametrize("strength", [0.7, 1.0])
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "ancestral"])
 def test_pictures_redrawn_under_a_mask(name: str, strength: float, reference: Any, tmp_path: Path) -> None:
     scheduler, more = SCHEDULERS[name]
     scheduler = scheduler.from_config(reference.pipe.scheduler.config, **more)
-    parts = {**reference.pipe.components, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None}
-    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    parts = {**reference.pipe.components, "scheduler": scheduler}
+    if reference.kind == "xl":
+        pipe = StableDiffusionXLInpaintPipeline(**parts, force_zeros_for_empty_prompt=False, add_watermarker=False)
+    else:
+        pipe = StableDiffusionInpaintPipeline(**parts | {"safety_checker": None, "feature_extractor": None}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path)
     mask = Image.new("L", (64, 64))
