@@ -181,9 +181,9 @@ def unlike(a: Path, b: Path) -> int:
     count = 0
     for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         with safe_open(a / f"{part}.safetensors", "pt") as one, safe_open(b / f"{part}.safetensors", "pt") as other:
-            names = set(one.keys()) | set(other.keys())
-            shared = set(one.keys()) & set(other.keys())
-            count += len(names - shared) + sum(not torch.equal(one.get_tensor(n), other.get_tensor(n)) for n in shared)
+            first, second = ({n.removeprefix("text_model."): n for n in f.keys()} for f in (one, other))  # noqa: SIM118  transformers 4 and 5
+            shared = first.keys() & second.keys()
+            count += len(first.keys() ^ second.keys()) + sum(not torch.equal(one.get_tensor(first[n]), other.get_tensor(second[n])) for n in shared)
     return count
 
 

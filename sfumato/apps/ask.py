@@ -16,7 +16,9 @@ from sfumato.core.checkpoint import FileError, cache_folder, read_metadata
 from sfumato.pipelines.find import bundled, find
 from sfumato.text.words import nearest_words, normalise
 
-OURS = re.compile(r"\.?(bench-lite0|emoji|features|folder|pixels|shards)-.*\.(safetensors|npy|jsonl|part)")  # what we keep in the cache folder
+OURS = re.compile(
+    r"\.?(bench-lite0|emoji|features|folder|hash|pixels|shards)-.*\.(safetensors|npy|jsonl|txt|part)"
+)  # what we keep in the cache folder
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ Norm = Literal["group", "batch", "none"]
 
 
 class Unfilled(TorchFunctionMode):
-    """Networks made within have no first weights: those of a file come, and random numbers take time (on "meta" the import of torch's compiler, too)."""
+    """Networks made within have no first weights: a file has them, and random numbers take time (on "meta" the import of torch's compiler, too)."""
 
     DRAWN = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_", "orthogonal_")
 

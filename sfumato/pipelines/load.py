@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
 from sfumato import zoo
 from sfumato.codecs.upscaler import Upscaler, drawn_by
 from sfumato.convert.header import read_header
 from sfumato.convert.stable import read_checkpoint, read_codec
-from sfumato.core.checkpoint import FileError, read_metadata
+from sfumato.core.checkpoint import FileError, cache_folder, read_metadata, write_bytes
 from sfumato.core.config import from_json
 from sfumato.core.language import translated
 from sfumato.core.pack import load_pack
@@ -31,6 +35,7 @@ from sfumato.pipelines.stable_diffusion import StableDiffusion
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Asked = Literal["auto", "eps", "v"]
+LARGE, PIECE = 2**26, 2**22  # bytes of a file whose hash is kept, and that are read at once
 DRAWING = {  # kinds of packs: their generator, the other networks that it draws with, what else they say
     "latent-diffusion": ("denoiser", ("codec",), ("path", "prediction")),
     "codes": ("prior", ("codec",), ()),
@@ -180,12 +185,31 @@ def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stab
 
 def file_hash(path: Path) -> str:
     """sha256 of a file, as other programs say which model drew a picture; of a folder that of its files of tensors one after the other."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
-    parts = []
-    for file in files:
-        with file.open("rb") as f:
-            parts.append(hashlib.file_digest(f, "sha256").hexdigest())
-    return parts[0] if path.is_file() else hashlib.sha256("".join(parts).encode()).hexdigest()
+    if path.is_file():
+        return _digest(path)
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
+    return hashlib.sha256("".join(map(_digest, files)).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    """Of a large file it is kept in the cache folder, by the file's place, size and time."""
+    told = file.stat()
+    large, key = told.st_size > LARGE, f"{os.path.realpath(file)}\0{told.st_size}\0{told.st_mtime_ns}"
+    kept = cache_folder() / f"hash-{hashlib.sha256(key.encode()).hexdigest()[:32]}.txt"
+    if large and kept.exists() and re.fullmatch("[0-9a-f]{64}", found := kept.read_text(encoding="ascii", errors="replace")):
+        return found
+    digest = hashlib.sha256()
+    with (
+        file.open("rb", buffering=0) as f,
+        tqdm(total=told.st_size, desc=translated("hashing, once"), unit="B", unit_scale=True, leave=False, disable=not large) as bar,
+    ):
+        while piece := f.read(PIECE):
+            digest.update(piece)
+            bar.update(len(piece))
+    if large:
+        with suppress(OSError):
+            write_bytes(kept, digest.hexdigest().encode())
+    return digest.hexdigest()
 
 
 def _empty(config: dict[str, Any], *extra: Any) -> torch.nn.Module:

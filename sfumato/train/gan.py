@@ -444,8 +444,9 @@ class GANTask(Lessons):
         with _resting(discriminator):
             if self.recipe.loss == "relativistic":
                 real, fake = self.changed(torch.cat([batch["x"], fake])).chunk(2)
-                of_real, of_fake = self._scores(discriminator, real, fake, cond)
-                return generator_loss("relativistic", of_fake, of_real.detach()), {}
+                with torch.no_grad():  # which half of the way back is for
+                    of_real = discriminator(real, cond).float()
+                return generator_loss("relativistic", discriminator(fake, cond).float(), of_real), {}
             return generator_loss(self.recipe.loss, discriminator(self.changed(fake), cond).float()), {}
 
     @torch.no_grad()

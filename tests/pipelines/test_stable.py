@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from sfumato.codecs.tiny import TinyAutoencoder, TinyConfig
 from sfumato.core.checkpoint import FileError
 from sfumato.core.request import GenerateRequest, parse_metadata
 from sfumato.core.rng import Philox
+from sfumato.pipelines import load as loading
 from sfumato.pipelines.codec import load_codec
 from sfumato.pipelines.load import load
 from sfumato.pipelines.stable_diffusion import StableDiffusion, starts, tiled
@@ -297,3 +299,18 @@ def test_it_is_converted_and_draws_the_same(model: StableDiffusion, stable: Path
     one = image(model, REQUEST)
     assert np.abs(image(load(tmp_path / "folder", device="cpu"), replace(REQUEST, schedule="karras")) - one).max() <= 1  # type: ignore[arg-type]
     assert np.abs(image(load(tmp_path / "again.safetensors", device="cpu"), REQUEST) - one).mean() <= 2  # type: ignore[arg-type]
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "LARGE", 0)
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"one")
+    assert loading.file_hash(file) == hashlib.sha256(b"one").hexdigest()
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text("0" * 64)
+    assert loading.file_hash(file) == "0" * 64, "it was not read again"
+    file.write_bytes(b"three")
+    assert loading.file_hash(file) == hashlib.sha256(b"three").hexdigest()
+    kept.write_text("not a hash")
+    assert loading.file_hash(tmp_path) == hashlib.sha256(hashlib.sha256(b"three").hexdigest().encode()).hexdigest(), "of a folder that of its files'"
