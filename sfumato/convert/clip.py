@@ -149,11 +149,26 @@ def clip_of(tensors: dict[str, Tensor], opened: bool, source: object) -> ClipTex
     return filled(ClipText, config, tensors, source)  # type: ignore[no-any-return]
 
 
-def without_last(network: ClipText) -> ClipText:
-    """A network that ends one block earlier: what diffusers writes where states are taken from the last block but one."""
-    config = replace(network.config, depth=network.config.depth - 1)
-    kept = {k: v for k, v in network.state_dict().items() if not k.startswith(f"{LAYERS}{config.depth}.")}
+def of_diffusers(ear: Ear) -> ClipText:
+    """The network as diffusers has it where it is the only one: it ends with the block that is heard, and projects nothing."""
+    network = ear.network
+    config = replace(network.config, depth=network.config.depth - ear.layer + 1, projection=0)
+    kept = {k: v for k, v in network.state_dict().items() if k != "text_projection.weight" and _block_of(k) < config.depth}
     return filled(ClipText, config, kept, "the text encoder")  # type: ignore[no-any-return]
+
+
+def _block_of(name: str) -> int:
+    return int(name.split(".")[2]) if name.startswith(LAYERS) else -1
+
+
+def with_last(ear: Ear) -> dict[str, Tensor]:
+    """The tensors of a network of OpenCLIP's that is heard one block before its end; where that block was left out, one that changes nothing."""
+    tensors, depth = ear.network.state_dict(), ear.network.config.depth
+    if ear.layer == 1:
+        tensors |= {
+            k.replace(f"{LAYERS}{depth - 1}.", f"{LAYERS}{depth}."): torch.zeros_like(v) for k, v in tensors.items() if _block_of(k) == depth - 1
+        }
+    return tensors
 
 
 def ears_of(text: dict[str, Tensor], source: object) -> list[Ear]:
@@ -181,5 +196,5 @@ def text_tensors(ears: list[Ear]) -> dict[str, Tensor]:
         return first | {f"conditioner.embedders.1.model.{k}": v for k, v in to_open(ears[1].network.state_dict()).items()}
     network = ears[0].network
     if network.config.activation == "gelu":
-        return {f"cond_stage_model.model.{k}": v for k, v in to_open(network.state_dict()).items()}
+        return {f"cond_stage_model.model.{k}": v for k, v in to_open(with_last(ears[0])).items()}
     return {f"cond_stage_model.transformer.text_model.{k}": v for k, v in network.state_dict().items()}

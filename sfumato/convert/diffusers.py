@@ -18,7 +18,6 @@ from sfumato.codecs.resnets import ResnetConfig
 from sfumato.convert.checkpoint import check_fit, read_tensors
 from sfumato.convert.taming import from_codec, from_diffusers, to_codec, to_diffusers
 from sfumato.core.checkpoint import FileError
-from sfumato.core.config import nearest
 from sfumato.diffusion.discrete import SchedulerConfig
 from sfumato.diffusion.path import PathConfig
 from sfumato.diffusion.unet import UNet, UNetConfig
@@ -48,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileError(f"there is no file {path}") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise FileError(f"{path} cannot be read as JSON ({e})") from None
     if not isinstance(found, dict):
         raise FileError(f"{path} must hold a JSON object, not a {type(found).__name__}")
@@ -106,6 +105,7 @@ def filled(make: Any, config: Any, tensors: dict[str, Tensor], source: object) -
 
 # --- when it is asked -----------------------------------------------------------------------------------------------------------------------------
 
+USUAL = "DPMSolverMultistepScheduler"  # in the place of those that are not here
 SCHEDULERS = {
     "PNDMScheduler": "plms", "DDIMScheduler": "ddim", "DDPMScheduler": "ancestral", "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "ancestral", "HeunDiscreteScheduler": "heun", "LMSDiscreteScheduler": "lms",
@@ -116,19 +116,18 @@ PREDICTIONS: dict[str, Any] = {"epsilon": "eps", "v_prediction": "v", "sample": 
 
 
 def scheduler_config(c: dict[str, Any], source: object = "scheduler_config.json") -> SchedulerConfig:
-    """What a `scheduler_config.json` decides. Raises FileError for what we do not have, by its name."""
+    """What a `scheduler_config.json` decides; what it says and is not obeyed, `left_out` names. Raises FileError for models of other paths."""
     made = str(c.get("_class_name"))
-    if made not in SCHEDULERS:
-        raise FileError(f"{source}: _class_name (={made!r}) must be one of {', '.join(SCHEDULERS)}{nearest(made, SCHEDULERS)}")
-    for name in ("trained_betas", "use_flow_sigmas", "use_beta_sigmas", "use_lu_lambdas", "thresholding"):
+    for name in ("trained_betas", "use_flow_sigmas"):
         if c.get(name):
-            raise FileError(f"{source}: {name} (={str(c[name])[:40]}) is not read: choose a sampler with --sampler, or take it out")
+            raise FileError(f"{source}: {name} (={str(c[name])[:40]}) is of another kind of model, which is not read")
+    made = made if made in SCHEDULERS else USUAL
     asked, sde = SCHEDULERS[made], c.get("algorithm_type") == "sde-dpmsolver++"
     if made == "DPMSolverMultistepScheduler" and sde:
         asked = "dpmpp_3m_sde" if c.get("solver_order", 2) == 3 else "dpmpp_2m_sde"
     over = "karras" if c.get("use_karras_sigmas") else "lambda" if c.get("use_exponential_sigmas") else None
     spacing = c.get("timestep_spacing", "linspace" if asked in LINSPACE and made != "DDPMScheduler" else "leading")
-    first = not c.get("set_alpha_to_one", made != "PNDMScheduler") or c.get("final_sigmas_type") == "sigma_min"
+    first = not c.get("set_alpha_to_one", made != "PNDMScheduler")
     try:
         path = PathConfig(
             kind="vp-linear", num_betas=c.get("num_train_timesteps", 1000), beta_start=c.get("beta_start", 0.0001), beta_end=c.get("beta_end", 0.02),
@@ -137,9 +136,25 @@ def scheduler_config(c: dict[str, Any], source: object = "scheduler_config.json"
         return SchedulerConfig(
             path=path, prediction=PREDICTIONS[c.get("prediction_type", "epsilon")], sampler=asked, schedule=over or spacing, spacing=spacing,
             offset=c.get("steps_offset", 0), ends="first" if first else "clean", rounded=True,
+            least=c.get("final_sigmas_type") == "sigma_min",
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as e:
         raise FileError(f"{source} does not say when a model is asked ({e})") from None
+
+
+def left_out(c: dict[str, Any]) -> list[str]:
+    """Settings of a `scheduler_config.json` by which pictures differ, and which are not obeyed: "name (=value)"."""
+    made = str(c.get("_class_name"))
+    plain = {"use_beta_sigmas": False, "use_lu_lambdas": False, "thresholding": False, "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+             "solver_type": ("midpoint", "bh2"), "predict_x0": True, "disable_corrector": [], "timestep_type": "discrete",
+             "interpolation_type": "linear", "lower_order_final": True}  # fmt: skip
+    orders = {"DPMSolverMultistepScheduler": (3,) if c.get("algorithm_type") == "sde-dpmsolver++" else (), "LMSDiscreteScheduler": (4,)}
+    if c.get("solver_order", 2) not in (2, *orders.get(made, ())):
+        plain["solver_order"] = 2
+    odd = {k: c[k] for k, usual in plain.items() if k in c and c[k] not in (usual if isinstance(usual, tuple) else (usual,))}
+    if made not in SCHEDULERS:
+        odd["_class_name"] = made
+    return [f"{k} (={str(v)[:40]})" for k, v in odd.items()]
 
 
 def scheduler_json(c: SchedulerConfig) -> dict[str, Any]:
@@ -149,6 +164,8 @@ def scheduler_json(c: SchedulerConfig) -> dict[str, Any]:
     }  # fmt: skip
     more: dict[str, Any] = {"dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"}, "plms": {"skip_prk_steps": True},
                             "dpmpp_3m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}}.get(c.sampler, {})  # fmt: skip
+    if c.least:
+        more |= {"final_sigmas_type": "sigma_min"}
     if c.sampler in ("ddim", "plms"):
         more |= {"set_alpha_to_one": c.ends == "clean"} | ({"clip_sample": False} if c.sampler == "ddim" else {})
     if c.schedule in ("karras", "edm"):

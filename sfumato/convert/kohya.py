@@ -61,8 +61,7 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> Lora:
         if kind is None:
             raise FileError(f"{path} is no LoRA: it holds {name[:80]}, which is neither a down, an up nor an alpha")
         parts.setdefault(layer, {})[kind] = value
-    places = _places(networks)
-    alphas = _alphas(about)
+    places, told = _places(networks), _told(about, path)
     changes: dict[str, dict[str, Delta]] = {}
     for layer, part in parts.items():
         if not {"down", "up"} <= part.keys():
@@ -70,8 +69,12 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> Lora:
         place = places.get(layer) or places.get(_plain(layer))
         if place is None:
             raise FileError(f"{path} changes {layer[:80]}, which this model does not have: it is of another kind of model")
-        alpha = part["alpha"] if "alpha" in part else alphas.get(place[0])
-        delta = Delta(part["down"], part["up"], None if alpha is None else float(alpha))
+        alpha = part["alpha"].flatten()[:2].tolist() if "alpha" in part else [_alpha(told, place, layer, len(part["down"]))]
+        if len(alpha) != 1 or min(part["down"].ndim, part["up"].ndim) < 2 or not len(part["down"]):
+            raise FileError(f"{path} is damaged: the shapes of what it changes of {layer[:80]} are none of a LoRA's")
+        if not all(bool(torch.isfinite(v.sum(dtype=torch.float32))) for v in part.values()):
+            raise FileError(f"{path} holds numbers that are not finite, of {layer[:80]}: get it again")
+        delta = Delta(part["down"], part["up"], alpha[0])
         if not delta.fits(networks[place[0]].get_submodule(place[1])):
             raise FileError(
                 f"{path} changes {layer[:80]} from {delta.down.shape[1]} to {len(delta.up)} numbers, which is not its shape: it is of another model"
@@ -120,13 +123,37 @@ def _places(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _alphas(about: dict[str, str]) -> dict[str, float]:
-    """What peft's metadata says of alpha, by network."""
+def _told(about: dict[str, str], path: Path) -> dict[str, Any]:
+    """What peft's metadata says, {network.setting: value}. Raises FileError for kinds that are not read."""
     try:
         told: Any = json.loads(about.get("lora_adapter_metadata", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return {n: float(told[f"{n}.lora_alpha"]) for n in (UNET, TEXT, SECOND) if isinstance(told, dict) and f"{n}.lora_alpha" in told}
+    told = told if isinstance(told, dict) else {}
+    if any(value for name, value in told.items() if name.endswith(".use_dora")):
+        raise FileError(f"{path} is a DoRA: that is not read; LoRAs of linear layers and convolutions are")
+    for name, patterns in told.items():
+        if (
+            name.endswith(".alpha_pattern")
+            and isinstance(patterns, dict)
+            and (odd := next((k for k in patterns if not re.fullmatch(r"[\w.]+", k)), None))
+        ):
+            raise FileError(f"{path} gives alphas by a regular expression ({odd[:40]!r}), which is not read: names of layers are")
+    return told
+
+
+def _alpha(told: dict[str, Any], place: tuple[str, str], layer: str, rank: int) -> float | None:
+    """A layer's alpha by that metadata: a pattern's (the end of a layer's path), else the network's; `use_rslora` divides it by the root of the rank
+    (arXiv 2312.03732).
+    """
+    network, _ = place
+    alpha, patterns = told.get(f"{network}.lora_alpha"), told.get(f"{network}.alpha_pattern")
+    path = layer.removeprefix(f"{network}.").removeprefix("text_model.")
+    if isinstance(patterns, dict):
+        alpha = next((v for k, v in patterns.items() if path == k or path.endswith(f".{k}")), alpha)
+    if not isinstance(alpha, int | float):
+        return None
+    return float(alpha) * (rank**0.5 if told.get(f"{network}.use_rslora") else 1.0)
 
 
 def write_lora(lora: Lora, path: Path, *, layout: str = "kohya") -> None:

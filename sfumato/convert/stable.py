@@ -15,13 +15,14 @@ from torch import Tensor
 from sfumato.codecs.autoencoder import Autoencoder
 from sfumato.codecs.tiny import TinyAutoencoder
 from sfumato.convert.checkpoint import read_tensors
-from sfumato.convert.clip import clip_json, ears_of, read_clip, read_tokenizer, text_tensors, without_last
+from sfumato.convert.clip import clip_json, ears_of, of_diffusers, read_clip, read_tokenizer, text_tensors
 from sfumato.convert.compvis import UNET, VAE, from_unet, parted, to_unet, unet_config_of, vae_config_of
 from sfumato.convert.diffusers import (
     SCALE,
     STEMS,
     codec_of,
     filled,
+    left_out,
     read_json,
     read_unet,
     read_vae,
@@ -60,15 +61,18 @@ REFUSED = {  # beginnings or parts of names, and what they are of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds. `notes` are to be told to whoever loads it."""
+    """What a checkpoint holds. `notes` are to be told to whoever loads it. `quiet`: where nothing negative is said, guidance leans on zeros and not
+    on an empty prompt, as XL learned it.
+    """
 
     unet: UNet
-    codec: Autoencoder
+    codec: Autoencoder | TinyAutoencoder
     ears: list[Ear]
     scheduler: SchedulerConfig
     version: Version
     size: int
     notes: tuple[str, ...] = ()
+    quiet: bool = False
 
     @property
     def inpaints(self) -> bool:
@@ -76,8 +80,12 @@ class Checkpoint:
         return self.unet.config.channels == 2 * self.unet.config.out_channels + 1
 
 
-def version_of(unet: UNet) -> Version:
-    return "xl" if unet.config.pooled else CONTEXTS.get(unet.config.context, "1")  # type: ignore[return-value]
+def version_of(unet: UNet, source: object) -> Version:
+    """Raises FileError for a UNet that sees other things beside the picture than a mask."""
+    c = unet.config
+    if c.channels not in (c.out_channels, 2 * c.out_channels + 1):
+        raise FileError(f"{source} has a UNet of {c.channels} channels, as of InstructPix2Pix or a depth model: those of 4 and of 9 are read")
+    return "xl" if c.pooled else CONTEXTS.get(c.context, "1")  # type: ignore[return-value]
 
 
 def refuse(names: Any, source: object) -> None:
@@ -119,9 +127,10 @@ def _folder(path: Path, variant: str | None) -> Checkpoint:
         raise FileError(f"{path} is of {kind or 'no pipeline'}: StableDiffusionPipeline and StableDiffusionXLPipeline, and their kinds, are read")
     if index.get("controlnet", [None])[0]:
         raise FileError(f"{path} holds a ControlNet: that is not read; Stable Diffusion 1.x, 2.x and XL are")
-    unet, codec = read_unet(path / "unet", variant), read_vae(path / "vae", variant)
-    version = version_of(unet)
-    scheduler = scheduler_config(read_json(path / "scheduler" / "scheduler_config.json"), path / "scheduler" / "scheduler_config.json")
+    unet, codec = read_unet(path / "unet", variant), read_tiny_folder(path / "vae") or read_vae(path / "vae", variant)
+    version = version_of(unet, path)
+    told = read_json(path / "scheduler" / "scheduler_config.json")
+    scheduler = scheduler_config(told, path / "scheduler" / "scheduler_config.json")
     if version != "xl":
         scheduler = replace(scheduler, offset=1)  # as the pipeline has it, whatever its config says
     ears = []
@@ -132,14 +141,20 @@ def _folder(path: Path, variant: str | None) -> Checkpoint:
             ears.append(Ear(network, tokenizer, pad, 2, False) if version == "xl" else Ear(network, tokenizer, pad))
     if not ears:
         raise FileError(f"{path} has no text_encoder folder: get the whole checkpoint")
+    if version == "xl" and len(ears) == 1:
+        raise FileError(f"{path} has one text encoder: the refiner of Stable Diffusion XL is not read, its base is")
+    quiet = version == "xl" and bool(index.get("force_zeros_for_empty_prompt", True))
     side = read_json(path / "unet" / "config.json").get("sample_size") or 0
     side = side if isinstance(side, int) else SIZES[version] // codec.spec.factor
     notes = [f"{path} comes with a {name}, which is not applied" for name in FILTERS if index.get(name, [None])[0]]
-    return Checkpoint(unet, codec, ears, scheduler, version, side * codec.spec.factor or SIZES[version], tuple(notes))
+    if odd := left_out(told):
+        notes.append(f"{', '.join(odd)} of its scheduler_config.json is not here: {scheduler.sampler} draws without it")
+    return Checkpoint(unet, codec, ears, scheduler, version, side * codec.spec.factor or SIZES[version], tuple(notes), quiet)
 
 
 def write_folder(found: Checkpoint, path: Path, *, half: bool = False) -> None:
-    """A folder that diffusers loads."""
+    """A folder that diffusers loads, whole or not at all. Raises FileError."""
+    codec = _whole_codec(found)
 
     def put(name: str, config: dict[str, Any], tensors: dict[str, Tensor], stem: str) -> None:
         (path / name).mkdir(parents=True, exist_ok=True)
@@ -147,14 +162,18 @@ def write_folder(found: Checkpoint, path: Path, *, half: bool = False) -> None:
         _save(tensors, path / name / f"{stem}.safetensors", half)
 
     put("unet", unet_json(found.unet.config) | {"sample_size": found.size // found.codec.spec.factor}, found.unet.state_dict(), STEMS[0])
-    put("vae", vae_json(found.codec), vae_tensors(found.codec), STEMS[0])
+    put("vae", vae_json(codec), vae_tensors(codec), STEMS[0])
     index: dict[str, Any] = {
         "_class_name": _pipeline(found), "_diffusers_version": "0.30.0", "scheduler": ["diffusers", scheduler_json(found.scheduler)["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
     }  # fmt: skip
-    index |= {"force_zeros_for_empty_prompt": False} if found.version == "xl" else {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= (
+        {"force_zeros_for_empty_prompt": found.quiet}
+        if found.version == "xl"
+        else {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    )
     for ear, ending in zip(found.ears, ("", "_2"), strict=False):
-        network = without_last(ear.network) if ear.layer == 2 and ear.normed else ear.network
+        network = of_diffusers(ear) if len(found.ears) == 1 else ear.network
         named = {f"text_model.{k}" if not k.startswith("text_projection") else k: v for k, v in network.state_dict().items()}
         put(f"text_encoder{ending}", clip_json(network.config) | {"bos_token_id": ear.start}, named, STEMS[1])
         _tokenizer(ear, path / f"tokenizer{ending}")
@@ -163,6 +182,12 @@ def write_folder(found: Checkpoint, path: Path, *, half: bool = False) -> None:
     (path / "scheduler").mkdir(exist_ok=True)
     _json(path / "scheduler" / "scheduler_config.json", scheduler_json(found.scheduler))
     _json(path / "model_index.json", index)
+
+
+def _whole_codec(found: Checkpoint) -> Autoencoder:
+    if isinstance(found.codec, TinyAutoencoder):
+        raise FileError("a checkpoint with a tiny autoencoder is not written: name one with the whole autoencoder")
+    return found.codec
 
 
 def _pipeline(found: Checkpoint) -> str:
@@ -202,7 +227,7 @@ def _single(path: Path, prediction: str, averaged: bool) -> Checkpoint:
     params = _settings(path)
     config = unet_config_of(parts["unet"], params.get("unet_config", {}).get("params", {}))
     unet = filled(UNet, config, to_unet(parts["unet"], config), path)
-    version = version_of(unet)
+    version = version_of(unet, path)
     if not parts["vae"]:
         raise FileError(f"{path} holds no autoencoder (no tensor begins with {VAE}): get the whole checkpoint")
     vae = {k: v for k, v in parts["vae"].items() if not k.startswith(("loss.", "model_ema"))}
@@ -211,7 +236,7 @@ def _single(path: Path, prediction: str, averaged: bool) -> Checkpoint:
     base = SchedulerConfig()
     scheduler = replace(base, prediction=guess, path=replace(base.path, zero_snr=SNR_MARK in tensors and guess == "v"))
     size = 512 if version == "2" and guess == "eps" else SIZES[version]
-    return Checkpoint(unet, codec, ears_of(parts["text"], path), scheduler, version, size, notes)
+    return Checkpoint(unet, codec, ears_of(parts["text"], path), scheduler, version, size, notes, version == "xl")
 
 
 def read_codec(path: Path, version: Version = "1") -> Autoencoder | TinyAutoencoder:
@@ -275,7 +300,7 @@ def _predicts(version: Version, unet: UNet, tensors: dict[str, Tensor], params: 
 def write_single(found: Checkpoint, path: Path, *, half: bool = False) -> None:
     """One file in the layout of its authors, which other programs load."""
     tensors = {UNET + k: v for k, v in from_unet(found.unet.state_dict(), found.unet.config).items()}
-    tensors |= {VAE + from_codec(k, gumbel=False): v for k, v in found.codec.state_dict().items() if not k.startswith("latent_")}
+    tensors |= {VAE + from_codec(k, gumbel=False): v for k, v in _whole_codec(found).state_dict().items() if not k.startswith("latent_")}
     tensors |= text_tensors(found.ears)
     if found.scheduler.prediction == "v":
         tensors[V_MARK] = torch.zeros(0)

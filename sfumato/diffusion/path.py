@@ -23,13 +23,14 @@ from sfumato.core.config import nearest
 PathKind = Literal["rf", "vp-cosine", "vp-linear"]
 Betas = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
 Schedule = Literal["uniform", "lambda", "karras", "edm", "ays", "ays-xl"]
-Spacing = Literal["leading", "leading-open", "trailing", "linspace", "linspace-open", "linspace-exact"]
+Spacing = Literal["leading", "leading-open", "trailing", "linspace", "linspace-open", "linspace-exact", "lcm"]
 T_MIN, LAMBDA_MAX = 1e-3, math.log(999)  # where schedules in lambda end, for lambda itself has none: sigma / alpha in [1 / 999, 999]
 EDM_RANGE = (0.002, 80.0)  # of sigma / alpha (arXiv 2206.00364, table 1)
 ALIGNED = {  # sigma / alpha after each of ten steps, found for Stable Diffusion 1.5 and SDXL (arXiv 2404.14507); the last stands for 0
     "ays": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
     "ays-xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
 }
+OF_LCM = 50  # times that a consistency model of Stable Diffusion learned
 LEAST_ALPHA = 2.0**-12  # what stands for 0 where the last step of a discrete model is to be pure noise
 
 
@@ -193,13 +194,15 @@ def discrete_times(
     "leading": every (num_betas // steps)-th step from 0 on, `offset` later; "leading-open": the same of one step more, without the first (of
     DPM-Solver and UniPC there); "trailing" (arXiv 2305.08891, table 2): from the last step backwards;
     "linspace": from the first to the last step, rounded; "linspace-open": of one more, without the first; "linspace-exact": not rounded.
+    "lcm": evenly from fifty that models for few steps learned (arXiv 2310.04378, section 4.3).
     After the last of them comes the clean picture, t = 0, or with `ends` "first" what the first step leaves, at t = 1 / num_betas. ValueError for
     what is out of range.
     """
     if spacing not in get_args(Spacing):
         raise ValueError(f"spacing (='{spacing}') must be one of {', '.join(get_args(Spacing))}{nearest(spacing, get_args(Spacing))}")
-    if not 1 <= steps <= num_betas:
-        raise ValueError(f"steps (={steps}) must be from 1 to {num_betas}")
+    most = OF_LCM if spacing == "lcm" else num_betas
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps (={steps}) must be from 1 to {most}")
     match spacing:
         case "leading" | "leading-open":
             more = int(spacing == "leading-open")
@@ -211,6 +214,9 @@ def discrete_times(
         case "linspace" | "linspace-exact":
             at = torch.linspace(0, num_betas - 1, steps, dtype=torch.float64).flip(0)
             at = at.round() if spacing == "linspace" else at
+        case "lcm":
+            learned = torch.arange(OF_LCM, 0, -1, dtype=torch.float64) * (num_betas // OF_LCM) - 1
+            at = learned[(torch.arange(steps, dtype=torch.float64) * OF_LCM / steps).floor().long()]
         case "linspace-open":
             at = torch.linspace(0, num_betas - 1, steps + 1, dtype=torch.float64).round()[1:].flip(0)
     last = 0.0 if ends == "clean" or bool(at[-1] == 0) else 1 / num_betas

@@ -21,7 +21,7 @@ class Delta:
 
     @property
     def scale(self) -> float:
-        return (self.alpha or len(self.down)) / len(self.down)
+        return (len(self.down) if self.alpha is None else self.alpha) / len(self.down)
 
     def whole(self) -> Float[Tensor, " out *rest"]:
         """What is added to the weight, at least fp32."""
@@ -57,16 +57,15 @@ class Attached:
 def merge(network: nn.Module, changes: list[tuple[Mapping[str, Delta], float]]) -> Attached:
     """Adds several sets of changes, {module: Delta} with a strength each, to the weights: as fast as without. Raises ValueError."""
     attached = Attached()
-    sums: dict[nn.Module, Tensor] = {}
+    by_layer: dict[nn.Module, list[tuple[Delta, float]]] = {}
     for deltas, strength in changes:
         for name, delta in deltas.items():
-            layer = _layer(network, name, delta)
-            part = (strength * delta.whole()).reshape(layer.weight.shape).to(layer.weight.device)  # type: ignore[union-attr, operator, arg-type]
-            sums[layer] = sums[layer] + part if layer in sums else part
-    for layer, total in sums.items():
+            by_layer.setdefault(_layer(network, name, delta), []).append((delta, strength))
+    for layer, parts in by_layer.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
+        total = sum((strength * delta.whole().reshape(weight.shape).to(weight.device) for delta, strength in parts), weight.data)
         attached.weights[layer] = weight.data
-        layer.weight = nn.Parameter((weight.data + total).to(weight.dtype), requires_grad=weight.requires_grad)
+        layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)
     return attached
 
 

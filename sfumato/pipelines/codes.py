@@ -51,8 +51,7 @@ class CodesModel(Model):
     def vocabulary(self) -> Vocabulary:
         return self.prior.config.vocabulary  # type: ignore[union-attr, return-value]
 
-    @property
-    def together(self) -> int:
+    def together(self, request: GenerateRequest) -> int:
         """Fewer where a large vocabulary would fill the memory: MaskGIT has the logits of all codes at once."""
         each = max(self.vocabulary.slots) * (1 if self.way == "gpt" else self.vocabulary.length)
         return max(1, min(CHUNK, MOST_LOGITS // each))

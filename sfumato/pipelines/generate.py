@@ -169,9 +169,8 @@ class Model(ABC):
         entries = self.meta["words"].values()
         return {normalise(e["emoji"][0]): {"en": e["en"][0], "zh": e["zh"][0] or e["en"][0]} for e in entries if e["emoji"][0]}
 
-    @property
-    def together(self) -> int:
-        """Pictures that are drawn at once."""
+    def together(self, request: GenerateRequest) -> int:
+        """Pictures of a request that are drawn at once."""
         return CHUNK
 
     def unknown(self, prompt: str) -> list[tuple[str, list[str]]]:
@@ -219,7 +218,7 @@ class Model(ABC):
         return [p.image for p in self.pictures(GenerateRequest(prompt=prompt, **options), progress=progress)]
 
     def pictures(self, request: GenerateRequest, *, progress: Progress | None = None, only: int | None = None) -> Iterator[Picture]:
-        """Draws a request, `together` pictures at a time. `only` gives one picture of it, drawn in the same company, so byte for byte the same.
+        """Draws a request, some (`together`) at a time. `only` gives one picture of it, drawn in the same company, so byte for byte the same.
 
         progress(done, total) counts network steps.
         """
@@ -227,8 +226,9 @@ class Model(ABC):
             yield from self.draw([request], progress=progress)
             return
         rows = self._rows(request)
-        start = only // self.together * self.together
-        yield from (p for p in self._draw_rows(rows[start : start + self.together], progress) if p.index == only)
+        n = self.together(rows[0].request)
+        start = only // n * n
+        yield from (p for p in self._draw_rows(rows[start : start + n], progress) if p.index == only)
 
     def draw(self, requests: Sequence[GenerateRequest], *, progress: Progress | None = None) -> Iterator[Picture]:
         """Draws several requests together, in order; they may differ in prompt, negative, style, label, seed and count only."""
@@ -260,8 +260,10 @@ class Model(ABC):
         return [Row(request, i, seed, self._style_of(request, seed)) for i, seed in enumerate(seeds)]
 
     def _draw_rows(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:
-        chunks = [rows[s : s + self.together] for s in range(0, len(rows), self.together)]
-        begun = self.begin(rows[0].request) if rows else None
+        if not rows:
+            return
+        n, begun = self.together(rows[0].request), self.begin(rows[0].request)
+        chunks = [rows[s : s + n] for s in range(0, len(rows), n)]
         total, done = sum(self.steps_taken(row[0].request, begun) for row in chunks), 0
         for chunk in chunks:
             for x in self.latents(chunk, begun):
@@ -412,8 +414,11 @@ def between(a: Cond, b: Cond, share: Tensor) -> Cond:
         return None if x is None or y is None else torch.lerp(x, y, share.to(x).reshape(-1, *[1] * (x.ndim - 1)))
 
     label = None if a.label is None or b.label is None else torch.where(share < 0.5, a.label, b.label)
-    at = share[:, None]
-    mask = None if a.mask is None or b.mask is None else (a.mask & (at < 1)) | (b.mask & (at > 0))
+    at, heard = (
+        share[:, None],
+        [c.mask if c.mask is not None or c.text is None else torch.ones_like(c.text[..., 0], dtype=torch.bool) for c in (a, b)],
+    )
+    mask = None if a.mask is None and b.mask is None else (heard[0] & (at < 1)) | (heard[1] & (at > 0))  # type: ignore[operator]
     return Cond(text=mix(a.text, b.text), mask=mask, pooled=mix(a.pooled, b.pooled), style=mix(a.style, b.style), label=label)
 
 

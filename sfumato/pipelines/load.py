@@ -178,8 +178,8 @@ def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stab
             "hash": file_hash(path), "prediction": found.scheduler.prediction, "with": said}  # fmt: skip
     return StableDiffusion(
         denoiser=found.unet.to(device, kind), codec=found.codec.to(device, torch.float32), ears=found.ears, scheduler=found.scheduler,
-        path=found.scheduler.made, inpaints=found.inpaints, text=None, meta=meta, name=path.stem if path.is_file() else path.name, device=device,
-        dtype=kind,
+        path=found.scheduler.made, inpaints=found.inpaints, quiet=found.quiet, text=None, meta=meta, device=device, dtype=kind,
+        name=path.stem if path.is_file() else path.name,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path as Files
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,17 +15,19 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.codecs.tiny import TinyAutoencoder
 from sfumato.convert.kohya import read_embedding, read_lora
 from sfumato.core.images import flatten, to_pil, to_tensor
-from sfumato.core.request import GenerateRequest
+from sfumato.core.request import MOST_SIDE, GenerateRequest
 from sfumato.core.rng import Philox
 from sfumato.core.seams import Cond, Denoise, Predict
 from sfumato.diffusion.discrete import OPEN, SchedulerConfig
 from sfumato.diffusion.guidance import guided, inpaint
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.unet import TIMES
+from sfumato.nn.layers import slerp
 from sfumato.nn.lora import merge
-from sfumato.pipelines.generate import Begun, Picture, Progress, Row, begun_digest
+from sfumato.pipelines.generate import Begun, Picture, Progress, Row, begun_digest, between
 from sfumato.pipelines.latent_diffusion import LatentDiffusion, Stream
 from sfumato.text.prompts import Ear, heard
 
@@ -42,11 +44,16 @@ class StableDiffusion(LatentDiffusion):
     ears: list[Ear] = field(default_factory=list)
     scheduler: SchedulerConfig
     inpaints: bool = False
+    quiet: bool = False  # whether guidance leans on zeros where nothing negative is said
     sized: ClassVar[bool] = True
 
     @property
     def usual(self) -> dict[str, Any]:
         return {"guidance": GUIDANCE[self.meta["version"]], "sampler": self.scheduler.sampler}
+
+    def complete(self, request: GenerateRequest) -> GenerateRequest:
+        request = super().complete(request)
+        return replace(request, schedule=request.schedule or self.scheduler.schedule_of(request.sampler))  # type: ignore[arg-type]
 
     @property
     def hears(self) -> bool:
@@ -56,9 +63,9 @@ class StableDiffusion(LatentDiffusion):
     def sizes(self) -> list[int]:
         return [self.size]
 
-    @property
-    def together(self) -> int:
-        return max(1, min(4, MOST_PIXELS // self.size**2))
+    def together(self, request: GenerateRequest) -> int:
+        height, width = (round(side * request.hires) for side in self.extent(request))
+        return max(1, min(4, MOST_PIXELS // (height * width)))
 
     def unknown(self, prompt: str) -> list[tuple[str, list[str]]]:
         """CLIP knows a word for everything."""
@@ -74,11 +81,13 @@ class StableDiffusion(LatentDiffusion):
     # --- what is asked for ------------------------------------------------------------------------------------------------------------------------
 
     def extent(self, request: GenerateRequest) -> tuple[int, int]:
-        """Height and width: as asked for, or those of the init picture, made smaller where that is larger than what the model learned."""
+        """Height and width: as asked for, or those of the init picture, made smaller where that is larger than what the model learned; with all
+        that is drawn around it, where that is asked for.
+        """
         factor = self.codec.spec.factor
         if request.width is None and request.height is None and request.init is not None:
             init, _ = self._pictures_of(request)
-            share = min(1.0, (self.size**2 / (init.width * init.height)) ** 0.5)
+            share = 1.0 if request.extend else min(1.0, (self.size**2 / (init.width * init.height)) ** 0.5)
             return tuple(max(1, round(side * share / factor)) * factor for side in (init.height, init.width))  # type: ignore[return-value]
         side = request.size or self.size
         return request.height or side, request.width or side
@@ -87,19 +96,21 @@ class StableDiffusion(LatentDiffusion):
         """Raises ValueError for a size, sampler, schedule, or a mask that there is not."""
         super().check_way(request)
         factor = self.codec.spec.factor
-        for name in ("width", "height"):
+        for name in ("width", "height", "size"):
             value = getattr(request, name)
             if value is not None and value % factor:
                 raise ValueError(
                     f"{name} (={value}) must be a multiple of {factor}: the nearest are {value // factor * factor} and {-(-value // factor) * factor}"
                 )
-        most = min(e.network.config.depth for e in self.ears)
+        most = min(e.most_skip for e in self.ears)
         if request.clip_skip is not None and request.clip_skip > most:
             raise ValueError(f"clip_skip (={request.clip_skip}) must be from 1 to {most}: the blocks of this text encoder")
         if self.inpaints and request.mask is None and request.extend is None:
             raise ValueError("mask (=None) is what this model draws by: it is for inpainting; name --init and --mask, or another model")
         if request.hires > 1 and request.init is not None:
             raise ValueError(f"hires (={request.hires}) is for pictures from noise: leave it or init out")
+        if request.hires > 1 and (most := max(self._large(side, request) for side in self.extent(request))) > MOST_SIDE:
+            raise ValueError(f"hires (={request.hires}) would make sides of {most:,} pixels, at most {MOST_SIDE:,} are allowed")
 
     def steps_taken(self, request: GenerateRequest, begun: Begun | None) -> int:
         if request.noise == "diffusers" and begun is not None:
@@ -112,17 +123,27 @@ class StableDiffusion(LatentDiffusion):
     # --- what is heard ----------------------------------------------------------------------------------------------------------------------------
 
     def _sides(self, rows: list[Row]) -> tuple[Cond, Cond]:
-        """What is asked for and what guidance leans on, of as many parts: the same text encoder hears both together."""
-        request, n = rows[0].request, len(rows)
-        prompts = [r.request.prompt or "" for r in rows] + [r.request.negative or "" for r in rows]
-        both = heard(self.ears, prompts, request.clip_skip, torch.float32)
-        if self.denoiser.config.pooled:  # type: ignore[union-attr]
-            height, width = self.extent(request)
-            said = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device).expand(2 * n, -1)
-            both = replace(both, extra={TIMES: said})
-        else:
-            both = replace(both, pooled=None)
-        return both[:n], both[n:]
+        """What is asked for and what guidance leans on, of each row on its way towards another where there is one."""
+        request = rows[0].request
+        skip = request.clip_skip or 1
+        cond = self._heard(rows, lambda r: r.request.prompt, skip)
+        empty = self._heard(rows, lambda r: r.request.negative, 1 if request.noise == "diffusers" else skip)  # which skips nothing there
+        if self.quiet:
+            said = torch.tensor([r.request.negative is not None for r in rows], device=self.device)
+            empty = replace(empty, text=empty.text * said[:, None, None], pooled=empty.pooled * said[:, None])  # type: ignore[operator, index]
+        if not self.denoiser.config.pooled:  # type: ignore[union-attr]
+            return replace(cond, pooled=None), replace(empty, pooled=None)
+        height, width = self.extent(request)
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device).expand(len(rows), -1)
+        return replace(cond, extra={TIMES: sizes}), replace(empty, extra={TIMES: sizes})
+
+    def _heard(self, rows: list[Row], said: Callable[[Row], str | None], skip: int) -> Cond:
+        cond = heard(self.ears, [said(r) or "" for r in rows], skip)
+        if all(r.toward is None for r in rows):
+            return cond
+        other = heard(self.ears, [said(r.toward or r) or "" for r in rows], skip)
+        longer = max(cond.text.shape[1], other.text.shape[1])  # type: ignore[union-attr]
+        return between(_filled_up(cond, longer), _filled_up(other, longer), torch.tensor([r.share for r in rows], device=self.device))
 
     # --- noise ------------------------------------------------------------------------------------------------------------------------------------
 
@@ -134,27 +155,32 @@ class StableDiffusion(LatentDiffusion):
     def _stream(self, row: Row, begun: Begun | None) -> Stream:
         if row.request.noise == "own":
             return super()._stream(row, begun)
-        if row.request.noise == "a1111":
-            return self._of_a1111(row, self._shape(row, begun))
+        found = (self._of_a1111 if row.request.noise == "a1111" else self._of_diffusers)(row, begun)
+        return found if row.toward is None else replace(found, first=slerp(found.first, self._stream(row.toward, begun).first, row.share))
+
+    def _of_diffusers(self, row: Row, begun: Begun | None) -> Stream:
         one, shape = torch.Generator().manual_seed(row.seed), self._shape(row, begun)  # for all that a picture needs, in this order
         draw = lambda wanted: torch.randn((1, *shape), generator=one)[0] if wanted else None  # noqa: E731
-        of_init = draw(begun is not None and not (self.inpaints and row.request.strength == 1))
+        spread = not isinstance(self.codec, TinyAutoencoder)  # whose encodings are points
+        of_init = draw(begun is not None and spread and not (self.inpaints and row.request.strength == 1))
         first = draw(True)
-        return Stream(shape, one, one, first, of_init, draw(begun is not None and begun.mask is not None))  # type: ignore[arg-type]
+        return Stream(shape, one, one, first, of_init, draw(begun is not None and spread and begun.mask is not None))  # type: ignore[arg-type]
 
-    def _of_a1111(self, row: Row, shape: tuple[int, ...]) -> Stream:
-        """Numbers of CUDA's generator; a variation's noise along an arc whose angle is taken over rows of the latents, as that program does. Noise of
-        samplers in their steps begins with the seed again.
+    def _of_a1111(self, row: Row, begun: Begun | None) -> Stream:
+        """Numbers of CUDA's generator, which goes on in the steps of samplers; a variation's noise along an arc whose angle is taken over rows of the
+        latents, as that program does, and of a batch it varies the other seed.
         """
-        request = row.request
-        first = torch.from_numpy(Philox(row.seed).normal(*shape))
+        request, shape = row.request, self._shape(row, begun)
+        numbers = Philox((request.seed or 0) if request.variation else row.seed)
+        first = torch.from_numpy(numbers.normal(*shape))
         if request.variation:
-            other = torch.from_numpy(Philox((request.seed if request.variation_seed is None else request.variation_seed) or 0).normal(*shape))
+            seed = (request.seed if request.variation_seed is None else request.variation_seed) or 0
+            other = torch.from_numpy(Philox(seed + row.index).normal(*shape))
             dot = (F.normalize(first, dim=1) * F.normalize(other, dim=1)).sum(1, keepdim=True)
             angle, v = dot.clamp(-1, 1).acos(), request.variation
             arc = (((1 - v) * angle).sin() * first + (v * angle).sin() * other) / angle.sin()
             first = torch.lerp(first, other, v) if float(dot.mean()) > NEARLY else arc
-        return Counted(shape, torch.Generator(), torch.Generator(), first, of_init=None, source=Philox(row.seed))
+        return Counted(shape, torch.Generator(), torch.Generator(), first, source=numbers)
 
     def _start(self, rows: list[Row], streams: list[Stream], ts: Tensor, begun: Begun | None) -> Tensor:
         request = rows[0].request
@@ -261,7 +287,8 @@ class StableDiffusion(LatentDiffusion):
         if not rows:
             return
         request = rows[0].request
-        with seamless([self.denoiser, self.codec], request.tiling), self.changed(request):
+        networks = [self.denoiser, self.codec, *([] if self.guide is None else [self.guide.denoiser])]
+        with seamless(networks, request.tiling), self.changed(request):
             yield from super()._draw_rows(rows, progress) if request.hires == 1 else self._twice(rows, progress)
 
     @contextmanager
@@ -296,7 +323,8 @@ class StableDiffusion(LatentDiffusion):
         request = rows[0].request
         height, width = self.extent(request)
         high = replace(request, hires=1.0, strength=request.hires_strength, height=self._large(height, request), width=self._large(width, request))
-        done, chunks = 0, [rows[s : s + self.together] for s in range(0, len(rows), self.together)]
+        n = self.together(request)
+        done, chunks = 0, [rows[s : s + n] for s in range(0, len(rows), n)]
         total = len(chunks) * (self.steps_of(request) + max(1, round(self.steps_of(request) * high.strength)))
         last: Any = None
         for chunk in chunks:
@@ -319,9 +347,16 @@ class StableDiffusion(LatentDiffusion):
         return round(side * request.hires / self.codec.spec.factor) * self.codec.spec.factor
 
     def _decoded(self, z: Tensor) -> Tensor:
+        z, factor = z.float(), self.codec.spec.factor
         if max(z.shape[2:]) <= 2 * TILE:
-            return self.codec.decode(z.float())
-        return tiled(self.codec.decode, z.float(), self.codec.spec.factor)
+            return self.codec.decode(z)
+        wrapping = around(self.codec)
+        if not wrapping:
+            return tiled(self.codec.decode, z, factor)
+        with seamless([self.codec], True, "zeros"):  # a tile ends at its edges, the picture goes on behind its own
+            x = tiled(self.codec.decode, F.pad(z, (OVERLAP,) * 4, mode="circular"), factor)
+        margin = OVERLAP * factor
+        return x[..., margin:-margin, margin:-margin]
 
     def _picture(self, image: Image.Image, row: Row, begun: Begun | None) -> Picture:
         picture = super()._picture(image, row, begun)
@@ -401,16 +436,31 @@ def starts(length: int, side: int, overlap: int) -> list[int]:
     return [round(i * (length - side) / (count - 1)) for i in range(count)]
 
 
+def around(network: nn.Module) -> list[nn.Conv2d]:
+    """Its convolutions that see what is beyond an edge at the edge across from it."""
+    return [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.padding_mode == "circular"]
+
+
 @contextmanager
-def seamless(networks: list[nn.Module], on: bool) -> Iterator[None]:
-    """Convolutions that see what is beyond an edge at the edge across from it, so that pictures can be laid side by side."""
-    convolutions = (
-        [m for n in networks for m in n.modules() if isinstance(m, nn.Conv2d) and m.padding_mode == "zeros" and any(m.padding)] if on else []
-    )  # type: ignore[arg-type]
+def seamless(networks: list[nn.Module], on: bool, mode: Literal["circular", "zeros"] = "circular") -> Iterator[None]:
+    """Convolutions that see what is beyond an edge at the edge across from it, so that pictures fit side by side; "zeros": that see nothing."""
+    other = "zeros" if mode == "circular" else "circular"
+    wanted = [n for n in networks if on]
+    convolutions = [m for n in wanted for m in n.modules() if isinstance(m, nn.Conv2d) and m.padding_mode == other and any(m.padding)]  # type: ignore[arg-type]
     for m in convolutions:
-        m.padding_mode = "circular"
+        m.padding_mode = mode
     try:
         yield
     finally:
         for m in convolutions:
-            m.padding_mode = "zeros"
+            m.padding_mode = other
+
+
+def _filled_up(cond: Cond, n: int) -> Cond:
+    """With text of `n` tokens, what is added unheard."""
+    assert cond.text is not None
+    more = n - cond.text.shape[1]
+    if not more:
+        return cond
+    mask = cond.text.new_ones(cond.text.shape[:2], dtype=torch.bool) if cond.mask is None else cond.mask
+    return replace(cond, text=F.pad(cond.text, (0, 0, 0, more)), mask=F.pad(mask, (0, more)))

@@ -128,7 +128,7 @@ class ClipText(nn.Module):
     def pooled(self, last: Float[Tensor, "b n d"], ids: Int[Tensor, "b n"]) -> Float[Tensor, "b p"]:
         """The normed state at the first end of each text, projected where the network has a projection."""
         c = self.config
-        at = ids.argmax(1) if c.end == LEGACY_END else (ids == c.end).int().argmax(1)
+        at = ids.where(ids < c.vocabulary, 0).argmax(1) if c.end == LEGACY_END else (ids == c.end).int().argmax(1)
         found = self.final_layer_norm(last)[torch.arange(len(ids), device=ids.device), at]
         return self.text_projection(found) if c.projection else found
 

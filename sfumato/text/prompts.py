@@ -67,8 +67,8 @@ def weighted(prompt: str) -> list[Run]:
 
 @dataclass
 class Ear:
-    """A text encoder with its tokens. `pad` fills a part up after its end; states are taken from the `layer`-th block from the end (1: the last),
-    through the final norm where `normed`. `learned` are vectors "n d" by the names that stand for them in prompts.
+    """A text encoder with its tokens. `pad` fills a part up after its end; states are usually taken from the `layer`-th block from the end (1: the
+    last), through the final norm where `normed`. `learned` are vectors "n d" by the names that stand for them in prompts.
     """
 
     network: ClipText
@@ -150,13 +150,16 @@ class Ear:
         """With start and end, as long as the encoder hears."""
         return [self.start, *ids, self.end, *[self.pad] * (self.room - len(ids))]
 
-    def hear(
-        self, ids: Int[Tensor, "b n"], weights: Float[Tensor, "b n"], layer: int | None = None
-    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b p"]]:
+    @property
+    def most_skip(self) -> int:
+        """The largest clip-skip: 1 is what is usually heard, 2 one block before it."""
+        return self.network.config.depth - self.layer + 1
+
+    def hear(self, ids: Int[Tensor, "b n"], weights: Float[Tensor, "b n"], skip: int = 1) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b p"]]:
         """States, as strong as their weights say, of the same mean as without; and the pooled text."""
-        net, layer = self.network, layer or self.layer
-        if not 1 <= layer <= net.config.depth:
-            raise ValueError(f"clip_skip (={layer}) must be from 1 to {net.config.depth}: the blocks of this text encoder")
+        net, layer = self.network, self.layer + skip - 1
+        if not 1 <= skip <= self.most_skip:
+            raise ValueError(f"clip_skip (={skip}) must be from 1 to {self.most_skip}: the blocks of this text encoder")
         table = net.embeddings.token_embedding.weight
         if self.learned:
             table = torch.cat([table, *(v.to(table) for v in self.learned.values())])
@@ -171,17 +174,22 @@ class Ear:
         return chosen, net.pooled(states[-1], ids)
 
 
-def heard(ears: Sequence[Ear], prompts: Sequence[str], layer: int | None = None, dtype: torch.dtype = torch.float32) -> Cond:
-    """What all ears hear: text "b 77k d" of the longest prompt's k parts, side by side, and the pooled text of the first part by the last ear."""
+def heard(ears: Sequence[Ear], prompts: Sequence[str], skip: int = 1, dtype: torch.dtype = torch.float32) -> Cond:
+    """What all ears hear: text "b 77k d" of the longest prompt's k parts, side by side, and the pooled text of the first part by the last ear. Where
+    others have fewer parts a mask "b 77k" leaves what fills them up unheard: a prompt is the same beside any other.
+    """
     texts, pooled = [], None
-    for ear in ears:
-        said = [ear.parts(p) for p in prompts]
-        most = max(len(parts) for parts in said)
+    parted = [[ear.parts(p) for p in prompts] for ear in ears]
+    counts = [max(len(of_ear[i]) for of_ear in parted) for i in range(len(prompts))]
+    most, mask = max(counts), None
+    for ear, said in zip(ears, parted, strict=True):
         rows = [part for parts in said for part in (*parts, *[([], [])] * (most - len(parts)))]
         device = ear.network.final_layer_norm.weight.device
         ids = torch.tensor([ear.filled(i) for i, _ in rows], device=device)
         weights = torch.tensor([[1.0, *w, *[1.0] * (ear.room + 1 - len(w))] for _, w in rows], device=device)
-        states, pool = ear.hear(ids, weights, layer)
+        states, pool = ear.hear(ids, weights, skip)
         texts.append(states.reshape(len(prompts), -1, states.shape[2]).to(dtype))
         pooled = pool.reshape(len(prompts), most, -1)[:, 0].to(dtype)
-    return Cond(text=torch.cat(texts, dim=2), pooled=pooled)
+        if min(counts) < most:
+            mask = (torch.arange(most, device=device) < torch.tensor(counts, device=device)[:, None]).repeat_interleave(ear.room + 2, dim=1)
+    return Cond(text=torch.cat(texts, dim=2), mask=mask, pooled=pooled)
