@@ -63,7 +63,7 @@ PENALTIES = {
 COLLAPSED = 0.3  # diversity of the real pictures', by either net, below which a run has failed
 RATE = 2e-4  # of the study
 TRIED = (5e-5, 2e-4, 8e-4)  # learning rates of the baselines
-RIVALS = {"ours": gan.preset_own, "dcgan": gan.preset_dcgan, "wgan-gp": gan.preset_wgan_gp}
+RIVALS = {"ours": gan.preset_r3gan, "dcgan": gan.preset_dcgan, "wgan-gp": gan.preset_wgan_gp}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,8 +275,8 @@ def _named(given: str, known: Any) -> list[str]:
 
 
 def rivals(options: Options, data: str) -> dict[str, GANRecipe]:
-    """Our preset without ADA, since none of them is to have augmentation, and the two that it is measured against: losses, penalties, steps and betas
-    of their papers, all on the networks of the study, DCGAN's own with batch norms. None of them sees mirrored pictures.
+    """Our preset r3gan without ADA, since none of them is to have augmentation, and the two that it is measured against: losses, penalties, steps and
+    betas of their papers, all on the networks of the study, DCGAN's own with batch norms. None of them sees mirrored pictures.
     """
     pairs = {
         "ours": DCGANConfig(width=32, most=128, norm="group"),
@@ -292,7 +292,7 @@ def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     recipes = rivals(options, str(train))
     batches = {name: preset()[1].batch_size for name, preset in RIVALS.items()}
     images = paced(options, recipes, batches)
-    rates, others = {"ours": gan.preset_own()[1].lr}, [name for name in RIVALS if name != "ours"]
+    rates, others = {"ours": RIVALS["ours"]()[1].lr}, [name for name in RIVALS if name != "ours"]
     for name in others:
         tried = {
             lr: outcome(options, f"race-{name}-{lr:g}-0", recipes[name], loop_of(options, images[name], 0, lr, batches[name]))

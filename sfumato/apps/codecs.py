@@ -172,9 +172,11 @@ def _convert_stable(asked: Convert) -> Iterator[str]:
 
     if asked.to == "single" and asked.target.suffix != ".safetensors":
         raise ValueError(f"target (={str(asked.target)!r}) must end in .safetensors")
+    say(f"reading {asked.source}")
     found = read_checkpoint(asked.source, prediction=asked.prediction)
     for note in found.notes:
         say(f"note: {note}")
+    say(f"writing {asked.target}")
     (write_single if asked.to == "single" else write_folder)(found, asked.target, half=asked.half)
     size = sum(p.numel() for p in found.unet.parameters()) / 1e6
     say(f"Stable Diffusion {found.version}, predicts {found.scheduler.prediction}, a UNet of {size:.0f} M parameters")

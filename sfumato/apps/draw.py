@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -22,7 +23,17 @@ from sfumato.apps.cli import OUT, say
 from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.images import flatten, grid, png_bytes, texts_in
 from sfumato.core.language import translated
-from sfumato.core.request import METADATA_KEY, SEVERAL_KEY, SOURCE_KEY, Device, GenerateRequest, metadata_text, parse_metadata, parse_parameters
+from sfumato.core.request import (
+    HEARD,
+    METADATA_KEY,
+    SEVERAL_KEY,
+    SOURCE_KEY,
+    Device,
+    GenerateRequest,
+    metadata_text,
+    parse_metadata,
+    parse_parameters,
+)
 
 if TYPE_CHECKING:
     from sfumato.pipelines.generate import Model, Picture
@@ -176,11 +187,13 @@ def run(asked: Generate) -> None:
     record = None if asked.source is None or theirs is not None else read_record(asked.source)
     if record is not None and "until" in record:
         asked = _morph_again(asked, record)
-    request, only = _request(asked, record) if theirs is None else (replace(theirs, **_changes(asked)), None)
+    request, only = _request(asked, record) if theirs is None else (replace(theirs[0], **_changes(asked)), None)
     requests = [replace(request, prompt=p) for p in asked.prompts or (request.prompt,)]
     model = load(asked.model, **_engine(asked, record), **_loading(asked, record))
     if record is not None:
         _compare(model, record, again=only is not None)
+    if theirs is not None and theirs[1] and not model.meta["hash"].startswith(theirs[1]):
+        say(f"warning: it was drawn by the model {theirs[1]}, this is {model.meta['hash'][:10]}")
     _warn_of_flags(asked, morphs(asked))
     if asked.native:
         requests = [replace(r, size=model.size) for r in requests]
@@ -328,6 +341,9 @@ def _compare(model: Model, record: dict[str, Any], again: bool) -> None:
         )
     if again and record["request"].init is not None and record.get("init_sha256") != begun_digest(record["request"]):
         raise ValueError(f"{record['request'].init} or its mask is not the picture that was begun from: it has changed, so it cannot be drawn again")
+    for file, digest in record.get("files_sha256", {}).items() if again else ():
+        if not Path(file).exists() or hashlib.sha256(Path(file).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{file} is not the file that the picture was drawn with: it has changed or is gone, so it cannot be drawn again")
     if again and record.get("with", {}) != model.meta.get("with", {}):
         raise ValueError(
             f"the picture was drawn with {_said(record.get('with', {}))}, this is {_said(model.meta.get('with', {}))}: "
@@ -343,8 +359,8 @@ def _said(loaded: dict[str, Any]) -> str:
     return ", ".join(f"{k} {str(v)[:10] if k.endswith('_hash') else v}" for k, v in loaded.items()) or "nothing more"
 
 
-def their_request(source: Path) -> GenerateRequest | None:
-    """What AUTOMATIC1111's interface says in a picture of its own; None in ours. What it says and there is no request for is told."""
+def their_request(source: Path) -> tuple[GenerateRequest, str] | None:
+    """What AUTOMATIC1111's interface says in a picture of its own, and its model's hash; None in ours. What it says and is not taken is told."""
     try:
         with Image.open(source) as image:
             texts = texts_in(image)
@@ -354,7 +370,11 @@ def their_request(source: Path) -> GenerateRequest | None:
         return None
     request, found = parse_parameters(texts["parameters"])
     say(f"note: {source} was drawn by another program with the model {found.get('Model', '?')} ({found.get('Model hash', '?')})")
-    return request
+    if left := [name for name in found if name not in HEARD]:
+        say(f"note: not taken of it: {', '.join(left)}")
+    if "Denoising strength" in found and "Hires upscale" not in found:
+        say("note: it was drawn from a picture: name that with --init")
+    return request, found.get("Model hash", "")
 
 
 def read_record(source: Path) -> dict[str, Any]:
@@ -419,6 +439,12 @@ def warn(model: Model, r: GenerateRequest) -> None:
     if diffusion and r.eta and r.sampler != "ddim":
         say(f"warning: eta has no effect with the sampler {r.sampler}; it is for ddim")
     guided = getattr(model, "guide", None) is not None
+    if r.style_guidance is not None and diffusion and not model.styles:
+        say("warning: style_guidance has no effect: this model has no styles")
+    if r.init is not None and model.sized and r.extend is None and r.width is None and r.height is None:
+        large, (height, width) = model.init_size(r), model.extent(r)  # type: ignore[attr-defined]
+        if large[0] > width + 8 or large[1] > height + 8:
+            say(f"note: {r.init} has {large[0]} x {large[1]} pixels and is drawn at {width} x {height}: --width and --height say otherwise")
     for name in ("negative", "style_guidance"):
         if guided and getattr(r, name) is not None:
             say(f"warning: {name} has no effect together with guide")

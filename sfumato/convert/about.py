@@ -20,7 +20,7 @@ SHOWN = ("ss_base_model_version", "ss_sd_model_name", "ss_network_dim", "ss_netw
 def about(path: Path) -> dict[str, Any]:
     """Facts in the order to print them. Raises FileError for what is no file of tensors."""
     names: Mapping[str, Any]
-    names, said = read_header(path) if path.suffix == ".safetensors" else (read_tensors(path), {})
+    names, said = read_header(path) if path.suffix == ".safetensors" else (read_tensors(path, shapes=True), {})
     for mark, what in (REFUSED | OTHERS).items():
         if any(name.startswith(mark) if mark in REFUSED else mark in name for name in names):
             return {"what": f"{what} (not read)", "tensors": len(names)}

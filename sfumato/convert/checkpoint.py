@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.convert.header import read_header
-from sfumato.core.checkpoint import FileError
+from sfumato.core.checkpoint import FileError, replacing
 
 PIECE = 2**24  # bytes that are read at once
 NESTED = 4  # state_dicts within each other
@@ -62,6 +63,15 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
+class Parameters(Shell):
+    """What stands for torch's ParameterDict: its tensors by name."""
+
+    def __setstate__(self, state: Any) -> None:
+        held = state.get("_parameters") if isinstance(state, dict) else None
+        if isinstance(held, dict):
+            self.update({k: v for k, v in held.items() if isinstance(v, Tensor)})
+
+
 class _Unpickler(pickle.Unpickler):
     """Names are looked up here and nowhere else."""
 
@@ -70,11 +80,12 @@ class _Unpickler(pickle.Unpickler):
         ("torch._utils", "_rebuild_parameter"): _parameter,
         ("collections", "OrderedDict"): OrderedDict,
         ("torch", "Size"): tuple,
+        ("torch.nn.modules.container", "ParameterDict"): Parameters,
     }
 
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
+    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str, shapes: bool) -> None:
         super().__init__(file)
-        self.archive, self.root = archive, root
+        self.archive, self.root, self.shapes = archive, root, shapes
         self.storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -87,15 +98,23 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("a storage of an unknown kind")
         if key not in self.storages:
-            self.storages[key] = _bytes(self.archive, f"{self.root}/data/{key}").view(dtype)
+            self.storages[key] = _bytes(self.archive, f"{self.root}/data/{key}", self.shapes).view(dtype)
         return self.storages[key]
 
 
-def _bytes(archive: zipfile.ZipFile, name: str) -> Tensor:
-    """A member of an archive, in memory once. Raises UnpicklingError for a compressed one, which may be of any size: PyTorch writes none."""
+def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """A member of an archive. Raises UnpicklingError for a compressed one, which may be of any size: PyTorch writes none."""
     told = archive.getinfo(name)
     if told.compress_type != zipfile.ZIP_STORED:
         raise pickle.UnpicklingError(f"{name} is compressed, which PyTorch never writes")
+    return told
+
+
+def _bytes(archive: zipfile.ZipFile, name: str, shapes: bool = False) -> Tensor:
+    """What a member holds, in memory once; with `shapes` only as many bytes, which are nowhere."""
+    told = _stored(archive, name)
+    if shapes:
+        return torch.empty(told.file_size, dtype=torch.uint8, device="meta")
     found = torch.empty(told.file_size, dtype=torch.uint8)
     with archive.open(told) as file:
         filled, whole = 0, memoryview(found.numpy())
@@ -106,8 +125,9 @@ def _bytes(archive: zipfile.ZipFile, name: str) -> Tensor:
     return found
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, shapes: bool = False) -> dict[str, Tensor]:
     """All tensors of a `.safetensors` file or of a PyTorch checkpoint, by name; nested `state_dict`s are unwrapped, whatever else it holds is left.
+    `shapes`: of a pickle their shapes alone, on the device "meta".
 
     Raises FileError for what is neither, or is damaged.
     """
@@ -119,7 +139,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if whole:
             return load_file(path)
-        found = _unpickled(path) if zipfile.is_zipfile(path) else torch.load(path, map_location="cpu", weights_only=True)
+        found = _unpickled(path, shapes) if zipfile.is_zipfile(path) else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise FileError(f"{path} cannot be read as a checkpoint ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__})") from None
     for _ in range(NESTED):
@@ -133,6 +153,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise FileError(f"{path} holds no tensors by name: it is no checkpoint of a network")
     return tensors
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, said: dict[str, str]) -> None:
+    """A `.safetensors` file, whole or not at all. Raises FileError."""
+    with replacing(path) as temporary:
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, said)
+        except SafetensorError as e:
+            raise FileError(f"cannot write {path}: {e}") from None
 
 
 def _apart(named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,10 +186,10 @@ def check_fit(wanted: dict[str, Tensor], given: dict[str, Tensor], source: objec
         raise FileError(f"{source}: {wrong} is {tuple(given[wrong].shape)}, not {tuple(wanted[wrong].shape)}")
 
 
-def _unpickled(path: Path) -> Any:
+def _unpickled(path: Path, shapes: bool) -> Any:
     with zipfile.ZipFile(path) as archive:
         member = next((n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")), None)
         if member is None:
             raise FileError("it is a zip without a PyTorch archive")
-        with archive.open(member) as file:
-            return _Unpickler(file, archive, member.split("/")[0]).load()
+        with archive.open(_stored(archive, member)) as file:
+            return _Unpickler(file, archive, member.split("/")[0], shapes).load()

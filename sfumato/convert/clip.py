@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sfumato.convert.diffusers import filled, read_json, tensors_of
+from sfumato.convert.diffusers import filled, read_json, some, tensors_of
 from sfumato.core.checkpoint import FileError
 from sfumato.text.clip import END, ClipConfig, ClipText, clip_tokenizer, usual_tokenizer
 from sfumato.text.prompts import Ear
@@ -28,6 +28,7 @@ HEAD = 64  # numbers a head
 def clip_config(c: dict[str, Any], projects: bool, source: object = "text_encoder/config.json") -> ClipConfig:
     """From transformers' config. Raises FileError."""
     try:
+        some(num_hidden_layers=c["num_hidden_layers"])
         return ClipConfig(
             vocabulary=c["vocab_size"], width=c["hidden_size"], inner=c["intermediate_size"], depth=c["num_hidden_layers"],
             heads=c["num_attention_heads"], tokens=c.get("max_position_embeddings", 77), activation=c.get("hidden_act", "quick_gelu"),
@@ -138,6 +139,8 @@ def clip_of(tensors: dict[str, Tensor], opened: bool, source: object) -> ClipTex
     try:
         vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
         depth = 1 + max(int(k.split(".")[2]) for k in tensors if k.startswith(LAYERS))
+        if depth > len(tensors):
+            raise ValueError(f"a block of the number {depth:,}")
         projection = tensors["text_projection.weight"].shape[0] if "text_projection.weight" in tensors else 0
         config = ClipConfig(
             vocabulary=vocabulary, width=width, inner=tensors[f"{LAYERS}0.mlp.fc1.weight"].shape[0], depth=depth, heads=max(width // HEAD, 1),

@@ -94,6 +94,8 @@ def unet_config_of(tensors: dict[str, Tensor], settings: dict[str, Any] | None =
 def _unet_config_of(shape: dict[str, tuple[int, ...]], settings: dict[str, Any]) -> UNetConfig:
     downs = sorted(int(k.split(".")[1]) for k in shape if k.startswith("input_blocks.") and k.endswith(".0.op.weight"))
     blocks = downs[0] - 1
+    if max(downs) > len(shape):
+        raise ValueError(f"a block of the number {max(downs):,}")
     last = max(int(k.split(".")[1]) for k in shape if k.startswith("input_blocks."))
     levels = [[i * (blocks + 1) + 1 + j for j in range(blocks)] for i in range(len(downs) + 1)]
     if levels[-1][-1] != last or downs != [(i + 1) * (blocks + 1) for i in range(len(downs))]:
@@ -122,6 +124,8 @@ def vae_config_of(tensors: dict[str, Tensor]) -> AutoencoderConfig:
         width, image_channels = shape["encoder.conv_in.weight"][:2]
         numbers = lambda at, start: 1 + max(int(k.split(".")[at]) for k in shape if k.startswith(start))  # noqa: E731
         levels, blocks, latent = numbers(2, "encoder.down."), numbers(4, "encoder.down.0.block."), shape["post_quant_conv.weight"][1]
+        if max(levels, blocks) > len(shape):
+            raise ValueError(f"a block of the number {max(levels, blocks):,}")
         widths = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
         net = ResnetConfig(
             image_channels=image_channels, width=width, multipliers=tuple(w // width for w in widths), attention=(), blocks=blocks,

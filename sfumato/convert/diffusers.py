@@ -35,6 +35,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {  # of a UNet's config: what may stand ther
 }  # fmt: skip
 KINDS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # of levels on the way down: whether they have transformers
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+MOST = 128  # blocks of a kind, or levels
 SCALE = 0.18215  # diffusers' own where a config does not say it
 
 
@@ -92,6 +93,13 @@ def tensors_of(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
             raise FileError(f"{file} holds {min(twice)}, which another part of {folder} holds, too")
         found |= part
     return found
+
+
+def some(**counts: Any) -> None:
+    """Raises ValueError for more of a thing than any network has: nobody is to wait for a billion layers."""
+    for name, value in counts.items():
+        if any(not isinstance(v, int) or v > MOST for v in (value if isinstance(value, list | tuple) else [value])):
+            raise ValueError(f"{name} (={str(value)[:40]}) must be whole numbers up to {MOST}")
 
 
 def filled(make: Any, config: Any, tensors: dict[str, Tensor], source: object) -> Any:
@@ -198,6 +206,7 @@ def unet_config(config: dict[str, Any], source: object = "unet/config.json") -> 
 def _unet_config(c: dict[str, Any]) -> UNetConfig:
     widths = tuple(c["block_out_channels"])
     n = len(widths)
+    some(levels=n, **{k: c.get(k, 1) for k in ("layers_per_block", "transformer_layers_per_block")})
     attends = [KINDS[kind] for kind in c["down_block_types"]]
     layers, heads = (_each(c.get(k, d), n) for k, d in (("transformer_layers_per_block", 1), ("attention_head_dim", 8)))
     if c.get("num_attention_heads") is not None:
@@ -257,6 +266,7 @@ def vae_config(c: dict[str, Any], source: object = "vae/config.json") -> tuple[A
             raise FileError(f"{source}: {name} (={c[name]!r}) must be {value!r}: another kind of autoencoder, which is not read")
     try:
         widths, latent = c["block_out_channels"], c.get("latent_channels", 4)
+        some(levels=len(widths), layers_per_block=c.get("layers_per_block", 1))
         attention = {k for k in (*c.get("down_block_types", ()), *c.get("up_block_types", ())) if k not in ("DownEncoderBlock2D", "UpDecoderBlock2D")}
         if attention:
             raise ValueError(f"blocks (={sorted(attention)}) must be DownEncoderBlock2D and UpDecoderBlock2D")

@@ -51,10 +51,12 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [k for k, _ in pairs]
-        if len(set(names)) < len(names):
-            raise FileError(f"{path} names {next(k for k in names if names.count(k) > 1)!r} twice in its header")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise FileError(f"{path} names {name!r} twice in its header")
+            found[name] = value
+        return found
 
     try:
         found = json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_constant=lambda c: math.nan)

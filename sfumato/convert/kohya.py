@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sfumato.convert.checkpoint import read_tensors
+from sfumato.convert.checkpoint import read_tensors, write_tensors
 from sfumato.convert.compvis import from_unet
 from sfumato.convert.header import read_header
 from sfumato.convert.stable import refuse
@@ -175,11 +174,8 @@ def write_lora(lora: Lora, path: Path, *, layout: str = "kohya") -> None:
                 tensors |= {f"{network}.{full}.lora_A.weight": delta.down * root, f"{network}.{full}.lora_B.weight": delta.up * root}
             else:
                 raise ValueError(f"layout (={layout!r}) must be kohya or peft")
-    save_file(
-        {k: v.contiguous() for k, v in tensors.items()},
-        path,
-        metadata={"format": "pt"} | {k: v for k, v in lora.about.items() if k.startswith("ss_")},
-    )
+    said = {"format": "pt"} | {k: v for k, v in lora.about.items() if k.startswith("ss_")}
+    write_tensors(tensors, path, said)
 
 
 # --- learned words --------------------------------------------------------------------------------------------------------------------------------

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato.codecs.autoencoder import Autoencoder
 from sfumato.codecs.tiny import TinyAutoencoder
-from sfumato.convert.checkpoint import read_tensors
+from sfumato.convert.checkpoint import read_tensors, write_tensors
 from sfumato.convert.clip import clip_json, ears_of, of_diffusers, read_clip, read_tokenizer, text_tensors
 from sfumato.convert.compvis import UNET, VAE, from_unet, parted, to_unet, unet_config_of, vae_config_of
 from sfumato.convert.diffusers import (
@@ -153,7 +153,22 @@ def _folder(path: Path, variant: str | None) -> Checkpoint:
 
 
 def write_folder(found: Checkpoint, path: Path, *, half: bool = False) -> None:
-    """A folder that diffusers loads, whole or not at all. Raises FileError."""
+    """A folder that diffusers loads; `model_index.json`, without which it is none, comes last. Raises FileError."""
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        index = _write_parts(found, part, half)
+        for file in sorted(p for p in part.rglob("*") if p.is_file()):
+            target = path / file.relative_to(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+        _json(path / "model_index.json", index)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_parts(found: Checkpoint, path: Path, half: bool) -> dict[str, Any]:
+    """Everything but the index, which is given back."""
     codec = _whole_codec(found)
 
     def put(name: str, config: dict[str, Any], tensors: dict[str, Tensor], stem: str) -> None:
@@ -181,7 +196,7 @@ def write_folder(found: Checkpoint, path: Path, *, half: bool = False) -> None:
         index |= {f"tokenizer{ending}": ["transformers", "CLIPTokenizer"]}
     (path / "scheduler").mkdir(exist_ok=True)
     _json(path / "scheduler" / "scheduler_config.json", scheduler_json(found.scheduler))
-    _json(path / "model_index.json", index)
+    return index
 
 
 def _whole_codec(found: Checkpoint) -> Autoencoder:
@@ -212,7 +227,7 @@ def _json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, half: bool) -> None:
-    save_file({k: (v.half() if half and v.is_floating_point() else v).contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    write_tensors({k: v.half() if half and v.is_floating_point() else v for k, v in tensors.items()}, path, {"format": "pt"})
 
 
 # --- single files ---------------------------------------------------------------------------------------------------------------------------------
@@ -225,7 +240,7 @@ def _single(path: Path, prediction: str, averaged: bool) -> Checkpoint:
     if not parts["unet"]:
         raise FileError(f"{path} holds no UNet of Stable Diffusion (no tensor begins with {UNET}): sfumato info {path} says what it is")
     params = _settings(path)
-    config = unet_config_of(parts["unet"], params.get("unet_config", {}).get("params", {}))
+    config = unet_config_of(parts["unet"], (params.get("unet_config") or {}).get("params") or {})
     unet = filled(UNet, config, to_unet(parts["unet"], config), path)
     version = version_of(unet, path)
     if not parts["vae"]:

@@ -204,12 +204,12 @@ def parameters_text(
     request: GenerateRequest, *, seed: int, size: tuple[int, int], model: str, model_hash: str, version: str, way: str = "diffusion"
 ) -> str:
     """The `parameters` chunk that other programs read: prompt, negative prompt, and one line of "Name: value" pairs."""
-    lines = [(request.prompt or "").replace("\n", " ")]
+    lines, names = [(request.prompt or "").replace("\n", " ")], {v: k for k, v in THEIR_SAMPLERS.items()}
     if request.negative:
         lines.append(f"Negative prompt: {request.negative}")
     values: dict[str, object] = {
         **({} if request.steps is None else {"Steps": request.steps}),
-        "Sampler": request.sampler if way == "diffusion" else way,
+        "Sampler": names.get(request.sampler or "", request.sampler) if way == "diffusion" else way,
         "CFG scale": request.guidance,
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
@@ -221,7 +221,7 @@ def parameters_text(
     elif way != "diffusion":
         values |= {"Temperature": request.temperature, "Top K": request.top_k, "Top P": request.top_p}
     if request.schedule:
-        values["Schedule type"] = request.schedule
+        values["Schedule type"] = {v: k for k, v in THEIR_SCHEDULES.items()}.get(request.schedule, request.schedule)
     if request.clip_skip is not None:
         values["Clip skip"] = request.clip_skip
     if request.variation:
@@ -243,12 +243,21 @@ THEIR_SAMPLERS = {
     "Euler": "euler", "Euler a": "ancestral", "Heun": "heun", "LMS": "lms", "DDIM": "ddim", "PLMS": "plms", "UniPC": "unipc", "LCM": "lcm",
     "DPM++ 2M": "dpmpp_2m", "DPM++ SDE": "dpmpp_sde", "DPM++ 2M SDE": "dpmpp_2m_sde", "DPM++ 3M SDE": "dpmpp_3m_sde",
 }  # fmt: skip
-THEIR_SCHEDULES = {"Karras": "karras", "Exponential": "lambda", "Uniform": "linspace", "Align Your Steps": "ays"}
+THEIR_SCHEDULES = {"Karras": "karras", "Exponential": "lambda", "Uniform": "linspace-exact", "Align Your Steps": "ays"}
+BY_STEPS = ("DDIM", "PLMS")  # their samplers that ask at every so many steps
+# schedules of their own, where theirs is Automatic
+AUTOMATIC = {"DPM++ 2M": "karras", "DPM++ SDE": "karras", "DPM++ 2M SDE": "lambda", "DPM++ 3M SDE": "lambda"}
+HEARD = (
+    "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "Variation seed", "Variation seed strength", "Hires upscale",
+    "Denoising strength", "RNG", "Tiling", "Model", "Model hash", "Version", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes",
+)  # fmt: skip
 NOISES = {"CPU": "diffusers"}  # by what they call RNG; everything else is that of a GPU
 
 
 def parse_parameters(text: str) -> tuple[GenerateRequest, dict[str, str]]:
-    """A request from the `parameters` that AUTOMATIC1111's interface writes, and all that stands there by name. Raises ValueError."""
+    """A request from the `parameters` that AUTOMATIC1111's interface writes, and all that stands there by name; what is not among `HEARD` was
+    not taken. Raises ValueError.
+    """
     lines = text.strip().split("\n")
     found = {k: _unquoted(v) for k, v in PAIR.findall(lines[-1])}
     if len(found) < 3:
@@ -263,16 +272,18 @@ def parse_parameters(text: str) -> tuple[GenerateRequest, dict[str, str]]:
             f"Sampler (={named!r}) must be one of {', '.join(THEIR_SAMPLERS)}: others are not here; name one with --sampler and the prompt"
         )
     size = re.fullmatch(r"(\d+)x(\d+)", found.get("Size", ""))
-    strength = float(found.get("Denoising strength", 0.5))
+    twice, strength = "Hires upscale" in found, float(found.get("Denoising strength", 0)) or 0.5
+    usual = "leading" if named in BY_STEPS else AUTOMATIC.get(named, "linspace-exact") if schedule == "Automatic" else "linspace-exact"
     try:
         request = GenerateRequest(
             prompt=prompt or None, negative=negative.removeprefix("Negative prompt:").strip() or None, steps=int(found["Steps"]),
             guidance=float(found["CFG scale"]), seed=int(found["Seed"]), sampler=THEIR_SAMPLERS[named],
-            schedule=THEIR_SCHEDULES.get(schedule, "linspace"),
+            schedule=THEIR_SCHEDULES.get(schedule, usual), tiling=found.get("Tiling") == "True",
             width=int(size[1]) if size else None, height=int(size[2]) if size else None,
             clip_skip=int(found["Clip skip"]) if "Clip skip" in found else None, variation=float(found.get("Variation seed strength", 0)),
             variation_seed=int(found["Variation seed"]) if "Variation seed" in found else None, hires=float(found.get("Hires upscale", 1)),
-            hires_strength=strength if "Hires upscale" in found else 0.5, noise=NOISES.get(found.get("RNG", ""), "a1111"),
+            hires_strength=strength if twice else 0.5, strength=0.6 if twice or "Denoising strength" not in found else strength,
+            noise=NOISES.get(found.get("RNG", ""), "a1111"),
         )  # fmt: skip
     except KeyError as e:
         raise ValueError(f"the picture's parameters lack {e.args[0]}") from None

@@ -21,7 +21,8 @@ OPEN = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc")  # which leave the 
 UNIT = (*OPEN, "ddim", "plms", "lcm")  # which begin with unit noise; the others with noise of the first time's sigma
 TO_FIRST = ("ddim", "plms")  # which may end at what the first step leaves
 SPACINGS = ("leading", "trailing", "linspace", "linspace-exact", "lcm")
-SCHEDULES: tuple[str, ...] = (*SPACINGS, *get_args(Schedule))
+ROUNDED = "karras-rounded"  # karras, heard at the nearest whole step
+SCHEDULES: tuple[str, ...] = (*SPACINGS, *get_args(Schedule), ROUNDED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class SchedulerConfig:
         schedule = schedule or self.schedule_of(sampler)
         check_schedule(schedule)
         if schedule not in SPACINGS:
-            return timesteps(self.made, steps, schedule=schedule)  # type: ignore[arg-type]
+            return timesteps(self.made, steps, schedule=schedule.removesuffix("-rounded"))  # type: ignore[arg-type]
         spacing = schedule
         if sampler in OPEN and schedule in ("leading", "linspace"):
             spacing = f"{schedule}-open"

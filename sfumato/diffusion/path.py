@@ -30,6 +30,7 @@ ALIGNED = {  # sigma / alpha after each of ten steps, found for Stable Diffusion
     "ays": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
     "ays-xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
 }
+MOST_BETAS = 100_000
 OF_LCM = 50  # times that a consistency model of Stable Diffusion learned
 LEAST_ALPHA = 2.0**-12  # what stands for 0 where the last step of a discrete model is to be pure noise
 
@@ -52,8 +53,8 @@ class PathConfig:
             raise ValueError(f"path (='{self.kind}') must be one of {', '.join(get_args(PathKind))}{nearest(self.kind, get_args(PathKind))}")
         if self.betas not in get_args(Betas):
             raise ValueError(f"betas (='{self.betas}') must be one of {', '.join(get_args(Betas))}{nearest(self.betas, get_args(Betas))}")
-        if self.num_betas < 1:
-            raise ValueError(f"num_betas (={self.num_betas}) must be >= 1: Stable Diffusion has 1000")
+        if not 1 <= self.num_betas <= MOST_BETAS:
+            raise ValueError(f"num_betas (={self.num_betas}) must be from 1 to {MOST_BETAS:,}: Stable Diffusion has 1000")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start (={self.beta_start}) and beta_end (={self.beta_end}) must satisfy 0 < beta_start <= beta_end < 1: "

@@ -118,6 +118,7 @@ def guided_by(model: Model, weaker: Model, named: str | Path) -> Model:
         raise ValueError(
             f"guide (={str(named)!r}) must have the {different[0]} that the model has: name an earlier checkpoint of it, or a smaller one of its kind"
         )
+    weaker = replace(weaker, codec=model.codec)  # which it does not draw with
     said = model.meta.get("with", {}) | {"guide": str(named), "guide_hash": weaker.meta["hash"]}
     return replace(model, guide=weaker, meta=model.meta | {"with": said})  # type: ignore[call-arg]
 
@@ -184,10 +185,10 @@ def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stab
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, as other programs say which model drew a picture; of a folder that of its files of tensors one after the other."""
+    """sha256 of a file, as other programs say which model drew a picture; of a folder that of its tensors, configs and words one after the other."""
     if path.is_file():
         return _digest(path)
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin", ".json") or p.name == "merges.txt")
     return hashlib.sha256("".join(map(_digest, files)).encode()).hexdigest()
 
 

@@ -21,7 +21,7 @@ from sfumato.core.images import flatten, to_pil, to_tensor
 from sfumato.core.request import MOST_SIDE, GenerateRequest
 from sfumato.core.rng import Philox
 from sfumato.core.seams import Cond, Denoise, Predict
-from sfumato.diffusion.discrete import OPEN, SchedulerConfig
+from sfumato.diffusion.discrete import OPEN, ROUNDED, SchedulerConfig
 from sfumato.diffusion.guidance import guided, inpaint
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.unet import TIMES
@@ -91,6 +91,11 @@ class StableDiffusion(LatentDiffusion):
             return tuple(max(1, round(side * share / factor)) * factor for side in (init.height, init.width))  # type: ignore[return-value]
         side = request.size or self.size
         return request.height or side, request.width or side
+
+    def init_size(self, request: GenerateRequest) -> tuple[int, int]:
+        """Width and height of the init picture's file."""
+        init, _ = self._pictures_of(request)
+        return init.width, init.height
 
     def check_way(self, request: GenerateRequest) -> None:
         """Raises ValueError for a size, sampler, schedule, or a mask that there is not."""
@@ -238,7 +243,7 @@ class StableDiffusion(LatentDiffusion):
 
     def predict(self, request: GenerateRequest) -> Predict:
         """See `LatentDiffusion`; the network hears whole steps only where diffusers has it so."""
-        rounds = self.scheduler.rounded and (request.sampler or self.scheduler.sampler) in OPEN
+        rounds = (self.scheduler.rounded and (request.sampler or self.scheduler.sampler) in OPEN) or request.schedule == ROUNDED
         network = self._rounding if rounds else self.denoiser
         return Precond(network, self.scheduler.prediction, self.path, None if self.dtype == torch.float32 else self.dtype)
 
