@@ -409,7 +409,7 @@ def strength_of(told: str) -> tuple[Files, float]:
 def covering(image: Image.Image, width: int, height: int) -> Image.Image:
     """The picture at this size: its middle, as large as it can be, without being stretched."""
     share = max(width / image.width, height / image.height)
-    box = [(side - wanted / share) / 2 for side, wanted in ((image.width, width), (image.height, height))]
+    box = [max(0.0, (side - wanted / share) / 2) for side, wanted in ((image.width, width), (image.height, height))]
     whole = (box[0], box[1], image.width - box[0], image.height - box[1])
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS, box=whole, reducing_gap=3.0)
 

@@ -78,7 +78,7 @@ def made(kind: str) -> Any:
     if kind == "xl":
         return StableDiffusionXLPipeline(
             unet=unet, vae=vae, scheduler=scheduler, text_encoder=text_encoder(32, "quick_gelu"), text_encoder_2=text_encoder(48, "gelu", 24),
-            tokenizer=tokenizer(), tokenizer_2=tokenizer("!"), add_watermarker=False, force_zeros_for_empty_prompt=False,
+            tokenizer=tokenizer(), tokenizer_2=tokenizer("!"), add_watermarker=False,
         )  # fmt: skip
     words = (text_encoder(48, "gelu"), tokenizer("!")) if kind == "2" else (text_encoder(32, "quick_gelu"), tokenizer())
     pipeline = StableDiffusionInpaintPipeline if kind == "inpainting" else StableDiffusionPipeline
