@@ -63,7 +63,7 @@ def _record(record: dict[str, Any]) -> dict[str, Any]:
     model = record["model"]
     facts = {"drawn by": f"sfumato {record['version']}, model {model['name']} {model['hash'][:10]}, {record['engine']}, {record['dtype']}"}
     without = () if record["request"].init else ("strength",)
-    asked = {k: v for k, v in to_json(record["request"]).items() if v is not None and k not in without}
+    asked = {("asked size" if k == "size" else k): v for k, v in to_json(record["request"]).items() if v is not None and k not in without}
     facts |= asked | {"seed": record["seed"], "style": record.get("style")}
     if "until" not in record:
         return facts
@@ -98,10 +98,21 @@ def _pipeline(path: Path) -> dict[str, Any]:
     return {"what": "folder of diffusers", "kind": index.get("_class_name"), "holds": ", ".join(parts)}
 
 
+def _component(config: Path) -> str | None:
+    """What one of diffusers' or transformers' networks is called; None of a run."""
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))
+        return told.get("_class_name") or ", ".join(told.get("architectures") or ()) or None
+    except (ValueError, AttributeError, TypeError):
+        return None
+
+
 def _run(path: Path) -> dict[str, Any]:
     config = path / "config.json"
     if (path / "model_index.json").exists():
         return _pipeline(path)
+    if config.exists() and (kind := _component(config)):
+        return {"what": f"folder of diffusers: {kind}"}
     if not config.exists():
         raise FileError(f"{path} is a folder without a config.json: not a run of sfumato")
     try:

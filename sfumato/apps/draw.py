@@ -28,6 +28,7 @@ from sfumato.core.request import (
     METADATA_KEY,
     SEVERAL_KEY,
     SOURCE_KEY,
+    THEIR_SCHEDULES,
     Device,
     GenerateRequest,
     metadata_text,
@@ -47,6 +48,9 @@ CHINESE_FONTS = (  # where systems have one, in the order of preference
     "msyh.ttc",
     "simhei.ttf",
 )
+
+
+TAG = re.compile(r"<lora:([^:<>]+)[^<>]*>")  # of AUTOMATIC1111's interface
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,13 @@ class Generate:
     steps: int | None = None
     """Steps of the sampler (20), or in which codes are filled in (10)."""
     guidance: float | None = None
-    """How strictly to follow the prompt: 1 is loosely, 3 the default."""
+    """How strictly to follow the prompt: 1 is loosely, 3 the default (of Stable Diffusion 7.5, of XL 5)."""
     style_guidance: float | None = None
     """The same for the style, where it should differ."""
     guidance_interval: tuple[float, float] | None = None
     """Times between 0 (clean) and 1 (noise) at which guidance acts."""
     sampler: str | None = None
-    """euler, ddim, ancestral, heun, lms, plms, unipc, dpmpp_2m (the default), dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, lcm (of models made for it)."""
+    """euler, ddim, ancestral, heun, lms, plms, unipc, dpmpp_2m (the default, but where a folder says), dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, lcm."""
     schedule: str | None = None
     """When the network is asked: uniform, lambda (exponential), karras, edm, ays, ays-xl; of Stable Diffusion also leading, trailing, linspace."""
     eta: float | None = None
@@ -123,10 +127,10 @@ class Generate:
     """How much is drawn anew in the second pass (0.5)."""
     noise: Literal["own", "diffusers", "a1111"] | None = None
     """Of Stable Diffusion: whose noise a seed stands for."""
-    lora: tuple[str, ...] | None = None
-    """Of Stable Diffusion: LoRA files, each with its strength (a.safetensors:0.8)."""
-    embedding: tuple[str, ...] | None = None
-    """Of Stable Diffusion: files of learned words (textual inversion)."""
+    lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Of Stable Diffusion: a LoRA file with its strength (a.safetensors:0.8); may be given several times."""
+    embedding: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Of Stable Diffusion: a file of learned words (textual inversion); may be given several times."""
     extend: tuple[int, int, int, int] | None = None
     """Of Stable Diffusion: pixels to draw to the left, above, to the right and below of the init picture (with --strength 1)."""
     apg: float | None = None
@@ -183,19 +187,22 @@ def run(asked: Generate) -> None:
     from sfumato.pipelines.load import load
 
     asked = replace(asked, prompts=(*asked.prompts, *_lines(asked.file)))
-    theirs = None if asked.source is None else their_request(asked.source)
+    theirs = None if asked.source is None else their_request(asked.source, asked.sampler)
     record = None if asked.source is None or theirs is not None else read_record(asked.source)
     if record is not None and "until" in record:
         asked = _morph_again(asked, record)
     request, only = _request(asked, record) if theirs is None else (replace(theirs[0], **_changes(asked)), None)
     requests = [replace(request, prompt=p) for p in asked.prompts or (request.prompt,)]
+    _check_files(asked, request)
     model = load(asked.model, **_engine(asked, record), **_loading(asked, record))
     if record is not None:
         _compare(model, record, again=only is not None)
     if theirs is not None and theirs[1] and not model.meta["hash"].startswith(theirs[1]):
         say(f"warning: it was drawn by the model {theirs[1]}, this is {model.meta['hash'][:10]}")
     _warn_of_flags(asked, morphs(asked))
-    if asked.native:
+    if asked.native and model.sized:
+        say("warning: native has no effect: nothing enlarges what this model draws")
+    elif asked.native:
         requests = [replace(r, size=model.size) for r in requests]
     for r in requests:
         model.check(r)
@@ -226,6 +233,26 @@ def run(asked: Generate) -> None:
         if not asked.json:
             print(*files, sep="\n")
     finish(result, asked.json, tell)
+
+
+def _check_files(asked: Generate, request: GenerateRequest) -> None:
+    """Refuses files that are not there, and those that must not be written, before a large model is read."""
+    named = [("init", request.init), ("mask", request.mask), ("vae", asked.vae), *(("embedding", f) for f in request.embedding)]
+    named += [("lora", f if Path(f).exists() else f.rpartition(":")[0] or f) for f in request.lora]
+    for name, file in named:
+        if file is not None and not Path(file).exists():
+            raise FileError(f"{name} (={str(file)!r}): there is no such file")
+    if (
+        asked.out is not None
+        and not morphs(asked)
+        and len(asked.prompts) < 2
+        and (asked.count or 1) == 1
+        and asked.style != "all"
+        and not asked.sheet
+    ):
+        check_targets([_png(asked.out)], asked.force)
+    if asked.preview < 0:
+        raise ValueError(f"preview (={asked.preview}) must be at least 0: steps from one look to the next")
 
 
 def morphs(asked: Generate) -> bool:
@@ -297,6 +324,8 @@ def _request(asked: Generate, record: dict[str, Any] | None) -> tuple[GenerateRe
     if record is not None:  # a variation of that picture, not of the first one of its call
         changed = {"seed": record["seed"], "count": 1} | changed
     request = replace(base, **changed)
+    if request.variation and request.variation_seed is None:
+        request = replace(request, variation_seed=secrets.randbelow(2**31))
     return (request if request.seed is not None else replace(request, seed=secrets.randbelow(2**31))), None
 
 
@@ -359,7 +388,7 @@ def _said(loaded: dict[str, Any]) -> str:
     return ", ".join(f"{k} {str(v)[:10] if k.endswith('_hash') else v}" for k, v in loaded.items()) or "nothing more"
 
 
-def their_request(source: Path) -> tuple[GenerateRequest, str] | None:
+def their_request(source: Path, sampler: str | None = None) -> tuple[GenerateRequest, str] | None:
     """What AUTOMATIC1111's interface says in a picture of its own, and its model's hash; None in ours. What it says and is not taken is told."""
     try:
         with Image.open(source) as image:
@@ -368,9 +397,12 @@ def their_request(source: Path) -> tuple[GenerateRequest, str] | None:
         return None
     if "parameters" not in texts or METADATA_KEY in texts or SEVERAL_KEY in texts:
         return None
-    request, found = parse_parameters(texts["parameters"])
+    request, found = parse_parameters(texts["parameters"], sampler)
     say(f"note: {source} was drawn by another program with the model {found.get('Model', '?')} ({found.get('Model hash', '?')})")
-    if left := [name for name in found if name not in HEARD]:
+    left = [name for name in found if name not in HEARD]
+    if found.get("Schedule type", "Automatic") not in (*THEIR_SCHEDULES, "Automatic"):
+        left.append(f"Schedule type {found['Schedule type']}")
+    if left:
         say(f"note: not taken of it: {', '.join(left)}")
     if "Denoising strength" in found and "Hires upscale" not in found:
         say("note: it was drawn from a picture: name that with --init")
@@ -401,7 +433,7 @@ def _changes(asked: Generate) -> dict[str, Any]:
     given = {f.name: getattr(asked, f.name, None) for f in fields(GenerateRequest) if f.name not in ("prompt",)}
     if asked.style == "all":
         given["style"] = None
-    return {k: v for k, v in given.items() if v is not None and v is not False}
+    return {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
 
 
 def where(model: Model) -> str:
@@ -436,8 +468,9 @@ def warn(model: Model, r: GenerateRequest) -> None:
         say(f"warning: label counts by {float(model.generator.told.share):.0%} only: this pair had not heard of classes in full yet")  # type: ignore[attr-defined]
     if gan and r.steps is not None:
         say("warning: steps has no effect: this model draws in one pass")
-    if diffusion and r.eta and r.sampler != "ddim":
-        say(f"warning: eta has no effect with the sampler {r.sampler}; it is for ddim")
+    sampler = r.sampler or model.usual.get("sampler")
+    if diffusion and r.eta and sampler != "ddim":
+        say(f"warning: eta has no effect with the sampler {sampler}; it is for ddim")
     guided = getattr(model, "guide", None) is not None
     if r.style_guidance is not None and diffusion and not model.styles:
         say("warning: style_guidance has no effect: this model has no styles")
@@ -454,8 +487,13 @@ def warn(model: Model, r: GenerateRequest) -> None:
         say("warning: guidance_interval has no effect at guidance 1 or together with style_guidance")
     if r.strength != usual.strength and r.init is None:
         say("warning: strength has no effect without --init")
-    if r.prompt and "<lora:" in r.prompt:
-        say("warning: a LoRA named in the prompt has no effect: name its file with --lora")
+    if r.variation_seed is not None and not r.variation:
+        say("warning: variation_seed has no effect without --variation")
+    for name in TAG.findall(r.prompt or "") if model.sized else ():
+        if name not in [Path(f.rpartition(":")[0] or f).stem for f in r.lora]:
+            say(f"warning: {name}, a LoRA named in the prompt, has no effect: name its file with --lora")
+    if model.sized and r.prompt and re.search(r"[\u3400-\u9fff]", r.prompt):
+        say("note: the text encoders of Stable Diffusion learned from English: Chinese words mean little to them")
     if r.prompt and (shown := model.people(r.prompt)):
         say(f"note: this model draws no people and no faces: {shown!r} gives what goes with it at most")
     for text in (r.prompt, r.negative):

@@ -141,7 +141,8 @@ def read_tensors(path: Path, shapes: bool = False) -> dict[str, Tensor]:
             return load_file(path)
         found = _unpickled(path, shapes) if zipfile.is_zipfile(path) else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise FileError(f"{path} cannot be read as a checkpoint ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__})") from None
+        why = "it holds something else than tensors" if "eights only load" in str(e) else str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+        raise FileError(f"{path} cannot be read as a checkpoint ({why})") from None
     for _ in range(NESTED):
         inner = next((k for k in WITHIN if isinstance(found, dict) and isinstance(found.get(k), dict)), None)
         found = found if inner is None else found[inner]

@@ -16,7 +16,7 @@ from sfumato.codecs.autoencoder import Autoencoder
 from sfumato.codecs.tiny import TinyAutoencoder
 from sfumato.convert.checkpoint import read_tensors, write_tensors
 from sfumato.convert.clip import clip_json, ears_of, of_diffusers, read_clip, read_tokenizer, text_tensors
-from sfumato.convert.compvis import UNET, VAE, from_unet, parted, to_unet, unet_config_of, vae_config_of
+from sfumato.convert.compvis import AVERAGED, MANY, UNET, VAE, from_unet, parted, to_unet, unet_config_of, vae_config_of
 from sfumato.convert.diffusers import (
     SCALE,
     STEMS,
@@ -45,6 +45,7 @@ SIZES = {"1": 512, "2": 768, "xl": 1024}  # sides of what each was trained on
 CONTEXTS = {768: "1", 1024: "2"}
 SCALES = {"1": SCALE, "2": SCALE, "xl": 0.13025}  # of latents
 FILTERS = ("safety_checker", "watermark")
+AVERAGED_NOTE = "holds no averages: its usual weights draw"
 V_MARK, SNR_MARK = "v_pred", "ztsnr"  # empty tensors by which some checkpoints say what they predict
 PIPELINES = {"1": "StableDiffusionPipeline", "2": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
 REFUSED = {  # beginnings or parts of names, and what they are of
@@ -97,13 +98,21 @@ def refuse(names: Any, source: object) -> None:
 
 
 def read_checkpoint(
-    path: Path, *, prediction: Literal["auto", "eps", "v"] = "auto", averaged: bool = False, variant: str | None = None
+    path: Path,
+    *,
+    prediction: Literal["auto", "eps", "v"] = "auto",
+    averaged: bool = False,
+    variant: str | None = None,
+    vae: Path | None = None,
 ) -> Checkpoint:
-    """A folder of diffusers or a single file. `prediction` decides where a file cannot; `averaged` takes a file's EMA weights.
+    """A folder of diffusers or a single file. `prediction` decides where a file cannot; `averaged` takes a file's EMA weights, `vae` is another
+    autoencoder.
 
     Raises FileError with one clear line.
     """
-    found = _folder(path, variant) if path.is_dir() else _single(path, prediction, averaged)
+    found = _folder(path, variant, vae) if path.is_dir() else _single(path, prediction, averaged, vae)
+    if averaged and not any(AVERAGED_NOTE in note for note in found.notes) and path.is_dir():
+        found = replace(found, notes=(*found.notes, f"{path} {AVERAGED_NOTE}"))
     if prediction != "auto" and found.scheduler.prediction != prediction:
         found = replace(found, scheduler=replace(found.scheduler, prediction=prediction))
     return replace(found, notes=found.notes + _not_finite(found, path))
@@ -120,15 +129,16 @@ def _not_finite(found: Checkpoint, path: Path) -> tuple[str, ...]:
 # --- folders --------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _folder(path: Path, variant: str | None) -> Checkpoint:
+def _folder(path: Path, variant: str | None, vae: Path | None) -> Checkpoint:
     index = read_json(path / "model_index.json")
     kind = str(index.get("_class_name", ""))
     if not kind.startswith("StableDiffusion") or "3" in kind:
         raise FileError(f"{path} is of {kind or 'no pipeline'}: StableDiffusionPipeline and StableDiffusionXLPipeline, and their kinds, are read")
     if index.get("controlnet", [None])[0]:
         raise FileError(f"{path} holds a ControlNet: that is not read; Stable Diffusion 1.x, 2.x and XL are")
-    unet, codec = read_unet(path / "unet", variant), read_tiny_folder(path / "vae") or read_vae(path / "vae", variant)
+    unet = read_unet(path / "unet", variant)
     version = version_of(unet, path)
+    codec = read_codec(vae, version) if vae else read_tiny_folder(path / "vae") or read_vae(path / "vae", variant)
     told = read_json(path / "scheduler" / "scheduler_config.json")
     scheduler = scheduler_config(told, path / "scheduler" / "scheduler_config.json")
     if version != "xl":
@@ -233,7 +243,7 @@ def _save(tensors: dict[str, Tensor], path: Path, half: bool) -> None:
 # --- single files ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def _single(path: Path, prediction: str, averaged: bool) -> Checkpoint:
+def _single(path: Path, prediction: str, averaged: bool, other: Path | None) -> Checkpoint:
     tensors = read_tensors(path)
     refuse(tensors, path)
     parts = parted(tensors, averaged)
@@ -243,13 +253,15 @@ def _single(path: Path, prediction: str, averaged: bool) -> Checkpoint:
     config = unet_config_of(parts["unet"], (params.get("unet_config") or {}).get("params") or {})
     unet = filled(UNet, config, to_unet(parts["unet"], config), path)
     version = version_of(unet, path)
-    if not parts["vae"]:
-        raise FileError(f"{path} holds no autoencoder (no tensor begins with {VAE}): get the whole checkpoint")
+    if not parts["vae"] and other is None:
+        raise FileError(f"{path} holds no autoencoder (no tensor begins with {VAE}): name one with --vae")
     vae = {k: v for k, v in parts["vae"].items() if not k.startswith(("loss.", "model_ema"))}
-    codec = _codec(vae, float(params.get("scale_factor", SCALES[version])), path)
+    codec = read_codec(other, version) if other else _codec(vae, float(params.get("scale_factor", SCALES[version])), path)
     guess, notes = _predicts(version, unet, tensors, params, path) if prediction == "auto" else (prediction, ())
     base = SchedulerConfig()
     scheduler = replace(base, prediction=guess, path=replace(base.path, zero_snr=SNR_MARK in tensors and guess == "v"))
+    if averaged and sum(k.startswith(AVERAGED) for k in tensors) <= MANY:
+        notes = (*notes, f"{path} {AVERAGED_NOTE}")
     size = 512 if version == "2" and guess == "eps" else SIZES[version]
     return Checkpoint(unet, codec, ears_of(parts["text"], path), scheduler, version, size, notes, version == "xl")
 

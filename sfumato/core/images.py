@@ -195,7 +195,7 @@ def exif_of(source: str, record: str) -> Image.Exif:
 def texts_in(image: Image.Image) -> dict[str, str]:
     """What one of our pictures says of itself, by the keys of its PNG; of a WebP from its EXIF, of a GIF from its comment. Empty for others."""
     source, record = "", b""
-    if image.format == "WEBP":
+    if image.format in ("WEBP", "JPEG"):
         with contextlib.suppress(Exception):  # other people's EXIF is broken in many ways
             exif = image.getexif()
             source, record = exif.get(EXIF_DESCRIPTION), exif.get_ifd(EXIF_MORE).get(EXIF_COMMENT, b"")
@@ -205,7 +205,9 @@ def texts_in(image: Image.Image) -> dict[str, str]:
         source, _, record = (comment.decode("utf-8", "replace") if isinstance(comment, bytes) else "").partition("\n")
     else:
         return {k: v for k, v in image.info.items() if isinstance(v, str)}
-    return {SOURCE_KEY: str(source), METADATA_KEY: record} if record.startswith("{") and '"request"' in record else {}
+    if record.startswith("{") and '"request"' in record:
+        return {SOURCE_KEY: str(source), METADATA_KEY: record}
+    return {"parameters": record} if "Steps: " in record else {}  # of another program
 
 
 def png_bytes(image: Image.Image, text: dict[str, str] | None = None) -> bytes:

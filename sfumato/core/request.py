@@ -79,6 +79,7 @@ class GenerateRequest:
     apg: float | None = None
 
     def __post_init__(self) -> None:
+        self._told_otherwise()
         for name in ("prompt", "negative", "style", "label", "init", "mask"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} (={getattr(self, name)!r}) must be a text")
@@ -147,6 +148,33 @@ class GenerateRequest:
         if self.style is not None:
             style_weights(self.style)
 
+    def _told_otherwise(self) -> None:
+        """Lists and single files as tuples, and the names that AUTOMATIC1111's interface has for samplers and schedules as ours."""
+        changed: dict[str, Any] = {}
+        for name in ("lora", "embedding", "extend", "guidance_interval"):
+            value = getattr(self, name)
+            if isinstance(value, list | str):
+                changed[name] = (value,) if isinstance(value, str) else tuple(value)
+        for name in ("lora", "embedding"):
+            if not all(isinstance(v, str) for v in changed.get(name, getattr(self, name))):
+                raise ValueError(f"{name} (={getattr(self, name)!r}) must be names of files")
+        if isinstance(self.sampler, str):
+            sampler, schedule = theirs_of(self.sampler)
+            changed |= {"sampler": sampler} | ({"schedule": schedule} if schedule and self.schedule is None else {})
+        if isinstance(self.schedule, str):
+            changed["schedule"] = THEIR_SCHEDULES.get(self.schedule) or OTHER_NAMES.get(self.schedule.lower(), self.schedule)
+        for name, value in changed.items():
+            object.__setattr__(self, name, value)
+
+
+def theirs_of(sampler: str) -> tuple[str, str | None]:
+    """Our names of a sampler and of the schedule that AUTOMATIC1111's interface once wrote behind it; what it does not know stays."""
+    known = {k.lower(): v for k, v in THEIR_SAMPLERS.items()} | OTHER_NAMES
+    named, _, schedule = sampler.rpartition(" ")
+    if named.lower() in known and schedule in THEIR_SCHEDULES:
+        return known[named.lower()], THEIR_SCHEDULES[schedule]
+    return known.get(sampler.lower(), sampler), None
+
 
 def style_weights(style: str, known: list[str] | None = None) -> dict[str, float]:
     """ "noto" -> {"noto": 1.0}; "noto:1,twemoji:3" (full-width, too) -> {"noto": 0.25, "twemoji": 0.75}. `known` limits the names."""
@@ -212,7 +240,7 @@ def parameters_text(
         "Sampler": names.get(request.sampler or "", request.sampler) if way == "diffusion" else way,
         "CFG scale": request.guidance,
         "Seed": seed,
-        "Size": f"{size[0]}x{size[1]}",
+        "Size": "{}x{}".format(*(round(side / request.hires / 8) * 8 if request.hires > 1 else side for side in size)),
     }
     values |= {"Model hash": model_hash[:10], "Model": model}
     if way == "gan":
@@ -226,6 +254,8 @@ def parameters_text(
         values["Clip skip"] = request.clip_skip
     if request.variation:
         values |= {"Variation seed": request.variation_seed, "Variation seed strength": request.variation}
+    if request.tiling:
+        values["Tiling"] = True
     if request.hires > 1:
         values |= {"Hires upscale": request.hires, "Denoising strength": request.hires_strength}
     if request.init is not None:
@@ -243,7 +273,10 @@ THEIR_SAMPLERS = {
     "Euler": "euler", "Euler a": "ancestral", "Heun": "heun", "LMS": "lms", "DDIM": "ddim", "PLMS": "plms", "UniPC": "unipc", "LCM": "lcm",
     "DPM++ 2M": "dpmpp_2m", "DPM++ SDE": "dpmpp_sde", "DPM++ 2M SDE": "dpmpp_2m_sde", "DPM++ 3M SDE": "dpmpp_3m_sde",
 }  # fmt: skip
-THEIR_SCHEDULES = {"Karras": "karras", "Exponential": "lambda", "Uniform": "linspace-exact", "Align Your Steps": "ays"}
+THEIR_SCHEDULES = {
+    "Karras": "karras", "Exponential": "lambda", "Uniform": "linspace-exact", "SGM Uniform": "trailing", "Align Your Steps": "ays",
+}  # fmt: skip
+OTHER_NAMES = {"euler_a": "ancestral", "exponential": "lambda", "sgm_uniform": "trailing", "sgm uniform": "trailing"}
 BY_STEPS = ("DDIM", "PLMS")  # their samplers that ask at every so many steps
 # schedules of their own, where theirs is Automatic
 AUTOMATIC = {"DPM++ 2M": "karras", "DPM++ SDE": "karras", "DPM++ 2M SDE": "lambda", "DPM++ 3M SDE": "lambda"}
@@ -254,9 +287,9 @@ HEARD = (
 NOISES = {"CPU": "diffusers"}  # by what they call RNG; everything else is that of a GPU
 
 
-def parse_parameters(text: str) -> tuple[GenerateRequest, dict[str, str]]:
+def parse_parameters(text: str, sampler: str | None = None) -> tuple[GenerateRequest, dict[str, str]]:
     """A request from the `parameters` that AUTOMATIC1111's interface writes, and all that stands there by name; what is not among `HEARD` was
-    not taken. Raises ValueError.
+    not taken. `sampler` instead of one that may not be here. Raises ValueError.
     """
     lines = text.strip().split("\n")
     found = {k: _unquoted(v) for k, v in PAIR.findall(lines[-1])}
@@ -267,17 +300,18 @@ def parse_parameters(text: str) -> tuple[GenerateRequest, dict[str, str]]:
     named, _, schedule = found.get("Sampler", "").rpartition(" ")
     if schedule not in THEIR_SCHEDULES:
         named, schedule = found.get("Sampler", ""), found.get("Schedule type", "")
-    if named not in THEIR_SAMPLERS:
+    if named not in THEIR_SAMPLERS and sampler is None:
         raise ValueError(
             f"Sampler (={named!r}) must be one of {', '.join(THEIR_SAMPLERS)}: others are not here; name one with --sampler and the prompt"
         )
     size = re.fullmatch(r"(\d+)x(\d+)", found.get("Size", ""))
-    twice, strength = "Hires upscale" in found, float(found.get("Denoising strength", 0)) or 0.5
+    twice = "Hires upscale" in found
     usual = "leading" if named in BY_STEPS else AUTOMATIC.get(named, "linspace-exact") if schedule == "Automatic" else "linspace-exact"
     try:
+        strength = float(found.get("Denoising strength", 0)) or 0.5
         request = GenerateRequest(
             prompt=prompt or None, negative=negative.removeprefix("Negative prompt:").strip() or None, steps=int(found["Steps"]),
-            guidance=float(found["CFG scale"]), seed=int(found["Seed"]), sampler=THEIR_SAMPLERS[named],
+            guidance=float(found["CFG scale"]), seed=int(found["Seed"]), sampler=sampler or THEIR_SAMPLERS[named],
             schedule=THEIR_SCHEDULES.get(schedule, usual), tiling=found.get("Tiling") == "True",
             width=int(size[1]) if size else None, height=int(size[2]) if size else None,
             clip_skip=int(found["Clip skip"]) if "Clip skip" in found else None, variation=float(found.get("Variation seed strength", 0)),
@@ -287,6 +321,8 @@ def parse_parameters(text: str) -> tuple[GenerateRequest, dict[str, str]]:
         )  # fmt: skip
     except KeyError as e:
         raise ValueError(f"the picture's parameters lack {e.args[0]}") from None
+    except ValueError as e:
+        raise ValueError(f"the picture's parameters cannot be read: {e}") from None
     return request, found
 
 

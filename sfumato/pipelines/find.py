@@ -17,7 +17,7 @@ def bundled() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.glob("*.safetensors"))}
 
 
-def find(model: str | Path | None) -> Path:
+def find(model: str | Path | None, what: str = "model") -> Path:
     """A bundled model's name, a pack, or a run folder (its newest pack) -> the file; a folder of diffusers as it is. None is the bundled default."""
     known = bundled()
     if model is None:
@@ -38,4 +38,7 @@ def find(model: str | Path | None) -> Path:
     if str(model) in known:
         return known[str(model)]
     drawing = [name for name, file in known.items() if read_metadata(file).get("kind") != "upscaler"]
-    raise FileError(f"model (={str(model)!r}) must be a file, a run folder or one of: {', '.join(drawing) or '(no bundled models here)'}")
+    raise FileError(
+        f"{what} (={str(model)!r}) must be a file, a run folder, a folder of diffusers or one of: "
+        f"{', '.join(drawing) or '(no bundled models here)'}; nothing is downloaded"
+    )

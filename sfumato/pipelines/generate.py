@@ -7,7 +7,7 @@ import platform
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path as Files
 from typing import Any, ClassVar
@@ -215,6 +215,10 @@ class Model(ABC):
 
     def generate(self, prompt: str | None = None, *, progress: Progress | None = None, **options: Any) -> list[Image.Image]:
         """PIL images for a prompt and the fields of GenerateRequest as options; RGBA where the model draws transparency."""
+        known = [f.name for f in fields(GenerateRequest)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"{name} (={options[name]!r}) is no option: they are {', '.join(known)}{nearest(name, known)}")
         return [p.image for p in self.pictures(GenerateRequest(prompt=prompt, **options), progress=progress)]
 
     def pictures(self, request: GenerateRequest, *, progress: Progress | None = None, only: int | None = None) -> Iterator[Picture]:
@@ -255,6 +259,8 @@ class Model(ABC):
         self.check(request)
         if request.seed is None:
             request = replace(request, seed=secrets.randbelow(2**31))
+        if request.variation and request.variation_seed is None:
+            request = replace(request, variation_seed=secrets.randbelow(2**31))
         request = self.complete(request)
         seeds = [request.seed + i for i in range(request.count)]  # type: ignore[operator]
         return [Row(request, i, seed, self._style_of(request, seed)) for i, seed in enumerate(seeds)]

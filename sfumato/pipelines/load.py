@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sfumato import zoo
 from sfumato.codecs.upscaler import Upscaler, drawn_by
 from sfumato.convert.header import read_header
-from sfumato.convert.stable import read_checkpoint, read_codec
+from sfumato.convert.stable import read_checkpoint
 from sfumato.core.checkpoint import FileError, cache_folder, read_metadata, write_bytes
 from sfumato.core.config import from_json
 from sfumato.core.language import translated
@@ -69,7 +69,7 @@ def load(
     dtype: Dtype = "auto",
     threads: int = 0,
     prediction: Asked = "auto",
-    vae: Path | None = None,
+    vae: str | Path | None = None,
     averaged: bool = False,
     variant: str | None = None,
     guide: str | Path | None = None,
@@ -84,9 +84,10 @@ def load(
     if threads:
         torch.set_num_threads(threads)
     where = choose_device(device)
-    kind, stable = choose_dtype(dtype, where), Stable(prediction=prediction, vae=vae, averaged=averaged, variant=variant)
+    kind = choose_dtype(dtype, where)
+    stable = Stable(prediction=prediction, vae=None if vae is None else Path(vae), averaged=averaged, variant=variant)
     found = _load(find(model), where, kind, stable)
-    return found if guide is None else guided_by(found, _load(find(guide), where, kind), guide)
+    return found if guide is None else guided_by(found, _load(find(guide, "guide"), where, kind), guide)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +164,8 @@ def is_stable(path: Path) -> bool:
 
 def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stable) -> StableDiffusion:
     """A checkpoint of Stable Diffusion, ready to draw; what is to be known of it goes to stderr."""
-    found, said = read_checkpoint(path, prediction=asked.prediction, averaged=asked.averaged, variant=asked.variant), asked.said
-    if asked.vae is not None:
-        found, said = replace(found, codec=read_codec(asked.vae, found.version)), said | {"vae_hash": file_hash(asked.vae)}
+    found = read_checkpoint(path, prediction=asked.prediction, averaged=asked.averaged, variant=asked.variant, vae=asked.vae)
+    said = asked.said | ({} if asked.vae is None else {"vae_hash": file_hash(asked.vae)})
     if found.codec.spec.latent_channels != found.unet.config.out_channels:
         raise ValueError(
             f"vae (={str(asked.vae)!r}) has latents of {found.codec.spec.latent_channels} channels, the model of {found.unet.config.out_channels}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,9 +30,10 @@ from sfumato.nn.layers import slerp
 from sfumato.nn.lora import merge
 from sfumato.pipelines.generate import Begun, Picture, Progress, Row, begun_digest, between
 from sfumato.pipelines.latent_diffusion import LatentDiffusion, Stream
-from sfumato.text.prompts import Ear, heard
+from sfumato.text.prompts import TAG, Ear, heard
 
 GUIDANCE = {"1": 7.5, "2": 7.5, "xl": 5.0}
+LORA_FILE = "pytorch_lora_weights.safetensors"  # of a folder
 NEARLY = 0.9995  # the cosine above which that program takes a straight line
 MOST_PIXELS = 4 * 512 * 512  # of all pictures that a CPU draws together
 TILE, OVERLAP = 64, 16  # latent cells of a tile in which large pictures are decoded, and how many of them two tiles share
@@ -85,6 +87,12 @@ class StableDiffusion(LatentDiffusion):
         that is drawn around it, where that is asked for.
         """
         factor = self.codec.spec.factor
+        if (request.width is None) != (request.height is None) and request.init is not None:
+            init, _ = self._pictures_of(request)  # the other side by its shape
+            share = (request.width or request.height) / (init.width if request.width else init.height)  # type: ignore[operator]
+            sides = (max(1, round(side * share / factor)) * factor for side in (init.height, init.width))
+            height, width = (asked or side for asked, side in zip((request.height, request.width), sides, strict=True))
+            return height, width
         if request.width is None and request.height is None and request.init is not None:
             init, _ = self._pictures_of(request)
             share = 1.0 if request.extend else min(1.0, (self.size**2 / (init.width * init.height)) ** 0.5)
@@ -300,7 +308,7 @@ class StableDiffusion(LatentDiffusion):
     def changed(self, request: GenerateRequest) -> Iterator[None]:
         """With a request's LoRAs merged into the networks and its learned words known; afterwards all is as it was, to the bit."""
         networks = {"unet": self.denoiser} | {f"text_encoder{e}": ear.network for e, ear in zip(("", "_2"), self.ears, strict=False)}
-        loras = [(read_lora(path, networks), strength) for path, strength in map(strength_of, request.lora)]
+        loras = [(read_lora(path, networks), strength) for path, strength in (strength_of(f, request.prompt) for f in request.lora)]
         merged = [merge(net, [(lora.changes.get(name, {}), s) for lora, s in loras]) for name, net in networks.items() if loras]
         self._learn(request)
         try:
@@ -397,13 +405,24 @@ class Loose(Begun):
         return x
 
 
-def strength_of(told: str) -> tuple[Files, float]:
-    """ "a.safetensors:0.8" -> the file and 0.8; 1 where nothing is said."""
+def strength_of(told: str, prompt: str | None = None) -> tuple[Files, float]:
+    """ "a.safetensors:0.8" -> the file and 0.8; where nothing is said what the prompt says ("<lora:a:0.8>"), else 1. A folder of diffusers is
+    the file in it. Raises ValueError.
+    """
     name, colon, number = told.rpartition(":")
-    try:
-        return (Files(name), float(number)) if colon and name else (Files(told), 1.0)
-    except ValueError:
-        return Files(told), 1.0
+    file, strength = Files(told), None
+    if colon and name and not file.exists():
+        file = Files(name)
+        try:
+            strength = float(number)
+        except ValueError:
+            raise ValueError(f"lora (={told!r}) must be a file, or a file and its strength: a.safetensors:0.8") from None
+    if strength is None:
+        said = {tag.group(1): tag.group(2) for tag in TAG.finditer(prompt or "")}
+        strength = float(said.get(file.stem) or 1.0)
+    if not math.isfinite(strength):
+        raise ValueError(f"lora (={told!r}) must have a finite strength")
+    return file / LORA_FILE if file.is_dir() else file, strength
 
 
 def covering(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -22,6 +22,7 @@ from sfumato.text.clip import END, START, ClipText
 SIGNS = re.compile(
     r"\\[\\()\[\]]|(?P<close>:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\))|[()\[\]]|(?P<pause>\s*\bBREAK\b\s*)|[^\\()\[\]:\s]+|\s+|.", re.DOTALL
 )
+TAG = re.compile(r"<lora:([^:<>]+)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?[^<>]*>")  # of that interface: a LoRA and its strength, which are no words
 STRONGER = 1.1  # one pair of brackets
 BREAK = "BREAK"
 NEAR = 20  # tokens after a comma that go on to the next part with what follows, where a part is full
@@ -125,7 +126,7 @@ class Ear:
             done.append((ids, weights))
             ids, weights, comma = [], [], -1
 
-        for text, weight in weighted(prompt):
+        for text, weight in weighted(TAG.sub("", prompt)):
             if text == BREAK and weight < 0:
                 close()
                 continue
