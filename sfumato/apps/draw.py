@@ -242,14 +242,8 @@ def _check_files(asked: Generate, request: GenerateRequest) -> None:
     for name, file in named:
         if file is not None and not Path(file).exists():
             raise FileError(f"{name} (={str(file)!r}): there is no such file")
-    if (
-        asked.out is not None
-        and not morphs(asked)
-        and len(asked.prompts) < 2
-        and (asked.count or 1) == 1
-        and asked.style != "all"
-        and not asked.sheet
-    ):
+    several = len(asked.prompts) > 1 or (asked.count or request.count) > 1 or asked.style == "all"
+    if asked.out is not None and not morphs(asked) and not several and not asked.sheet:
         check_targets([_png(asked.out)], asked.force)
     if asked.preview < 0:
         raise ValueError(f"preview (={asked.preview}) must be at least 0: steps from one look to the next")

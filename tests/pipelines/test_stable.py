@@ -263,7 +263,7 @@ def test_bad_input_is_one_line(model: StableDiffusion, stable: Path, tmp_path: P
         (["--schedule", "kerras"], "did you mean 'karras'"),
         (["--sampler", "dpmpp"], "sampler (='dpmpp') must be one of"),
         (["--extend", "8", "0", "0", "0"], "name one with --init"),
-        (["--lora", str(tmp_path / "none.safetensors")], "there is no file"),
+        (["--lora", str(tmp_path / "none.safetensors")], "there is no such file"),
         (["--model", str(tmp_path / "other.safetensors")], "holds no UNet of Stable Diffusion"),
         (["--steps", "1001"], "between 1 and 1,000"),
         (["--style", "noto"], "this model has no styles"),
