@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,12 @@ def test_a_changed_byte_is_read_or_refused(at: int, value: int, tmp_path_factory
     path.write_bytes(raw.tobytes())
     with suppress(FileError):
         read_tensors(path)
+
+
+def test_many_names_of_which_the_last_is_there_twice(tmp_path: Path) -> None:
+    entry = '{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}'
+    names = ", ".join(f'"{i}": {entry}' for i in [*range(60_000), 59_999])
+    begun = time.perf_counter()
+    with pytest.raises(FileError, match="names '59999' twice"):
+        read_header(written(tmp_path / "bad.safetensors", ("{" + names + "}").encode()))
+    assert time.perf_counter() - begun < 2

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -116,6 +117,19 @@ def test_pictures_from_pictures(name: str, reference: Any, tmp_path: Path) -> No
     request = replace(REQUEST, init=str(tmp_path / "init.png"), strength=0.5)
     expected = theirs(pipe, image=photograph(), strength=0.5, num_inference_steps=6)
     assert np.abs(drawn(model, request) - expected).max() <= CLOSE
+
+
+@pytest.mark.parametrize("reference", ["1"], indirect=True)
+def test_a_tiny_autoencoder_in_a_folder(reference: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parts = {**reference.pipe.components, "vae": AutoencoderTiny().eval(), "scheduler": DDIMScheduler.from_config(reference.pipe.scheduler.config)}
+    pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path)
+    photograph().save(tmp_path / "init.png")
+    request = replace(REQUEST, init=str(tmp_path / "init.png"), strength=0.5)
+    expected = theirs(pipe, image=photograph(), strength=0.5, num_inference_steps=6)
+    assert np.abs(drawn(load(tmp_path, device="cpu"), request) - expected).max() <= CLOSE
 
 
 @pytest.mark.parametrize("reference", ["1", "2", "xl", "inpainting"], indirect=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.apps.cli import main
 from sfumato.codecs.tiny import TinyAutoencoder, TinyConfig
+from sfumato.convert.stable import read_checkpoint
 from sfumato.core.checkpoint import FileError
 from sfumato.core.request import GenerateRequest, parse_metadata
 from sfumato.core.rng import Philox
 from sfumato.pipelines import load as loading
 from sfumato.pipelines.codec import load_codec
 from sfumato.pipelines.load import load
-from sfumato.pipelines.stable_diffusion import StableDiffusion, starts, tiled
+from sfumato.pipelines.stable_diffusion import StableDiffusion, seamless, starts, tiled
 
 REQUEST = GenerateRequest(prompt="a fox", seed=3, steps=2, width=64, height=64)
 
@@ -116,6 +120,9 @@ def test_masks_keep_what_they_do_not_show_and_pictures_grow(model: StableDiffusi
     grown = image(model, replace(request, mask=None, extend=(16, 0, 16, 8)))
     assert grown.shape == (72, 96, 3)
     assert np.array_equal(grown[:64, 16:80], np.asarray(photo))
+    large = dataclasses.replace(model, meta=model.meta | {"size": 64})
+    grown = image(large, replace(request, mask=None, extend=(16, 0, 16, 8)))
+    assert np.array_equal(grown[:64, 16:80], np.asarray(photo)), "also where the sheet is larger than what the model learned"
 
 
 def test_loras_and_learned_words_leave_nothing_behind(model: StableDiffusion, stable: Path) -> None:
@@ -314,3 +321,119 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changed(tmp_path: Path, m
     assert loading.file_hash(file) == hashlib.sha256(b"three").hexdigest()
     kept.write_text("not a hash")
     assert loading.file_hash(tmp_path) == hashlib.sha256(hashlib.sha256(b"three").hexdigest().encode()).hexdigest(), "of a folder that of its files'"
+
+
+@pytest.mark.parametrize("size", [(500, 333), (222, 188), (101, 640), (37, 41)])
+def test_pictures_of_any_shape_are_begun_from(size: tuple[int, int], model: StableDiffusion, tmp_path: Path) -> None:
+    Image.linear_gradient("L").convert("RGB").resize(size).save(tmp_path / "init.png")
+    request = GenerateRequest(prompt="a fox", init=str(tmp_path / "init.png"))
+    height, width = model.extent(request)
+    assert height % 8 == width % 8 == 0
+    assert height * width <= 512**2 + 8 * (height + width)
+    assert width / height == pytest.approx(size[0] / size[1], rel=0.3)
+    begun = model.begin(replace(request, width=48, height=24))
+    assert begun is not None
+    assert begun.x.shape == (1, 3, 24, 48)
+    assert model.extent(replace(request, width=64))[0] == pytest.approx(64 * size[1] / size[0], abs=4.01), "the other side by its shape"
+
+
+def test_the_way_from_one_prompt_to_another(model: StableDiffusion) -> None:
+    a, b = replace(REQUEST, prompt="a fox"), replace(REQUEST, prompt="a red house, " + "in the snow, " * 40, seed=8)
+    for noise in ("own", "diffusers", "a1111"):
+        frames = [np.asarray(p.image).astype(float) for p in model.morph(replace(a, noise=noise), replace(b, noise=noise), 3)]  # type: ignore[arg-type]
+        ends = [image(model, replace(r, noise=noise)) for r in (a, b)]  # type: ignore[arg-type]
+        assert np.abs(frames[0] - ends[0]).max() <= 1, noise
+        assert np.abs(frames[2] - ends[1]).max() <= 1, noise
+        assert min(np.abs(frames[1] - end).mean() for end in ends) > 1, noise
+
+
+def test_noise_of_a_gpu_goes_on_in_the_steps(model: StableDiffusion) -> None:
+    (row,) = model._rows(replace(REQUEST, noise="a1111"))
+    stream = model._stream(row, None)
+    assert np.array_equal(stream.first.numpy(), Philox(3).normal(*stream.first.shape))
+    assert np.array_equal(stream.fresh().numpy(), Philox(3, calls=1).normal(*stream.first.shape))
+    other = torch.from_numpy(Philox(9).normal(*stream.first.shape))
+    varied = [model._stream(r, None).first for r in model._rows(replace(REQUEST, noise="a1111", count=2, variation=1.0, variation_seed=9))]
+    assert torch.allclose(varied[0], other, atol=1e-5)
+    assert np.allclose(varied[1], Philox(10).normal(*stream.first.shape), atol=1e-5), "a batch varies the other seed"
+    (half,) = model._rows(replace(REQUEST, noise="a1111", variation=0.5, variation_seed=9))
+    found = model._stream(half, None).first
+    assert float(found.square().mean()) == pytest.approx(1.0, abs=0.1), "half the way along the arc the noise is as loud as it was"
+    assert float((found * stream.first).mean()) == pytest.approx(float((found * other).mean()), abs=0.05)
+
+
+def test_large_pictures_fit_together_at_their_edges(model: StableDiffusion) -> None:
+    """Rolled latents give the rolled picture, in tiles too, but for what tiles themselves change."""
+    z = torch.randn(1, 4, 16, 144, generator=torch.Generator().manual_seed(0))
+    with seamless([model.codec], True), torch.no_grad():  # type: ignore[list-item]
+        one, rolled = model.decode(z), model.decode(z.roll(40, 3)).roll(-320, 3)
+        apart = (one - rolled).abs()
+    assert float(apart.mean()) < 0.25 * float(one.std())
+    with torch.no_grad():
+        cut = (model.decode(z) - model.decode(z.roll(40, 3)).roll(-320, 3)).abs()
+    edge = slice(-16, None)
+    assert float(apart[..., edge].mean()) < 0.5 * float(cut[..., edge].mean()), "the edge is none"
+
+
+def test_a_lora_that_changed_is_not_passed_off(stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = tmp_path / "style.safetensors"
+    lora.write_bytes((stable / "style.safetensors").read_bytes())
+    common = ["--model", str(stable / "sd15.safetensors"), "--force", "--out"]
+    asked = ["--seed", "3", "--steps", "1", "--width", "64", "--height", "64"]
+    main(["generate", "a fox <lora:style:0.5>", *asked, "--lora", str(lora), *common, str(tmp_path / "a.png")])
+    main(["generate", "a fox", *asked, "--lora", f"{lora}:0.5", *common, str(tmp_path / "b.png")])
+    main(["generate", "a fox", *asked, "--lora", f"{lora}:0.25", "--lora", f"{lora}:0.25", *common, str(tmp_path / "c.png")])
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in "abc"]
+    assert np.array_equal(pictures[0], pictures[1]), "the prompt's tag says the strength, and is no word"
+    assert np.abs(pictures[0] - pictures[2]).max() <= 1, "a flag may be given several times"
+    capsys.readouterr()
+    save_file({k: -v for k, v in load_file(lora).items()}, lora)
+    with pytest.raises(SystemExit) as done:
+        main(["generate", "--from", str(tmp_path / "a.png"), *common, str(tmp_path / "d.png")])
+    assert done.value.code == 2
+    assert "is not the file that the picture was drawn with" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_an_autoencoder(stable: Path, tmp_path: Path, model: StableDiffusion) -> None:
+    whole = load_file(stable / "sd15.safetensors")
+    save_file({k: v for k, v in whole.items() if not k.startswith("first_stage_model.")}, tmp_path / "pruned.safetensors")
+    with pytest.raises(FileError, match=r"holds no autoencoder .*: name one with --vae"):
+        load(tmp_path / "pruned.safetensors", device="cpu")
+    found = load(tmp_path / "pruned.safetensors", device="cpu", vae=str(stable / "sd15.safetensors"))
+    assert np.array_equal(image(found, REQUEST), image(model, REQUEST))  # type: ignore[arg-type]
+
+
+def test_options_as_others_write_them(model: StableDiffusion, stable: Path) -> None:
+    plain = GenerateRequest(sampler="ancestral", schedule="karras", lora=("a",), extend=(1, 2, 3, 4), init="x")
+    assert GenerateRequest(sampler="Euler a Karras", lora="a", extend=[1, 2, 3, 4], init="x") == plain  # type: ignore[arg-type]
+    assert GenerateRequest(sampler="euler_a", schedule="Karras", lora=["a"], extend=[1, 2, 3, 4], init="x") == plain  # type: ignore[arg-type]
+    assert GenerateRequest(schedule="exponential").schedule == "lambda"
+    assert len(model.generate("a fox", seed=1, steps=1, width=64, height=64, lora=[str(stable / "style.safetensors")])) == 1
+    with pytest.raises(ValueError, match=r"widht \(=64\) is no option: .*did you mean 'width'"):
+        model.generate("a fox", widht=64)
+
+
+def test_what_is_not_read_is_named(stable: Path, tmp_path: Path) -> None:
+    whole = load_file(stable / "sd15.safetensors")
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file(whole | {name: torch.zeros(32, 8, 3, 3)}, tmp_path / "edits.safetensors")
+    with pytest.raises(FileError, match="a UNet of 8 channels, as of InstructPix2Pix"):
+        load(tmp_path / "edits.safetensors", device="cpu")
+    main(["convert", str(stable / "sd15.safetensors"), str(tmp_path / "folder"), "--to", "diffusers"])
+    told = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"_class_name": "DEISMultistepScheduler", "thresholding": True}))
+    notes = read_checkpoint(tmp_path / "folder").notes
+    assert "thresholding (=True), _class_name (=DEISMultistepScheduler)" in notes[0]
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**7}, {"layers_per_block": 10**7}, {"num_train_timesteps": 10**12}, "deep"], ids=str)
+def test_absurd_configs_are_refused_at_once(change: Any, stable: Path, tmp_path: Path) -> None:
+    main(["convert", str(stable / "sd15.safetensors"), str(tmp_path / "folder"), "--to", "diffusers"])
+    parts = {"num_hidden_layers": "text_encoder/config.json", "num_train_timesteps": "scheduler/scheduler_config.json"}
+    told = tmp_path / "folder" / parts.get(next(iter(change)), "unet/config.json")
+    told.write_text("[" * 100_000 if change == "deep" else json.dumps(json.loads(told.read_text()) | change))
+    begun = time.perf_counter()
+    with pytest.raises(FileError) as said:
+        read_checkpoint(tmp_path / "folder")
+    assert time.perf_counter() - begun < 2
+    assert "\n" not in str(said.value)
