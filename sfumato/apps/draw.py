@@ -84,7 +84,7 @@ class Generate:
     sampler: str | None = None
     """euler, ddim, ancestral, heun, lms, plms, unipc, dpmpp_2m (the default, but where a folder says), dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, lcm."""
     schedule: str | None = None
-    """When the network is asked: uniform, lambda (exponential), karras, edm, ays, ays-xl; of Stable Diffusion also leading, trailing, linspace."""
+    """When the network is asked: uniform, lambda (exponential), karras, edm, ays, ays-xl; of Stable Diffusion also leading, trailing, linspace, lcm."""
     eta: float | None = None
     """Fresh noise in each step of the sampler ddim, 0 to 1."""
     truncation: float | None = None
