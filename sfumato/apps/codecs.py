@@ -106,6 +106,7 @@ def run_convert(asked: Convert) -> Iterator[str]:
 
     if asked.to == "sfumato" and _holds_kl(asked.source):
         codec, network = _kl_of(asked.source), None
+        say("note: the autoencoder alone is taken, as a codec to train on; --to diffusers and --to single write whole checkpoints")
         save_pack(asked.target, *to_pack(codec, asked.size))
     elif asked.size is not None:
         raise ValueError(f"size (={asked.size}) must be left out: it is for the autoencoder of a Stable Diffusion")

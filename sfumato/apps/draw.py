@@ -84,7 +84,7 @@ class Generate:
     sampler: str | None = None
     """euler, ddim, ancestral, heun, lms, plms, unipc, dpmpp_2m (the default, but where a folder says), dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, lcm."""
     schedule: str | None = None
-    """When the network is asked: uniform, lambda (exponential), karras, edm, ays, ays-xl; of Stable Diffusion also leading, trailing, linspace, lcm."""
+    """When the network is asked: uniform, lambda (exponential), karras, edm, ays, ays-xl; of Stable Diffusion leading, trailing, linspace, lcm."""
     eta: float | None = None
     """Fresh noise in each step of the sampler ddim, 0 to 1."""
     truncation: float | None = None
@@ -486,6 +486,8 @@ def warn(model: Model, r: GenerateRequest) -> None:
     for name in TAG.findall(r.prompt or "") if model.sized else ():
         if name not in [Path(f.rpartition(":")[0] or f).stem for f in r.lora]:
             say(f"warning: {name}, a LoRA named in the prompt, has no effect: name its file with --lora")
+    if model.sized and r.prompt and (odd := re.search(r"\[[^\[\]:]*:[^\[\]]*\]|\[[^\[\]]*\|[^\[\]]*\]|\bAND\b", r.prompt)):
+        say(f"warning: {odd.group()[:40]!r} is heard as words: prompts that change with the steps and AND are not here")
     if model.sized and r.prompt and re.search(r"[\u3400-\u9fff]", r.prompt):
         say("note: the text encoders of Stable Diffusion learned from English: Chinese words mean little to them")
     if r.prompt and (shown := model.people(r.prompt)):

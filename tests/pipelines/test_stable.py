@@ -437,3 +437,38 @@ def test_absurd_configs_are_refused_at_once(change: Any, stable: Path, tmp_path:
         read_checkpoint(tmp_path / "folder")
     assert time.perf_counter() - begun < 2
     assert "\n" not in str(said.value)
+
+
+def test_what_a_folder_is(stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert", str(stable / "sd15.safetensors"), str(tmp_path / "folder"), "--to", "diffusers"])
+    main(["info", str(tmp_path / "folder")])
+    shown = capsys.readouterr().out
+    assert "version: ?" in shown, "a tiny one has a width of no version"
+    for said in ("predicts: eps", "sampler: dpmpp_2m", "schedule: karras", "bytes: "):
+        assert said in shown
+    main(["info", str(tmp_path / "folder" / "vae")])
+    assert "folder of diffusers: AutoencoderKL" in capsys.readouterr().out
+
+
+def test_signs_that_are_no_signs_here_are_said(stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        "--model",
+        str(stable / "sd15.safetensors"),
+        "--steps",
+        "1",
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--out",
+        str(tmp_path / "a.png"),
+        "--force",
+    ]
+    for prompt, said in (
+        ("a [fox:cat:0.5]", "'[fox:cat:0.5]' is heard as words"), ("a fox AND a cat", "'AND' is heard"), ("<lora:x:1> a fox", "x, a LoRA named"),
+        ("一只狐狸", "Chinese words mean little"), ("a [fox], (red:1.2)", ""),
+    ):  # fmt: skip
+        main(["generate", prompt, *asked])
+        told = capsys.readouterr().err
+        assert said in told
+        assert said or "heard as words" not in told
