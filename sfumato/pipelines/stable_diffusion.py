@@ -264,7 +264,7 @@ class StableDiffusion(LatentDiffusion):
         assert begun.mask is not None
         hidden = self.codec.encode(begun.x * (begun.mask < 0.5))
         z = hidden.mean.expand(len(streams), -1, -1, -1)  # type: ignore[union-attr]
-        if isinstance(begun, Loose):
+        if isinstance(begun, Loose) and streams[0].of_shown is not None:
             z = z + hidden.std * torch.stack([s.of_shown for s in streams]).to(z)  # type: ignore[misc]
         mask = F.interpolate((begun.mask >= 0.5).float(), size=z.shape[2:])
         return torch.cat([mask.expand(len(streams), -1, -1, -1), z], dim=1)
@@ -309,9 +309,11 @@ class StableDiffusion(LatentDiffusion):
         """With a request's LoRAs merged into the networks and its learned words known; afterwards all is as it was, to the bit."""
         networks = {"unet": self.denoiser} | {f"text_encoder{e}": ear.network for e, ear in zip(("", "_2"), self.ears, strict=False)}
         loras = [(read_lora(path, networks), strength) for path, strength in (strength_of(f, request.prompt) for f in request.lora)]
-        merged = [merge(net, [(lora.changes.get(name, {}), s) for lora, s in loras]) for name, net in networks.items() if loras]
-        self._learn(request)
+        merged = []
         try:
+            for name, network in networks.items() if loras else ():
+                merged.append(merge(network, [(lora.changes.get(name, {}), s) for lora, s in loras]))
+            self._learn(request)
             yield
         finally:
             for part in merged:

@@ -139,7 +139,8 @@ def test_loras_and_learned_words_leave_nothing_behind(model: StableDiffusion, st
     assert model.ears[0].learned == {}
     save_file({"emb_params": torch.zeros(1, 7)}, stable / "wrong.safetensors")
     with pytest.raises(ValueError, match=r"has vectors of \[7\] numbers, and this model's text encoders of \[64\]"):
-        image(model, replace(REQUEST, embedding=(str(stable / "wrong.safetensors"),)))
+        image(model, replace(request, embedding=(str(stable / "wrong.safetensors"),)))
+    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items()), "what was merged before the error is out again"
 
 
 def test_noise_is_whose_it_is_said_to_be(model: StableDiffusion) -> None:
