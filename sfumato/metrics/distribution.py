@@ -101,6 +101,16 @@ def root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
+def spread(moments: Moments) -> Float[Tensor, "r d"]:
+    """R with R^T R = covariance. Few pictures span few dimensions, which are found first: then R has one row for each of those."""
+    covariance, rank = moments.covariance, moments.n - 1
+    if 2 * rank > len(covariance):
+        return root(covariance)
+    some = torch.randn(len(covariance), rank, generator=torch.Generator().manual_seed(0), dtype=covariance.dtype)
+    basis = torch.linalg.qr(covariance @ some).Q
+    return root(basis.T @ covariance @ basis) @ basis.T
+
+
 def frechet_distance(real: Moments, fake: Moments, *, real_root: Tensor | None = None) -> float:
     """Squared Frechet (Wasserstein-2) distance of two Gaussians (arXiv 1706.08500, equation 6).
 
@@ -110,7 +120,7 @@ def frechet_distance(real: Moments, fake: Moments, *, real_root: Tensor | None =
     a, b = real.covariance, fake.covariance
     if a.shape != b.shape:
         raise ValueError(f"real and fake features have {len(a)} and {len(b)} dimensions: take both from one network")
-    cross = torch.linalg.svdvals((root(a) if real_root is None else real_root) @ root(b).T).sum()
+    cross = torch.linalg.svdvals((spread(real) if real_root is None else real_root) @ spread(fake).T).sum()
     return max(0.0, float((real.mean - fake.mean).square().sum() + a.trace() + b.trace() - 2 * cross))
 
 

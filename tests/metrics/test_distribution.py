@@ -70,15 +70,20 @@ def test_frechet_distance_of_two_gaussians() -> None:
     d = 16
     s1, s2 = torch.linspace(0.5, 2, d, dtype=torch.float64), torch.linspace(2, 0.1, d, dtype=torch.float64)
     a, b = Moments(), Moments()
-    a.n = b.n = 2
+    a.n = b.n = 101
     a.mean, b.mean = torch.zeros(d, dtype=torch.float64), torch.full((d,), 0.3, dtype=torch.float64)
-    a.scatter, b.scatter = torch.diag(s1**2), torch.diag(s2**2)
+    a.scatter, b.scatter = 100 * torch.diag(s1**2), 100 * torch.diag(s2**2)
     assert frechet_distance(a, b) == pytest.approx(d * 0.09 + float((s1 - s2).square().sum()), rel=1e-9)
 
 
 def test_frechet_distance_of_fewer_pictures_than_dimensions() -> None:
     x = normal(20, 64, 0)
     assert frechet_distance(Moments().update(x), Moments().update(x)) == pytest.approx(0, abs=1e-6)
+    a, b = mixed(20, 640, 1), mixed(31, 640, 2)
+    roots = [(v.double() - v.double().mean(0)) / (len(v) - 1) ** 0.5 for v in (a, b)]  # with them the trace is exact, and no covariance is needed
+    exact = (a.double().mean(0) - b.double().mean(0)).square().sum() + sum(r.square().sum() for r in roots)
+    exact = exact - 2 * torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    assert frechet_distance(Moments().update(a), Moments().update(b)) == pytest.approx(float(exact), rel=1e-9)
     shifted = [frechet_distance(Moments().update(x), Moments().update(x + s)) for s in (0.1, 0.2, 0.4)]
     assert shifted == pytest.approx([64 * s**2 for s in (0.1, 0.2, 0.4)], rel=1e-6)
 
@@ -97,7 +102,7 @@ def test_the_limit_of_few_samples_is_that_of_endless_ones() -> None:
     for seed in range(12):
         real, fake = normal(n, d, 2 * seed), normal(n, d, 2 * seed + 1)
         endless = Moments()
-        endless.n, endless.mean, endless.scatter = 2, torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)
+        endless.n, endless.mean, endless.scatter = 1001, torch.zeros(d, dtype=torch.float64), 1000 * torch.eye(d, dtype=torch.float64)
         limit, points = frechet_infinity(real, fake)
         found.append((limit, points[-1][1]))
         truth.append(frechet_distance(Moments().update(real), endless))

@@ -443,9 +443,10 @@ def test_truncation_pulls_towards_what_is_usual(network: str, tmp_path: Path) ->
 
 
 def test_what_a_pair_cannot_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = str(tmp_path / "a.png")
+    out, cat = str(tmp_path / "a.png"), str(tmp_path / "cat.png")
+    Image.new("RGB", (16, 16)).save(cat)
     with pytest.raises(SystemExit):
-        main(["generate", "--model", str(run), "--init", "cat.png", "--out", out])
+        main(["generate", "--model", str(run), "--init", cat, "--out", out])
     assert "draws from noise in one pass and begins from no picture" in capsys.readouterr().err
     main(
         [

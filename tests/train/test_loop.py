@@ -265,6 +265,7 @@ class Tanh(nn.Module):
         return self.out(torch.tanh(self.hidden(x)))
 
 
+@pytest.mark.slow
 def test_a_compiled_run_learns_the_same_under_the_same_names(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 
@@ -686,7 +687,7 @@ def pair(what: str) -> tuple[gan.GANRecipe, LoopConfig]:
     return replace(recipe, **({"augment": "none"} | PAIRS[what])), loop  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", PAIRS)
+@pytest.mark.parametrize("what", ["gan-lazy", *(pytest.param(p, marks=pytest.mark.slow) for p in ("gan-between", "gan-dragan"))])
 def test_two_processes_train_one_pair(tmp_path: Path, what: str) -> None:
     """Both end with the same networks and controllers, bit for bit. Where nothing is drawn at random besides noise, one process with the whole batch
     gets nearly the same ones (all but the mean of the scores, of which a relativistic loss knows nothing: rounding alone moves it); where only the
