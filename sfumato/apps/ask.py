@@ -16,9 +16,8 @@ from sfumato.core.checkpoint import FileError, cache_folder, read_metadata
 from sfumato.pipelines.find import bundled, find
 from sfumato.text.words import nearest_words, normalise
 
-OURS = re.compile(
-    r"\.?(bench-lite0|emoji|features|folder|hash|pixels|shards)-.*\.(safetensors|npy|jsonl|txt|part)"
-)  # what we keep in the cache folder
+# what we keep in the cache folder
+OURS = re.compile(r"\.?(bench-lite0|emoji|features|folder|hash|pixels|shards)-.*\.(safetensors|npy|jsonl|txt|part)")
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ def _tensors(path: Path) -> dict[str, Any]:
 
 def _pipeline(path: Path) -> dict[str, Any]:
     """Of a folder of diffusers."""
+    from sfumato.convert.about import of_unet
     from sfumato.convert.diffusers import read_json, scheduler_config, unet_config
-    from sfumato.convert.stable import CONTEXTS
 
     index = read_json(path / "model_index.json")
     parts = {k: v for k, v in index.items() if isinstance(v, list) and v and v[0]}
@@ -100,12 +100,10 @@ def _pipeline(path: Path) -> dict[str, Any]:
     if not all((path / name).exists() for name in ("unet/config.json", "scheduler/scheduler_config.json")):
         return facts
     told, scheduler = read_json(path / "unet" / "config.json"), scheduler_config(read_json(path / "scheduler" / "scheduler_config.json"))
-    unet = unet_config(told, path)
     files = [p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin")]
-    facts["version"] = "XL" if unet.pooled else {"1": "1.x", "2": "2.x"}.get(CONTEXTS.get(unet.context, ""), "?")
-    facts |= {"for": "inpainting"} if unet.channels == 2 * unet.out_channels + 1 else {}
+    facts |= of_unet(unet_config(told, path))
     facts |= {"predicts": scheduler.prediction, "sampler": scheduler.sampler, "schedule": scheduler.schedule}
-    variants = sorted({p.name.split(".")[1] for p in files if p.name.count(".") == 2 and not p.name.endswith(".json")})
+    variants = sorted({p.name.split(".")[1] for p in files if p.name.count(".") == 2})
     return facts | ({"variants": ", ".join(variants)} if variants else {}) | {"bytes": f"{sum(p.stat().st_size for p in files):,}"}
 
 

@@ -28,6 +28,7 @@ from sfumato.core.request import (
     METADATA_KEY,
     SEVERAL_KEY,
     SOURCE_KEY,
+    TAG,
     THEIR_SCHEDULES,
     Device,
     GenerateRequest,
@@ -48,9 +49,6 @@ CHINESE_FONTS = (  # where systems have one, in the order of preference
     "msyh.ttc",
     "simhei.ttf",
 )
-
-
-TAG = re.compile(r"<lora:([^:<>]+)[^<>]*>")  # of AUTOMATIC1111's interface
 
 
 @dataclass(frozen=True)
@@ -483,7 +481,7 @@ def warn(model: Model, r: GenerateRequest) -> None:
         say("warning: strength has no effect without --init")
     if r.variation_seed is not None and not r.variation:
         say("warning: variation_seed has no effect without --variation")
-    for name in TAG.findall(r.prompt or "") if model.sized else ():
+    for name, _ in TAG.findall(r.prompt or "") if model.sized else ():
         if name not in [Path(f.rpartition(":")[0] or f).stem for f in r.lora]:
             say(f"warning: {name}, a LoRA named in the prompt, has no effect: name its file with --lora")
     if model.sized and r.prompt and (odd := re.search(r"\[[^\[\]:]*:[^\[\]]*\]|\[[^\[\]]*\|[^\[\]]*\]|\bAND\b", r.prompt)):

@@ -13,6 +13,7 @@ from sfumato.convert.kohya import DOWN, OTHERS
 from sfumato.convert.stable import CONTEXTS, REFUSED, SNR_MARK, V_MARK
 from sfumato.convert.taesd import parts_of
 from sfumato.core.checkpoint import FileError
+from sfumato.diffusion.unet import UNetConfig
 
 SHOWN = ("ss_base_model_version", "ss_sd_model_name", "ss_network_dim", "ss_network_alpha", "ss_output_name")  # of kohya's metadata
 
@@ -40,6 +41,12 @@ def about(path: Path) -> dict[str, Any]:
     return {"what": "tensors of no kind that is known", "tensors": len(names), "for example": ", ".join(list(names)[:3])}
 
 
+def of_unet(config: UNetConfig) -> dict[str, str]:
+    """The version, and what for where it is not for drawing alone."""
+    version = "XL" if config.pooled else {"1": "1.x", "2": "2.x"}.get(CONTEXTS.get(config.context, ""), "?")
+    return {"version": version} | ({"for": "inpainting"} if config.channels == 2 * config.out_channels + 1 else {})
+
+
 def _whole(names: Mapping[str, Any]) -> dict[str, Any]:
     """Of a single file of Stable Diffusion."""
     unet = {name.removeprefix(UNET): v for name, v in names.items() if name.startswith(UNET)}
@@ -48,9 +55,7 @@ def _whole(names: Mapping[str, Any]) -> dict[str, Any]:
         config = unet_config_of(unet)
     except FileError as e:
         return facts | {"of another kind": str(e), "tensors": len(names)}
-    facts["version"] = "XL" if config.pooled else {"1": "1.x", "2": "2.x"}.get(CONTEXTS.get(config.context, ""), "?")
-    if config.channels == 2 * config.out_channels + 1:
-        facts["for"] = "inpainting"
+    facts |= of_unet(config)
     holds = {"UNet": True, "autoencoder": any(n.startswith(VAE) for n in names),
              "text encoder": any(n.startswith(("cond_stage_model.", "conditioner.")) for n in names),
              "averages": sum(n.startswith(AVERAGED) for n in names) > MANY}  # fmt: skip

@@ -111,7 +111,7 @@ def read_checkpoint(
     Raises FileError with one clear line.
     """
     found = _folder(path, variant, vae) if path.is_dir() else _single(path, prediction, averaged, vae)
-    if averaged and not any(AVERAGED_NOTE in note for note in found.notes) and path.is_dir():
+    if averaged and path.is_dir():
         found = replace(found, notes=(*found.notes, f"{path} {AVERAGED_NOTE}"))
     if prediction != "auto" and found.scheduler.prediction != prediction:
         found = replace(found, scheduler=replace(found.scheduler, prediction=prediction))

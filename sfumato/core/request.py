@@ -17,6 +17,7 @@ MOST_STEPS, MOST_IMAGES, MOST_CODES, MOST_SIDE = 1_000, 10_000, 65_536, 8_192
 NoiseMode = Literal["own", "diffusers", "a1111"]
 SEEDS = 2**63
 SOURCE_KEY = "Source"  # PNG's own word for where a picture comes from
+TAG = re.compile(r"<lora:([^:<>]+)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?[^<>]*>")  # in prompts of AUTOMATIC1111's: a LoRA and its strength, no words
 METADATA_KEY = "sfumato"
 SEVERAL_KEY = "sfumato-several"  # a list of records, in a grid or a sheet
 RECORD = {"version": str, "index": int, "seed": int, "engine": str, "device": str, "dtype": str, "threads": int}  # what every record holds

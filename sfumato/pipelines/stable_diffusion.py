@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sfumato.codecs.tiny import TinyAutoencoder
 from sfumato.convert.kohya import read_embedding, read_lora
 from sfumato.core.images import flatten, to_pil, to_tensor
-from sfumato.core.request import MOST_SIDE, GenerateRequest
+from sfumato.core.request import MOST_SIDE, TAG, GenerateRequest
 from sfumato.core.rng import Philox
 from sfumato.core.seams import Cond, Denoise, Predict
 from sfumato.diffusion.discrete import OPEN, ROUNDED, SchedulerConfig
@@ -30,7 +30,7 @@ from sfumato.nn.layers import slerp
 from sfumato.nn.lora import merge
 from sfumato.pipelines.generate import Begun, Picture, Progress, Row, begun_digest, between
 from sfumato.pipelines.latent_diffusion import LatentDiffusion, Stream
-from sfumato.text.prompts import TAG, Ear, heard
+from sfumato.text.prompts import Ear, heard
 
 GUIDANCE = {"1": 7.5, "2": 7.5, "xl": 5.0}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # of a folder

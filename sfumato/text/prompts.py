@@ -16,13 +16,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfumato.core.request import TAG
 from sfumato.core.seams import Cond
 from sfumato.text.clip import END, START, ClipText
 
 SIGNS = re.compile(
     r"\\[\\()\[\]]|(?P<close>:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\))|[()\[\]]|(?P<pause>\s*\bBREAK\b\s*)|[^\\()\[\]:\s]+|\s+|.", re.DOTALL
 )
-TAG = re.compile(r"<lora:([^:<>]+)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?[^<>]*>")  # of that interface: a LoRA and its strength, which are no words
 STRONGER = 1.1  # one pair of brackets
 BREAK = "BREAK"
 NEAR = 20  # tokens after a comma that go on to the next part with what follows, where a part is full

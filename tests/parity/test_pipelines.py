@@ -25,8 +25,10 @@ from diffusers import (
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 
+from sfumato.convert.kohya import Lora, write_lora
 from sfumato.convert.stable import read_checkpoint, write_folder, write_single
 from sfumato.core.request import GenerateRequest
+from sfumato.nn.lora import Delta
 from sfumato.pipelines.load import load
 from sfumato.text.clip import ClipText
 from sfumato.text.prompts import heard
@@ -184,6 +186,10 @@ def test_what_we_write_as_one_file(reference: Any, tmp_path: Path) -> None:
     for skip in (1, 2):
         heads = replace(found.ears[0], network=_with_heads(found.ears[0].network, again.ears[0].network.config.heads))
         assert torch.allclose(heard([again.ears[0]], [PROMPT], skip).text, heard([heads], [PROMPT], skip).text, atol=1e-6)  # type: ignore[arg-type]
+    as_one = type(reference.pipe).from_single_file(tmp_path / "single.safetensors", config=str(reference.folder), local_files_only=True)
+    for part in ("unet", "vae", "text_encoder"):
+        back = getattr(as_one, part).state_dict()
+        assert all(torch.equal(v, back[k]) for k, v in getattr(reference.pipe, part).state_dict().items()), part
     write_folder(replace(again, scheduler=found.scheduler), tmp_path / "folder")
     pipe = type(reference.pipe).from_pretrained(tmp_path / "folder", local_files_only=True)
     back = pipe.text_encoder.state_dict()
@@ -290,5 +296,25 @@ def test_a_share_of_a_lora(reference: Any, tmp_path: Path) -> None:
     expected = theirs(pipe, num_inference_steps=4, width=64, height=64)
     model = load(reference.folder, device="cpu")
     request = replace(REQUEST, steps=4, lora=(f"{tmp_path / 'pytorch_lora_weights.safetensors'}:0.7",))
+    with model.changed(request):  # type: ignore[attr-defined]
+        assert np.abs(drawn(model, request) - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("reference", ["1", "xl"], indirect=True)
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_a_lora_that_we_wrote_diffusers_draws_with(layout: str, reference: Any, tmp_path: Path) -> None:
+    model = load(reference.folder, device="cpu")
+    g = torch.Generator().manual_seed(5)
+    layers = [n for n, m in model.denoiser.named_modules() if n.endswith(("to_q", "to_v", "ff.net.2"))]  # type: ignore[attr-defined]
+    sides = {n: model.denoiser.get_submodule(n).weight.shape for n in layers}  # type: ignore[attr-defined, union-attr]
+    deltas = {n: Delta(0.3 * torch.randn(4, s[1], generator=g), 0.3 * torch.randn(s[0], 4, generator=g), 3.0) for n, s in sides.items()}
+    write_lora(Lora({"unet": deltas}, {}), tmp_path / "ours.safetensors", layout=layout)
+    pipe = type(reference.pipe).from_pretrained(reference.folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    plain = theirs(pipe, num_inference_steps=4, width=64, height=64)
+    pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", adapter_name="it")
+    expected = theirs(pipe, num_inference_steps=4, width=64, height=64)
+    assert np.abs(expected - plain).max() > 0.02
+    request = replace(REQUEST, steps=4, lora=(str(tmp_path / "ours.safetensors"),))
     with model.changed(request):  # type: ignore[attr-defined]
         assert np.abs(drawn(model, request) - expected).max() <= 1e-4
