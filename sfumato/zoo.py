@@ -12,6 +12,7 @@ from sfumato.codecs.upscaler import Upscaler, UpscalerConfig
 from sfumato.core.checkpoint import FileError
 from sfumato.core.config import from_json
 from sfumato.diffusion.dit import DiT, DiTConfig
+from sfumato.diffusion.unet import UNet, UNetConfig
 from sfumato.gans.pair import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
 from sfumato.metrics.judge import JudgeConfig, JudgeNet
 from sfumato.priors.frequency import Frequency, FrequencyConfig
@@ -22,6 +23,7 @@ from sfumato.text.encoder import TextConfig, TextEncoder
 NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {
     "autoencoder": (AutoencoderConfig, Autoencoder),
     "dit": (DiTConfig, DiT),
+    "unet": (UNetConfig, UNet),
     "prior": (PriorConfig, Prior),
     "mingpt": (MinGPTConfig, MinGPT),
     "frequency": (FrequencyConfig, Frequency),

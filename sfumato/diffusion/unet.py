@@ -59,6 +59,11 @@ class UNetConfig:
         if bool(self.pooled) != bool(self.sizes):
             raise ValueError(f"pooled (={self.pooled}) and sizes (={self.sizes}) are told together, or neither")
 
+    @property
+    def text_width(self) -> int:
+        """Numbers a token of text, as other denoisers call them."""
+        return self.context
+
 
 class TimestepEmbedding(nn.Module):
     def __init__(self, cin: int, width: int) -> None:

@@ -126,7 +126,7 @@ class Lessons:
         self.recipe, self.seed, self.size, self.device, self.bf16 = recipe, seed, size, torch.device(device), bf16
         net = getattr(recipe, recipe.part)
         self.shown = subjects(recipe.data, size, limit=recipe.limit, labels=recipe.labels)
-        self.styles = self.shown.styles if net.styles else []
+        self.styles = self.shown.styles if getattr(net, "styles", 0) else []  # a UNet is told none
         self.net = self._of_data(net)
         self.text, self.text_meta = self._load_text(frozen_part(text, run, "text")) if self.net.text_width else (None, {})
         own = recipe.data != EMOJI  # drawn as often as they come, whatever their styles; of the drawings every style is drawn as often as another
@@ -146,6 +146,10 @@ class Lessons:
             tqdm.write(
                 translated(f"memory has no effect: {things:,} different captions are more than the {MOST_THINGS:,} that it keeps"), file=sys.stderr
             )
+        if not hasattr(net, "styles"):
+            if not shown.captioned:
+                raise ValueError(f"{self.recipe.part} (={net.kind}) learns from captions, and {self.recipe.data} has none: write some, or take a dit")
+            return net
         text_width = net.text_width if shown.captioned else 0
         memory = {"memory": things if things <= MOST_THINGS else 0} if hasattr(net, "memory") else {}
         return replace(net, text_width=text_width, styles=len(self.styles), labels=len(shown.labels), **memory)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sfumato import zoo
 from sfumato.codecs.autoencoder import Autoencoder
 from sfumato.core.config import to_json
 from sfumato.core.images import grid, to_pil
@@ -21,12 +22,13 @@ from sfumato.core.rng import derive, torch_rng
 from sfumato.data.latents import cached_latents
 from sfumato.data.shards import same_source
 from sfumato.data.subjects import EMOJI
-from sfumato.diffusion.dit import DiT, DiTConfig
+from sfumato.diffusion.dit import DiTConfig
 from sfumato.diffusion.guidance import cfg, guided
 from sfumato.diffusion.objective import ObjectiveConfig, draw_t, loss
 from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, check_prediction
 from sfumato.diffusion.samplers import sample_heun
+from sfumato.diffusion.unet import UNetConfig
 from sfumato.train.conditioned import CLOSE, STEADY, Conditioned, Taught
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
@@ -37,7 +39,7 @@ class DiffusionRecipe(Taught):
 
     part: ClassVar[str] = "denoiser"
     kind: str = "train-diffusion"
-    denoiser: DiTConfig = field(default_factory=DiTConfig)
+    denoiser: DiTConfig | UNetConfig = field(default_factory=DiTConfig)
     path: PathConfig = field(default_factory=PathConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
@@ -79,6 +81,18 @@ def preset_settle() -> tuple[DiffusionRecipe, LoopConfig]:
     return recipe, replace(loop, images=1_400_000, lr=5e-4)
 
 
+def preset_unet() -> tuple[DiffusionRecipe, LoopConfig]:
+    """A small denoiser of the kind of Stable Diffusion (arXiv 2112.10752) that predicts the noise, 9 M parameters: to try out what is meant for large
+    ones.
+
+    `sfumato train diffusion --preset unet --codec emoji --text emoji --out runs/unet`
+    """
+    recipe, loop = preset_bundled()
+    unet = UNetConfig(channels=16, out_channels=16, widths=(64, 128, 192), blocks=1, depths=(1, 1, 0), heads=(2, 4, 6), context=256)
+    recipe = replace(recipe, denoiser=unet, path=PathConfig(kind="vp-linear"), objective=ObjectiveConfig(prediction="eps"), variety=STEADY, memory=False)
+    return recipe, replace(loop, images=400_000, batch_size=64, lr=5e-4, warmup=10_000, dtype="fp32", save_every=20_480, sample_every=40_960)
+
+
 def preset_own() -> tuple[DiffusionRecipe, LoopConfig]:
     """A denoiser of one's own pictures, begun from the bundled one.
 
@@ -97,7 +111,7 @@ def preset_smoke() -> tuple[DiffusionRecipe, LoopConfig]:
     )  # fmt: skip
 
 
-PRESETS = {"bundled": preset_bundled, "sharpen": preset_sharpen, "settle": preset_settle, "own": preset_own, "smoke": preset_smoke}
+PRESETS = {"bundled": preset_bundled, "sharpen": preset_sharpen, "settle": preset_settle, "unet": preset_unet, "own": preset_own, "smoke": preset_smoke}
 
 
 class DiffusionTask(Conditioned):
@@ -115,7 +129,7 @@ class DiffusionTask(Conditioned):
         self.latents = cached_latents(run / "latents.npy", self.encode, len(self.shown.pixels) * recipe.each, self.made_from())
         self._held_out = self._validation()
         torch.manual_seed(seed)
-        self.networks: dict[str, nn.Module] = {"denoiser": self.begun(DiT(self.net))}
+        self.networks: dict[str, nn.Module] = {"denoiser": self.begun(zoo.make(to_json(self.net)))}
         self.phases = [Phase("denoiser", ("denoiser",), self.loss)]
 
     def _load_codec(self, pack: Path) -> tuple[Autoencoder, dict[str, Any]]:
