@@ -22,7 +22,8 @@ from sfumato.core.language import translated
 from sfumato.core.request import Device
 from sfumato.core.runlog import read_log
 
-WHAT = ("all", "autoencoder", "text", "diffusion", "prior", "gan", "upscaler", "judge")
+WHAT = ("all", "autoencoder", "text", "diffusion", "prior", "gan", "upscaler", "judge", "lora", "embedding", "finetune")
+TUNED = ("lora", "embedding", "finetune")  # of models that are there
 GENERATORS = ("diffusion", "prior")  # over the latents or codes of a codec
 LARGE = 24_000_000  # bytes that a bundled file may have
 EMOJI = "emoji"  # the embedded drawings, as --data
@@ -45,12 +46,14 @@ def train(argv: list[str]) -> None:
     if what == "all":
         return _all(parse, argv[1:])
     presets = _presets(what)
-    name = _preset_name(argv, presets)
+    name = _tuned_name(argv, presets) if what in TUNED else _preset_name(argv, presets)
     recipe, loop = presets[name]()
     asked = parse(tyro, _arguments(what, recipe, loop, presets, name), argv[1:], f"train {what}")
     if asked.data != EMOJI and what == "upscaler":
         raise ValueError(f"data (={asked.data!r}) must be emoji: an enlargement is learned from drawings that are there at any size")
-    if asked.data != EMOJI:
+    if what in TUNED:
+        asked = replace(asked, recipe=replace(asked.recipe, **_said_of(asked, ("base", "data", "prompt"))))
+    elif asked.data != EMOJI:
         asked = replace(asked, recipe=replace(asked.recipe, data=asked.data, limit=0))
     if what == "prior" and asked.kind is not None:
         asked = replace(asked, recipe=replace(asked.recipe, prior=replace(asked.recipe.prior, way=asked.kind)))
@@ -90,9 +93,32 @@ def _presets(what: str) -> dict[str, Callable[[], tuple[Any, Any]]]:
             from sfumato.train.prior import PRESETS
         case "gan":
             from sfumato.train.gan import PRESETS
+        case "lora":
+            from sfumato.train.lora import PRESETS
+        case "embedding":
+            from sfumato.train.embedding import PRESETS
+        case "finetune":
+            from sfumato.train.finetune import PRESETS
         case _:
             from sfumato.train.diffusion import PRESETS
     return PRESETS
+
+
+def _said_of(asked: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of some short flags that were given."""
+    return {name: value for name in names if (value := getattr(asked, name, None)) is not None}
+
+
+def _tuned_name(argv: list[str], presets: dict[str, Any]) -> str:
+    """The preset of what is to be tuned: "stable" for checkpoints of Stable Diffusion, else "own"."""
+    from sfumato.pipelines.find import find
+    from sfumato.pipelines.load import is_stable
+
+    base = _flag(argv, "--base")
+    name = _flag(argv, "--preset") or ("stable" if base and is_stable(find(base, "base")) else "own")
+    if name not in presets:
+        raise ValueError(f"preset (={name!r}) must be one of {', '.join(presets)}{nearest(name, presets)}")
+    return name
 
 
 def _preset_name(argv: list[str], presets: dict[str, Any]) -> str:
@@ -124,13 +150,15 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
         parts.append(("text", Path, field(default=Path("runs/text"))))
     if hasattr(recipe, "init"):
         parts.append(("init", str | None, field(default=None)))
+    if what in TUNED:
+        parts += [("base", str | None, field(default=None)), ("prompt", str | None, field(default=None))]
     if what == "prior":
         parts.append(("kind", Literal["gpt", "maskgit"] | None, field(default=None)))
     made = make_dataclass(
         "Train",
         [
             ("preset", str, field(default=name)),
-            ("data", str, field(default=EMOJI)),
+            ("data", str | None if what in TUNED else str, field(default=None if what in TUNED else EMOJI)),
             ("out", Path, field(default=Path("runs") / what)),
             ("plan", bool, field(default=False)),
             ("device", Device | None, field(default=None)),
@@ -156,6 +184,12 @@ def _run(what: str, recipe: Any, loop: Any, out: Path, asked: Any, stop_at: int 
             from sfumato.train.text import train as go  # type: ignore[assignment]
         case "judge":
             from sfumato.train.judge import train as go  # type: ignore[assignment]
+        case "lora":
+            from sfumato.train.lora import train as go  # type: ignore[assignment]
+        case "embedding":
+            from sfumato.train.embedding import train as go  # type: ignore[assignment]
+        case "finetune":
+            from sfumato.train.finetune import train as go  # type: ignore[assignment]
         case "upscaler":
             from sfumato.train.upscaler import train as upscaler
 

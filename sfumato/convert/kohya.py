@@ -1,7 +1,7 @@
 """LoRA files: those of kohya's scripts, of diffusers and of peft, with the layers of our networks that they change; and learned words.
 
 kohya names a layer by its path with underscores (of SDXL by its authors' names), `lora_down`, `lora_up` and `alpha`; diffusers and peft by its path
-and `lora_A`, `lora_B`; older files of diffusers by attention processors.
+and `lora_A`, `lora_B`; older files of diffusers by attention processors. Those of our own models are written as kohya does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OTHERS = {  # parts of names by which other methods are known
     "lora_mid": "a LoRA of Tucker's form", "glora": "a GLoRA",
 }  # fmt: skip
 PROCESSOR = re.compile(r"\.(?:processor\.)?(to_q|to_k|to_v|to_out)_lora$")
-KOHYA = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_": SECOND}
+KOHYA = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_": SECOND, "lora_denoiser_": "denoiser", "lora_text_": "text"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,19 @@ class Lora:
     about: dict[str, str]
 
     @property
+    def until(self) -> float:
+        """The time, 1 noise and 0 clean, from which on it is at work."""
+        return _number(self.about.get("until"))
+
+    @property
     def rank(self) -> int:
         return max((len(d.down) for of in self.changes.values() for d in of.values()), default=0)
 
 
 def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> Lora:
-    """A LoRA for these networks ("unet", "text_encoder", "text_encoder_2"). Raises FileError where it is none, or of another model."""
+    """A LoRA for these networks ("unet", "text_encoder", "text_encoder_2", or "denoiser" and "text" of our own models). Raises FileError where it is
+    none, or of another model.
+    """
     tensors = read_tensors(path)
     about = read_header(path)[1] if path.suffix == ".safetensors" else {}
     refuse(tensors, path)
@@ -82,6 +89,13 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> Lora:
     return Lora(changes, about)
 
 
+def _number(said: str | None) -> float:
+    try:
+        return min(1.0, max(0.0, float(said or 1.0)))
+    except ValueError:
+        return 1.0
+
+
 def _split(name: str) -> tuple[str, str | None]:
     """(layer, "down", "up" or "alpha")."""
     for kind, endings in (("down", DOWN), ("up", UP), ("alpha", ("alpha",))):
@@ -103,7 +117,7 @@ def _places(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     marks = {network: [mark for mark, of in KOHYA.items() if of == network] for network in networks}
     for network, module in networks.items():
         layers = [n for n, m in module.named_modules() if isinstance(getattr(m, "weight", None), Tensor)]
-        between = "" if network == UNET else "text_model."
+        between = "text_model." if network in (TEXT, SECOND) else ""
         for layer in layers:
             place = (network, layer)
             for full in {f"{network}.{between}{layer}", f"{network}.{layer}"}:
@@ -111,7 +125,7 @@ def _places(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
             for mark in marks[network]:
                 found[mark + (between + layer).replace(".", "_")] = place
                 found[mark + layer.replace(".", "_")] = place
-            if network != UNET:  # older files of diffusers
+            if between:  # older files of diffusers
                 for q in ("q", "k", "v", "out"):
                     if layer.endswith(f"self_attn.{q}_proj"):
                         found[f"{network}.{between}{layer.removesuffix(f'{q}_proj')}to_{q}_lora"] = place
@@ -155,14 +169,14 @@ def _alpha(told: dict[str, Any], place: tuple[str, str], layer: str, rank: int) 
     return float(alpha) * (rank**0.5 if told.get(f"{network}.use_rslora") else 1.0)
 
 
-def write_lora(lora: Lora, path: Path, *, layout: str = "kohya") -> None:
-    """One file: `layout` "kohya" with diffusers' paths, or "peft". Raises ValueError for another."""
+def lora_tensors(lora: Lora, layout: str = "kohya") -> dict[str, Tensor]:
+    """What a file of it holds: `layout` "kohya" with diffusers' paths, or "peft". Raises ValueError for another."""
     tensors: dict[str, Tensor] = {}
     for network, changes in lora.changes.items():
         for layer, delta in changes.items():
-            full = layer if network == UNET else f"text_model.{layer}"
+            full = f"text_model.{layer}" if network in (TEXT, SECOND) else layer
             if layout == "kohya":
-                mark = {UNET: "lora_unet_", TEXT: "lora_te1_" if SECOND in lora.changes else "lora_te_", SECOND: "lora_te2_"}[network]
+                mark = {TEXT: "lora_te1_" if SECOND in lora.changes else "lora_te_", SECOND: "lora_te2_"}.get(network, f"lora_{network}_")
                 name = mark + full.replace(".", "_")
                 tensors |= {
                     f"{name}.lora_down.weight": delta.down,
@@ -174,8 +188,12 @@ def write_lora(lora: Lora, path: Path, *, layout: str = "kohya") -> None:
                 tensors |= {f"{network}.{full}.lora_A.weight": delta.down * root, f"{network}.{full}.lora_B.weight": delta.up * root}
             else:
                 raise ValueError(f"layout (={layout!r}) must be kohya or peft")
-    said = {"format": "pt"} | {k: v for k, v in lora.about.items() if k.startswith("ss_")}
-    write_tensors(tensors, path, said)
+    return tensors
+
+
+def write_lora(lora: Lora, path: Path, *, layout: str = "kohya") -> None:
+    """One file; see `lora_tensors`."""
+    write_tensors(lora_tensors(lora, layout), path, {"format": "pt"} | {k: v for k, v in lora.about.items() if k.startswith("ss_")})
 
 
 # --- learned words --------------------------------------------------------------------------------------------------------------------------------
@@ -190,7 +208,7 @@ def read_embedding(path: Path) -> dict[str, list[Tensor]]:
     """
     tensors = read_tensors(path)
     refuse(tensors, path)
-    name = path.stem
+    name = _word(path) or path.stem
     if {FIRST, SECONDS} <= tensors.keys():
         return {name: [_vectors(tensors[k], path) for k in (FIRST, SECONDS)]}
     if "emb_params" in tensors:
@@ -200,6 +218,16 @@ def read_embedding(path: Path) -> dict[str, list[Tensor]]:
     if len(tensors) > 16 or any(v.ndim not in (1, 2) for v in tensors.values()):
         raise FileError(f"{path} is no textual inversion: it holds {len(tensors)} tensors, {next(iter(tensors))[:60]} among them")
     return {token: [_vectors(v, path)] for token, v in tensors.items()}
+
+
+def _word(path: Path) -> str | None:
+    """The name that one of our files says it is of."""
+    said = read_header(path)[1].get("word") if path.suffix == ".safetensors" else None
+    try:
+        word = json.loads(said) if said else None
+    except ValueError:
+        return None
+    return word if isinstance(word, str) and word.strip() else None
 
 
 def _vectors(value: Tensor, path: Path) -> Tensor:

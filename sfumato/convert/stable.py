@@ -32,6 +32,7 @@ from sfumato.convert.diffusers import (
     vae_json,
     vae_tensors,
 )
+from sfumato.convert.header import read_header
 from sfumato.convert.taesd import read_tiny, read_tiny_folder
 from sfumato.convert.taming import from_codec, from_diffusers
 from sfumato.core.checkpoint import FileError, write_bytes
@@ -44,6 +45,7 @@ Version = Literal["1", "2", "xl"]
 SIZES = {"1": 512, "2": 768, "xl": 1024}  # sides of what each was trained on
 CONTEXTS = {768: "1", 1024: "2"}
 SCALES = {"1": SCALE, "2": SCALE, "xl": 0.13025}  # of latents
+TUNED_KIND = "stable-diffusion"  # of files that were tuned here
 FILTERS = ("safety_checker", "watermark")
 AVERAGED_NOTE = "holds no averages: its usual weights draw"
 V_MARK, SNR_MARK = "v_pred", "ztsnr"  # empty tensors by which some checkpoints say what they predict
@@ -260,10 +262,18 @@ def _single(path: Path, prediction: str, averaged: bool, other: Path | None) -> 
     guess, notes = _predicts(version, unet, tensors, params, path) if prediction == "auto" else (prediction, ())
     base = SchedulerConfig()
     scheduler = replace(base, prediction=guess, path=replace(base.path, zero_snr=SNR_MARK in tensors and guess == "v"))
+    size, quiet = 512 if version == "2" and guess == "eps" else SIZES[version], version == "xl"
+    if own := _said_by_us(path):
+        scheduler, size, quiet = scheduler_config(own["scheduler"], path), own["size"], own["quiet"]
     if averaged and sum(k.startswith(AVERAGED) for k in tensors) <= MANY:
         notes = (*notes, f"{path} {AVERAGED_NOTE}")
-    size = 512 if version == "2" and guess == "eps" else SIZES[version]
-    return Checkpoint(unet, codec, ears_of(parts["text"], path), scheduler, version, size, notes, version == "xl")
+    return Checkpoint(unet, codec, ears_of(parts["text"], path), scheduler, version, size, () if own else notes, quiet)
+
+
+def _said_by_us(path: Path) -> dict[str, Any]:
+    """What a file that was tuned here says of itself; nothing of others."""
+    said = read_header(path)[1] if path.suffix == ".safetensors" else {}
+    return {k: json.loads(said[k]) for k in ("scheduler", "size", "quiet")} if said.get("kind") == json.dumps(TUNED_KIND) else {}
 
 
 def read_codec(path: Path, version: Version = "1") -> Autoencoder | TinyAutoencoder:
@@ -324,8 +334,8 @@ def _predicts(version: Version, unet: UNet, tensors: dict[str, Tensor], params: 
     return "v", (f"{path} does not say whether it predicts v or eps: v is taken, as of 2.1 at 768; give --prediction eps if pictures are noise",)
 
 
-def write_single(found: Checkpoint, path: Path, *, half: bool = False) -> None:
-    """One file in the layout of its authors, which other programs load."""
+def single_tensors(found: Checkpoint) -> dict[str, Tensor]:
+    """What one file holds in the layout of its authors, which other programs load."""
     tensors = {UNET + k: v for k, v in from_unet(found.unet.state_dict(), found.unet.config).items()}
     tensors |= {VAE + from_codec(k, gumbel=False): v for k, v in _whole_codec(found).state_dict().items() if not k.startswith("latent_")}
     tensors |= text_tensors(found.ears)
@@ -333,4 +343,9 @@ def write_single(found: Checkpoint, path: Path, *, half: bool = False) -> None:
         tensors[V_MARK] = torch.zeros(0)
     if found.scheduler.path.zero_snr:
         tensors[SNR_MARK] = torch.zeros(0)
-    _save(tensors, path, half)
+    return tensors
+
+
+def write_single(found: Checkpoint, path: Path, *, half: bool = False) -> None:
+    """One file; see `single_tensors`."""
+    _save(single_tensors(found), path, half)

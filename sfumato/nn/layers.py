@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 Activation = Literal["silu", "relu", "gelu", "leaky-relu"]
 Norm = Literal["group", "batch", "none"]
@@ -76,6 +78,13 @@ class ResBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         h = self.conv1(self.act(self.norm(x)))
         return x + self.conv2(self.act(h))
+
+
+def checkpointed(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Parts of these kinds keep only what goes into them, and compute the rest again in the backward pass (arXiv 1604.06174)."""
+    for part in network.modules():
+        if isinstance(part, kinds):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
 
 
 class RMSNorm(nn.Module):

@@ -1,9 +1,14 @@
-"""Low-rank changes of a network's layers (arXiv 2106.09685, section 4.1): W + scale up down, merged into the weights or added as the network runs."""
+"""Low-rank changes of a network's layers (arXiv 2106.09685, section 4.1): W + scale up down; merged into the weights, added as the network runs, or
+learned.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -91,12 +96,104 @@ def _layer(network: nn.Module, name: str, delta: Delta) -> nn.Module:
 
 def _adding(delta: Delta, strength: float | Callable[[], float]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        x = given[0]
-        down, up = delta.down.to(x), delta.up.to(x)
-        factor = delta.scale * (strength() if callable(strength) else strength)
-        if isinstance(layer, nn.Conv2d):
-            down, up = (v if v.ndim == 4 else v[:, :, None, None] for v in (down, up))
-            return out + factor * F.conv2d(F.conv2d(x, down, stride=layer.stride, padding=layer.padding), up)  # type: ignore[arg-type]
-        return out + factor * F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
+        return out + _added(layer, given[0], delta, strength() if callable(strength) else strength)
+
+    return hook
+
+
+def _added(layer: nn.Module, x: Tensor, delta: Delta, strength: float = 1.0) -> Tensor:
+    """What a change adds to a layer's output for x."""
+    down, up, factor = delta.down.to(x), delta.up.to(x), delta.scale * strength
+    if isinstance(layer, nn.Conv2d):
+        down, up = (v if v.ndim == 4 else v[:, :, None, None] for v in (down, up))
+        return factor * F.conv2d(F.conv2d(x, down, stride=layer.stride, padding=layer.padding), up)  # type: ignore[arg-type]
+    return factor * F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
+
+
+# --- learning -------------------------------------------------------------------------------------------------------------------------------------
+
+ATTENTION = re.compile(r"(^|\.)(attn\d?|self_attn|attention|cross)\.")  # of our networks and of those of Stable Diffusion
+
+
+def chosen(network: nn.Module, layers: str) -> dict[str, nn.Module]:
+    """The layers that are to change, by name: within attention ("attention"), every linear one ("linear"), convolutions as well ("all"), or those
+    whose names a regular expression finds. Raises ValueError where there is none.
+    """
+    found = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)}
+    try:
+        match layers:
+            case "attention":
+                found = {n: m for n, m in found.items() if ATTENTION.search(n)}
+            case "linear":
+                found = {n: m for n, m in found.items() if isinstance(m, nn.Linear) or m.kernel_size == (1, 1)}
+            case "all":
+                pass
+            case _:
+                found = {n: m for n, m in found.items() if re.search(layers, n)}
+    except re.error as e:
+        raise ValueError(f"layers (={layers!r}) must be attention, linear, all, or a regular expression: {e}") from None
+    if not found:
+        raise ValueError(f"layers (={layers!r}) finds no layer: take attention, linear, all, or a part of a layer's name")
+    return found
+
+
+class _AtWork:
+    """Which of several sets of changes of the same layers are added just now; copies of them share it."""
+
+    def __init__(self) -> None:
+        self.now: LowRank | None = None
+
+    def __deepcopy__(self, memo: Any) -> _AtWork:
+        return self
+
+
+class LowRank(nn.Module):
+    """Changes that are learned, of the layers {network: {name: layer}} of frozen networks. At first they change nothing: `up` is zero.
+
+    Called with a function and its arguments it runs that with the changes at work. They stay so until others are, or `rest` is called: a backward
+    pass that computes anew what was not kept must find them. A copy (averages) changes the same layers.
+    """
+
+    def __init__(self, layers: Mapping[str, Mapping[str, nn.Module]], rank: int, alpha: float | None = None) -> None:
+        super().__init__()
+        self.alpha, self.at_work = alpha, _AtWork()
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for network, of_network in layers.items():
+            for name, layer in of_network.items():
+                out, *shape = layer.weight.shape  # type: ignore[union-attr, operator]
+                r, key = min(rank, out, math.prod(shape)), _key(network, name)
+                self.down[key] = nn.Parameter(torch.empty(r, *shape))
+                self.up[key] = nn.Parameter(torch.zeros(out, r, *[1] * (len(shape) - 1)))
+                nn.init.kaiming_uniform_(self.down[key], a=5**0.5)
+                layer.register_forward_hook(_learned(self.at_work, key))
+
+    def delta(self, key: str) -> Delta:
+        return Delta(self.down[key], self.up[key], self.alpha)
+
+    def deltas(self) -> dict[str, dict[str, Delta]]:
+        """{network: {layer: what is learned of it}}."""
+        found: dict[str, dict[str, Delta]] = {}
+        for key in self.down:
+            network, name = key.split("/", 1)
+            found.setdefault(network, {})[name.replace("/", ".")] = Delta(self.down[key].detach(), self.up[key].detach(), self.alpha)
+        return found
+
+    def forward(self, run: Callable[..., Any], *args: Any) -> Any:
+        self.at_work.now = self
+        return run(*args)
+
+    def rest(self) -> None:
+        """The networks as they were."""
+        self.at_work.now = None
+
+
+def _key(network: str, layer: str) -> str:
+    """A name that a parameter may have."""
+    return f"{network}/{layer.replace('.', '/')}"
+
+
+def _learned(at_work: _AtWork, key: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+    def hook(layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        return None if at_work.now is None else out + _added(layer, given[0], at_work.now.delta(key))
 
     return hook

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from importlib import resources
 from pathlib import Path
 
 from sfumato.core.checkpoint import FileError, checkpoints, read_metadata
+from sfumato.core.request import TAG
 
 BUNDLED = "emoji"
 STABLE = "model_index.json"  # of a folder of diffusers
+LORA_FILE = "pytorch_lora_weights.safetensors"  # of a folder with a LoRA of diffusers
 
 
 def bundled() -> dict[str, Path]:
@@ -42,3 +45,30 @@ def find(model: str | Path | None, what: str = "model") -> Path:
         f"{what} (={str(model)!r}) must be a file, a run folder, a folder of diffusers or one of: "
         f"{', '.join(drawing) or '(no bundled models here)'}; nothing is downloaded"
     )
+
+
+def strength_of(told: str, prompt: str | None = None) -> tuple[Path, float]:
+    """ "a.safetensors:0.8" -> the file and 0.8; where nothing is said what the prompt says ("<lora:a:0.8>"), else 1. Raises ValueError."""
+    name, colon, number = told.rpartition(":")
+    file, strength = Path(told), None
+    if colon and name and not file.exists():
+        file = Path(name)
+        try:
+            strength = float(number)
+        except ValueError:
+            raise ValueError(f"lora (={told!r}) must be a file, or a file and its strength: a.safetensors:0.8") from None
+    if strength is None:
+        said = {tag.group(1): tag.group(2) for tag in TAG.finditer(prompt or "")}
+        strength = float(said.get(file.stem) or 1.0)
+    if not math.isfinite(strength):
+        raise ValueError(f"lora (={told!r}) must have a finite strength")
+    return named_file(file), strength
+
+
+def named_file(told: str | Path) -> Path:
+    """A file of a LoRA or of learned words; of a folder the newest of a run of ours, or what diffusers calls its file."""
+    path = Path(told)
+    if not path.is_dir():
+        return path
+    of_run = checkpoints(path, "model")
+    return of_run[-1] if of_run else path / LORA_FILE

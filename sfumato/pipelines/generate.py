@@ -33,7 +33,7 @@ CHUNK = 16  # pictures drawn together, at most
 USUAL_GUIDANCE = 3.0
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Progress = Callable[[int, int], None]
-OF_SIZED = ("width", "height", "clip_skip", "tiling", "hires", "noise", "lora", "embedding", "extend")
+OF_SIZED = ("width", "height", "clip_skip", "tiling", "hires", "noise", "extend")
 
 
 class NotFinite(ValueError):
@@ -119,6 +119,7 @@ class Model(ABC):
     part: ClassVar[str]  # what the generator is called in a pack
     needs_label: ClassVar[bool] = False
     sized: ClassVar[bool] = False  # whether pictures can have any width and height
+    adapts: ClassVar[bool] = False  # whether it takes LoRAs and learned words
 
     @property
     def usual(self) -> dict[str, Any]:
@@ -196,8 +197,7 @@ class Model(ABC):
         if request.label is not None and request.label not in labels:
             allowed = f"one of {', '.join(labels)}{nearest(request.label, labels)}" if labels else "left out: this model has no labels"
             raise ValueError(f"label (={request.label!r}) must be {allowed}")
-        if not self.sized:
-            self._check_fixed(request)
+        self._check_plain(request)
         if not self.sized and request.size not in (None, *self.sizes):
             raise ValueError(f"size (={request.size}) must be {' or '.join(map(str, self.sizes))}: the sides of what this model draws")
         self.check_way(request)
@@ -206,12 +206,15 @@ class Model(ABC):
         if not self.hears and (request.prompt or request.negative):
             raise ValueError(f"prompt (={request.prompt or request.negative!r}) must be left out: this model was trained without captions")
 
-    def _check_fixed(self, request: GenerateRequest) -> None:
-        """Raises ValueError for what only models of any size have."""
+    def _check_plain(self, request: GenerateRequest) -> None:
+        """Raises ValueError for what only models of any size, or those that draw by diffusion, have."""
         plain = GenerateRequest()
-        for name in OF_SIZED:
+        for name in () if self.sized else OF_SIZED:
             if getattr(request, name) != getattr(plain, name):
                 raise ValueError(f"{name} (={getattr(request, name)!r}) must be left out: it is for checkpoints of Stable Diffusion")
+        for name in () if self.adapts else ("lora", "embedding"):
+            if getattr(request, name):
+                raise ValueError(f"{name} (={getattr(request, name)!r}) must be left out: it is for models that draw by diffusion")
 
     def generate(self, prompt: str | None = None, *, progress: Progress | None = None, **options: Any) -> list[Image.Image]:
         """PIL images for a prompt and the fields of GenerateRequest as options; RGBA where the model draws transparency."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from sfumato.convert.kohya import Lora, read_embedding, read_lora
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Cond, Denoise, Predict
@@ -17,7 +21,9 @@ from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond, Prediction
 from sfumato.diffusion.samplers import sample_ddim, sampler
 from sfumato.nn.layers import slerp
-from sfumato.pipelines.generate import Begun, Model, Row
+from sfumato.nn.lora import Attached, attach, merge
+from sfumato.pipelines.find import named_file, strength_of
+from sfumato.pipelines.generate import Begun, Model, Picture, Progress, Row
 
 USUAL_STEPS = 20
 Watch = Callable[[int, Tensor], None]  # the step, and the latents "b c h w" of the denoised pictures
@@ -52,6 +58,80 @@ class LatentDiffusion(Model):
     guide: LatentDiffusion | None = None  # a weaker model of the same latents that guidance leans on
     way: ClassVar[str] = "diffusion"
     part: ClassVar[str] = "denoiser"
+    adapts: ClassVar[bool] = True
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """What a LoRA may change, by the names that its files have for them."""
+        return {"denoiser": self.denoiser} | ({} if self.text is None else {"text": self.text})
+
+    @property
+    def listeners(self) -> list[Any]:
+        """What hears prompts, each with a dict of `learned` vectors and their width."""
+        return [] if self.text is None else [self.text]
+
+    def told(self, prompts: Sequence[str | None], size: tuple[int, int], styles: Sequence[Mapping[str, float]] = ()) -> Cond:
+        """What the denoiser is told of prompts (None: nothing is said) for pictures of this height and width, with shares of styles."""
+        none: dict[str, float] = {}
+        rows = [Row(GenerateRequest(), i, 0, dict(styles[i]) if styles else none) for i in range(len(prompts))]
+        return self._cond(rows, list(prompts), [None] * len(rows))
+
+    @contextmanager
+    def changed(self, request: GenerateRequest) -> Iterator[None]:
+        """With a request's LoRAs merged into the networks and its learned words known; afterwards all is as it was, to the bit."""
+        networks = self.networks
+        loras = [(read_lora(path, networks), strength) for path, strength in (strength_of(f, request.prompt) for f in request.lora)]
+        merged, known = [], [dict(e.learned) for e in self.listeners]
+        try:
+            for name, network in networks.items() if loras else ():
+                merged.append(merge(network, [(lora.changes.get(name, {}), s) for lora, s in loras if lora.until == 1]))
+            for lora, strength in loras:
+                if lora.until < 1:
+                    merged += self._from_a_time_on(lora, strength)
+            self._learn(request)
+            yield
+        finally:
+            for part in merged:
+                part.eject()
+            for listener, before in zip(self.listeners, known, strict=True):
+                listener.learned = before
+
+    def _from_a_time_on(self, lora: Lora, strength: float) -> list[Attached]:
+        """A LoRA at work where the time, which falls from 1, is at most `until`; what hears it changes in all."""
+        now = [1.0]
+        watching = Attached(hooks=[self.denoiser.register_forward_pre_hook(lambda _, given: now.__setitem__(0, float(given[1].max())))])
+        found = [watching]
+        for name, network in self.networks.items():
+            timed = strength if network is not self.denoiser else lambda: strength if now[0] <= lora.until else 0.0
+            found.append(attach(network, lora.changes.get(name, {}), timed))
+        return found
+
+    def _learn(self, request: GenerateRequest) -> None:
+        """Raises ValueError for vectors that are not of these text encoders."""
+        for file in request.embedding:
+            for name, vectors in read_embedding(named_file(file)).items():
+                widths, wanted = [v.shape[1] for v in vectors], [e.width for e in self.listeners]
+                if widths != wanted:
+                    raise ValueError(
+                        f"embedding (={file!r}) has vectors of {widths} numbers, and this model's text encoders of {wanted}: it is of another model"
+                    )
+                for listener, of_listener in zip(self.listeners, vectors, strict=True):
+                    listener.learned[name] = of_listener
+
+    def _draw_rows(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:
+        if rows:
+            with self.changed(rows[0].request):
+                yield from self._drawn(rows, progress)
+
+    def _drawn(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:
+        yield from super()._draw_rows(rows, progress)
+
+    def _picture(self, image: Image.Image, row: Row, begun: Begun | None) -> Picture:
+        picture = super()._picture(image, row, begun)
+        named = [(told, strength_of(told)[0]) for told in row.request.lora] + [(told, named_file(told)) for told in row.request.embedding]
+        if named:
+            picture.record["files_sha256"] = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for _, file in named}
+        return picture
 
     def steps_of(self, request: GenerateRequest) -> int:
         return request.steps or USUAL_STEPS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from sfumato import zoo
 from sfumato.codecs.upscaler import Upscaler, drawn_by
 from sfumato.convert.header import read_header
-from sfumato.convert.stable import read_checkpoint
+from sfumato.convert.stable import TUNED_KIND, read_checkpoint
 from sfumato.core.checkpoint import FileError, cache_folder, read_metadata, write_bytes
 from sfumato.core.config import from_json
 from sfumato.core.language import translated
@@ -159,7 +160,8 @@ def is_stable(path: Path) -> bool:
     """Whether a path is of Stable Diffusion rather than one of our packs."""
     if path.is_dir() or path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         return True
-    return path.suffix == ".safetensors" and "hash" not in read_header(path)[1]
+    said = read_header(path)[1] if path.suffix == ".safetensors" else {"hash": ""}
+    return "hash" not in said or said.get("kind") == json.dumps(TUNED_KIND)
 
 
 def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stable) -> StableDiffusion:

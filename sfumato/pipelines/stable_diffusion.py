@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path as Files
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.codecs.tiny import TinyAutoencoder
-from sfumato.convert.kohya import read_embedding, read_lora
 from sfumato.core.images import flatten, to_pil, to_tensor
-from sfumato.core.request import MOST_SIDE, TAG, GenerateRequest
+from sfumato.core.request import MOST_SIDE, GenerateRequest
 from sfumato.core.rng import Philox
 from sfumato.core.seams import Cond, Denoise, Predict
 from sfumato.diffusion.discrete import OPEN, ROUNDED, SchedulerConfig
@@ -27,13 +23,11 @@ from sfumato.diffusion.guidance import guided, inpaint
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.unet import TIMES
 from sfumato.nn.layers import slerp
-from sfumato.nn.lora import merge
 from sfumato.pipelines.generate import Begun, Picture, Progress, Row, begun_digest, between
 from sfumato.pipelines.latent_diffusion import LatentDiffusion, Stream
 from sfumato.text.prompts import Ear, heard
 
 GUIDANCE = {"1": 7.5, "2": 7.5, "xl": 5.0}
-LORA_FILE = "pytorch_lora_weights.safetensors"  # of a folder
 NEARLY = 0.9995  # the cosine above which that program takes a straight line
 MOST_PIXELS = 4 * 512 * 512  # of all pictures that a CPU draws together
 TILE, OVERLAP = 64, 16  # latent cells of a tile in which large pictures are decoded, and how many of them two tiles share
@@ -60,6 +54,14 @@ class StableDiffusion(LatentDiffusion):
     @property
     def hears(self) -> bool:
         return True
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"unet": self.denoiser} | {f"text_encoder{e}": ear.network for e, ear in zip(("", "_2"), self.ears, strict=False)}
+
+    @property
+    def listeners(self) -> list[Any]:
+        return list(self.ears)
 
     @property
     def sizes(self) -> list[int]:
@@ -144,11 +146,23 @@ class StableDiffusion(LatentDiffusion):
         if self.quiet:
             said = torch.tensor([r.request.negative is not None for r in rows], device=self.device)
             empty = replace(empty, text=empty.text * said[:, None, None], pooled=empty.pooled * said[:, None])  # type: ignore[operator, index]
+        size = self.extent(request)
+        return self._with_size(cond, size), self._with_size(empty, size)
+
+    def _with_size(self, cond: Cond, size: tuple[int, int]) -> Cond:
+        """What is told beside the text, where the network hears it."""
         if not self.denoiser.config.pooled:  # type: ignore[union-attr]
-            return replace(cond, pooled=None), replace(empty, pooled=None)
-        height, width = self.extent(request)
-        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device).expand(len(rows), -1)
-        return replace(cond, extra={TIMES: sizes}), replace(empty, extra={TIMES: sizes})
+            return replace(cond, pooled=None)
+        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device)
+        return replace(cond, extra={TIMES: sizes.expand(len(cond.text), -1)})  # type: ignore[arg-type]
+
+    def told(self, prompts: Sequence[str | None], size: tuple[int, int], styles: Sequence[Mapping[str, float]] = ()) -> Cond:
+        """See `LatentDiffusion`; there are no styles."""
+        cond = heard(self.ears, [p or "" for p in prompts])
+        if self.quiet:
+            said = torch.tensor([p is not None for p in prompts], device=self.device)
+            cond = replace(cond, text=cond.text * said[:, None, None], pooled=cond.pooled * said[:, None])  # type: ignore[operator, index]
+        return self._with_size(cond, size)
 
     def _heard(self, rows: list[Row], said: Callable[[Row], str | None], skip: int) -> Cond:
         cond = heard(self.ears, [said(r) or "" for r in rows], skip)
@@ -296,42 +310,15 @@ class StableDiffusion(LatentDiffusion):
         around[top : top + init.height, left : left + init.width] = 0
         return Image.fromarray(flat), Image.fromarray(around)
 
-    def _draw_rows(self, rows: list[Row], progress: Progress | None) -> Iterator[Any]:
-        if not rows:
-            return
-        request = rows[0].request
-        networks = [self.denoiser, self.codec, *([] if self.guide is None else [self.guide.denoiser])]
-        with seamless(networks, request.tiling), self.changed(request):
-            yield from super()._draw_rows(rows, progress) if request.hires == 1 else self._twice(rows, progress)
-
     @contextmanager
     def changed(self, request: GenerateRequest) -> Iterator[None]:
-        """With a request's LoRAs merged into the networks and its learned words known; afterwards all is as it was, to the bit."""
-        networks = {"unet": self.denoiser} | {f"text_encoder{e}": ear.network for e, ear in zip(("", "_2"), self.ears, strict=False)}
-        loras = [(read_lora(path, networks), strength) for path, strength in (strength_of(f, request.prompt) for f in request.lora)]
-        merged = []
-        try:
-            for name, network in networks.items() if loras else ():
-                merged.append(merge(network, [(lora.changes.get(name, {}), s) for lora, s in loras]))
-            self._learn(request)
+        """See `LatentDiffusion`; where it is to be so, opposite edges fit together."""
+        networks = [self.denoiser, self.codec, *([] if self.guide is None else [self.guide.denoiser])]
+        with super().changed(request), seamless(networks, request.tiling):
             yield
-        finally:
-            for part in merged:
-                part.eject()
-            for ear in self.ears:
-                ear.learned.clear()
 
-    def _learn(self, request: GenerateRequest) -> None:
-        """Raises ValueError for vectors that are not of these text encoders."""
-        for file in request.embedding:
-            for name, vectors in read_embedding(Files(file)).items():
-                widths, wanted = [v.shape[1] for v in vectors], [e.network.config.width for e in self.ears]
-                if widths != wanted:
-                    raise ValueError(
-                        f"embedding (={file!r}) has vectors of {widths} numbers, and this model's text encoders of {wanted}: it is of another model"
-                    )
-                for ear, of_ear in zip(self.ears, vectors, strict=True):
-                    ear.learned[name] = of_ear
+    def _drawn(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:
+        yield from super()._drawn(rows, progress) if rows[0].request.hires == 1 else self._twice(rows, progress)
 
     def _twice(self, rows: list[Row], progress: Progress | None) -> Iterator[Any]:
         """At the asked size, then larger, and of that a share drawn anew."""
@@ -373,12 +360,6 @@ class StableDiffusion(LatentDiffusion):
         margin = OVERLAP * factor
         return x[..., margin:-margin, margin:-margin]
 
-    def _picture(self, image: Image.Image, row: Row, begun: Begun | None) -> Picture:
-        picture = super()._picture(image, row, begun)
-        if files := [str(strength_of(told)[0]) for told in row.request.lora] + list(row.request.embedding):
-            picture.record["files_sha256"] = {f: hashlib.sha256(Files(f).read_bytes()).hexdigest() for f in files}
-        return picture
-
     def enlarge(self, x: Tensor, request: GenerateRequest) -> Tensor:
         return x
 
@@ -405,26 +386,6 @@ class Loose(Begun):
 
     def keep(self, x: Tensor) -> Tensor:
         return x
-
-
-def strength_of(told: str, prompt: str | None = None) -> tuple[Files, float]:
-    """ "a.safetensors:0.8" -> the file and 0.8; where nothing is said what the prompt says ("<lora:a:0.8>"), else 1. A folder of diffusers is
-    the file in it. Raises ValueError.
-    """
-    name, colon, number = told.rpartition(":")
-    file, strength = Files(told), None
-    if colon and name and not file.exists():
-        file = Files(name)
-        try:
-            strength = float(number)
-        except ValueError:
-            raise ValueError(f"lora (={told!r}) must be a file, or a file and its strength: a.safetensors:0.8") from None
-    if strength is None:
-        said = {tag.group(1): tag.group(2) for tag in TAG.finditer(prompt or "")}
-        strength = float(said.get(file.stem) or 1.0)
-    if not math.isfinite(strength):
-        raise ValueError(f"lora (={told!r}) must have a finite strength")
-    return file / LORA_FILE if file.is_dir() else file, strength
 
 
 def covering(image: Image.Image, width: int, height: int) -> Image.Image:

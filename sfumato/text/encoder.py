@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sfumato.nn.attention import Attention
 from sfumato.nn.layers import MLP
+from sfumato.text.learned import by_names, numbered, with_learned
 from sfumato.text.words import CJK, normalise
 
 PAD, START = 0, 1
@@ -68,12 +70,13 @@ class Block(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Captions -> token states, mask (True where a token is) and a pooled vector."""
+    """Captions -> token states, mask (True where a token is) and a pooled vector. `learned` are vectors "n d" by the names that stand for them."""
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer | str) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = Tokenizer.from_str(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.learned: dict[str, Tensor] = {}
         self.token = nn.Embedding(config.vocabulary, config.width)
         self.position = nn.Parameter(torch.randn(config.tokens, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
@@ -81,22 +84,40 @@ class TextEncoder(nn.Module):
         self.pool = nn.Linear(config.width, config.width)
         nn.init.normal_(self.token.weight, std=0.02)
 
+    @property
+    def width(self) -> int:
+        """Numbers of a token's vector."""
+        return self.config.width
+
     def tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
         """ids and mask, n the longest caption of the batch."""
-        rows = [[START, *e.ids][: self.config.tokens] for e in self.tokenizer.encode_batch([normalise(t) for t in texts])]
+        if self.learned:
+            rows = [[START, *self._named(t)][: self.config.tokens] for t in texts]
+        else:
+            rows = [[START, *e.ids][: self.config.tokens] for e in self.tokenizer.encode_batch([normalise(t) for t in texts])]
         longest = max(map(len, rows))
         ids = torch.tensor([r + [PAD] * (longest - len(r)) for r in rows])
         return ids, torch.arange(longest)[None] < torch.tensor([[len(r)] for r in rows])
 
+    def known(self, words: str) -> tuple[Tensor, list[int]]:
+        """The vectors of all tokens, and which of them words are."""
+        return self.token.weight, self.tokenizer.encode(plain).ids if (plain := normalise(words)) else []
+
+    def _named(self, text: str) -> list[int]:
+        """Tokens of a text with names among its words."""
+        tokens, found = numbered(self.learned, self.config.vocabulary), []
+        for part, name in by_names(text, self.learned):
+            found += tokens[name] if name is not None else self.tokenizer.encode(words).ids if (words := normalise(part)) else []
+        return found
+
     def forward(self, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b d"]]:
-        x = self.token(ids) + self.position[: ids.shape[1]]
+        x = F.embedding(ids, with_learned(self.token.weight, self.learned)) + self.position[: ids.shape[1]]
         for block in self.blocks:
             x = block(x, mask)
         states = self.norm(x)
         weight = mask[..., None].to(states.dtype)
         return states * weight, self.pool((states * weight).sum(1) / weight.sum(1))
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> tuple[Float32[Tensor, "b n d"], Bool[Tensor, "b n"], Float32[Tensor, "b d"]]:
         """(token states, mask, pooled) for captions."""
         device = self.position.device

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sfumato.core.request import TAG
 from sfumato.core.seams import Cond
 from sfumato.text.clip import END, START, ClipText
+from sfumato.text.learned import by_names, numbered, with_learned
 
 SIGNS = re.compile(
     r"\\[\\()\[\]]|(?P<close>:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\))|[()\[\]]|(?P<pause>\s*\bBREAK\b\s*)|[^\\()\[\]:\s]+|\s+|.", re.DOTALL
@@ -87,32 +88,29 @@ class Ear:
         self.comma = self.tokenizer.token_to_id(",</w>")
 
     @property
+    def width(self) -> int:
+        """Numbers of a token's vector."""
+        return self.network.config.width
+
+    @property
     def room(self) -> int:
         """Tokens of a part, without its start and end."""
         return self.network.config.tokens - 2
 
     def pieces(self, text: str) -> list[list[int]]:
         """Its tokens one by one, and where a name of learned vectors stands all of those together, numbered after the vocabulary."""
-        if not self.learned:
-            return [[i] for i in self._ids(text)]
-        names = sorted(self.learned, key=len, reverse=True)
-        parts = re.split("(" + "|".join(rf"(?<!\w){re.escape(n)}(?!\w)" for n in names) + ")", text, flags=re.IGNORECASE)
-        known, first = {n.lower(): n for n in names}, self._firsts()
+        first = numbered(self.learned, self.network.config.vocabulary)
         found: list[list[int]] = []
-        for part in parts:
-            name = known.get(part.lower())
-            found += [[i] for i in self._ids(part)] if name is None else [[first[name] + k for k in range(len(self.learned[name]))]]
+        for part, name in by_names(text, self.learned):
+            found += [[i] for i in self._ids(part)] if name is None else [first[name]]
         return found
+
+    def known(self, words: str) -> tuple[Tensor, list[int]]:
+        """The vectors of all tokens, and which of them words are."""
+        return self.network.embeddings.token_embedding.weight, self._ids(words)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
-
-    def _firsts(self) -> dict[str, int]:
-        found, at = {}, self.network.config.vocabulary
-        for name, vectors in self.learned.items():
-            found[name] = at
-            at += len(vectors)
-        return found
 
     def parts(self, prompt: str) -> list[tuple[list[int], list[float]]]:
         """[(tokens, their weights)] of at most `room` each. A full part ends after its last comma where that is near."""
@@ -161,10 +159,7 @@ class Ear:
         net, layer = self.network, self.layer + skip - 1
         if not 1 <= skip <= self.most_skip:
             raise ValueError(f"clip_skip (={skip}) must be from 1 to {self.most_skip}: the blocks of this text encoder")
-        table = net.embeddings.token_embedding.weight
-        if self.learned:
-            table = torch.cat([table, *(v.to(table) for v in self.learned.values())])
-        states = net.hidden(F.embedding(ids, table))
+        states = net.hidden(F.embedding(ids, with_learned(net.embeddings.token_embedding.weight, self.learned)))
         chosen = states[len(states) - layer]
         chosen = net.final_layer_norm(chosen) if self.normed else chosen
         if bool((weights != 1).any()):

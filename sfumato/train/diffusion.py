@@ -82,14 +82,14 @@ def preset_settle() -> tuple[DiffusionRecipe, LoopConfig]:
 
 
 def preset_unet() -> tuple[DiffusionRecipe, LoopConfig]:
-    """A small denoiser of the kind of Stable Diffusion (arXiv 2112.10752) that predicts the noise, 9 M parameters: to try out what is meant for large
-    ones.
+    """A small denoiser of the kind of Stable Diffusion (arXiv 2112.10752), 9 M parameters that predict noise: to try what is for large ones.
 
     `sfumato train diffusion --preset unet --codec emoji --text emoji --out runs/unet`
     """
     recipe, loop = preset_bundled()
     unet = UNetConfig(channels=16, out_channels=16, widths=(64, 128, 192), blocks=1, depths=(1, 1, 0), heads=(2, 4, 6), context=256)
-    recipe = replace(recipe, denoiser=unet, path=PathConfig(kind="vp-linear"), objective=ObjectiveConfig(prediction="eps"), variety=STEADY, memory=False)
+    objective, path = ObjectiveConfig(prediction="eps"), PathConfig(kind="vp-linear")
+    recipe = replace(recipe, denoiser=unet, path=path, objective=objective, variety=STEADY, memory=False)
     return recipe, replace(loop, images=400_000, batch_size=64, lr=5e-4, warmup=10_000, dtype="fp32", save_every=20_480, sample_every=40_960)
 
 
@@ -111,7 +111,9 @@ def preset_smoke() -> tuple[DiffusionRecipe, LoopConfig]:
     )  # fmt: skip
 
 
-PRESETS = {"bundled": preset_bundled, "sharpen": preset_sharpen, "settle": preset_settle, "unet": preset_unet, "own": preset_own, "smoke": preset_smoke}
+PRESETS = {
+    "bundled": preset_bundled, "sharpen": preset_sharpen, "settle": preset_settle, "unet": preset_unet, "own": preset_own, "smoke": preset_smoke,
+}  # fmt: skip
 
 
 class DiffusionTask(Conditioned):

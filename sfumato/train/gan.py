@@ -211,7 +211,7 @@ def preset_r3gan() -> tuple[GANRecipe, LoopConfig]:
     """
     network = R3GANConfig()
     recipe, loop = preset_own()
-    return replace(recipe, **_on(network)), replace(loop, lr=1e-3)
+    return replace(recipe, **_on(network)), replace(loop, lr=1.5e-3, batch_size=32)
 
 
 def preset_dcgan() -> tuple[GANRecipe, LoopConfig]:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, checkpoint_name, checkpoints, load_tensors, save_tensors, sweep, thousands, write_json
@@ -39,6 +39,7 @@ from sfumato.core.request import Device
 from sfumato.core.rng import derive
 from sfumato.core.runlog import RunLog, is_out_of_memory
 from sfumato.nn.ema import ema_copy, ema_update
+from sfumato.train.shards import Shards, whole
 
 BAD_STEPS_IN_A_ROW = 5
 HALVINGS = 3  # of a batch that does not fit into memory
@@ -56,6 +57,7 @@ FREE_TO_CHANGE = (
     "threads",
     "device",
     "compile",
+    "shard",
 )
 
 
@@ -70,6 +72,8 @@ class LoopConfig:
     `dtype` auto is what this machine multiplies matrices faster in, measured once when the run begins (see `settled`).
     `patience` ends a run after that many looks (`sample_every`) without a better score once all its parts work, 0 never. `auto` lets remedies
     act: a run that is not finite goes back to its newest checkpoint with half the learning rate, and a task does what its doctor advises.
+    `shard`: several processes share weights, averages and the optimiser's memory (FSDP2, arXiv 2304.11277) instead of each having all of them; for
+    full fine-tuning of diffusion networks.
     `compile` fuses the networks by torch.compile: a minute's start, then faster; rounding differs, so a resume is exact only with the same setting.
     """
 
@@ -93,6 +97,7 @@ class LoopConfig:
     trackers: tuple[str, ...] = ()
     threads: int = 0
     compile: bool = False
+    shard: bool = False
     patience: int = 0
     auto: bool = False
     device: Device = "auto"
@@ -146,7 +151,7 @@ class Task(Protocol):
     What a task may have besides: `after_step(averages, images, finite) -> statistics`, once after all phases of a step, for what is not learned by
     gradients; `remarks(run) -> list of JSON lines`, after each look, which are said and logged; `full_precision`, names of networks that autocast
     leaves alone; `partly_used`, True where a loss does not reach all parameters; `splittable`, False where a loss compares pictures of a batch;
-    `shardable`, False where parameters must be whole in each process, and `broadcasts`, False where a process keeps its own buffers;
+    `shardable`, True where the weights may be cut up among processes, and `broadcasts`, False where a process keeps its own buffers;
     `complete_from`, the progress from which on all its parts work, before which no score counts as the best, and none as too long ago.
     """
 
@@ -198,10 +203,12 @@ def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
         return make(state.device)
 
 
-def check_sharding(task: Task, distributed: str) -> None:
-    """Raises ValueError where a launcher would cut up networks that must be whole."""
-    if distributed in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") and not getattr(task, "shardable", True):
-        raise ValueError(f"{task.kind} cannot be trained with {distributed}, which cuts networks up: use several processes without it (torchrun)")
+def check_sharding(task: Task, distributed: str, shard: bool = False) -> None:
+    """Raises ValueError where networks would be cut up that must be whole, or by a launcher."""
+    if distributed in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise ValueError(f"{task.kind} cannot be trained with {distributed} of a launcher, which cuts networks up: use torchrun (and --loop.shard)")
+    if shard and not getattr(task, "shardable", False):
+        raise ValueError(f"shard (=True) is for full fine-tuning of diffusion networks: the networks of {task.kind} must be whole in each process")
 
 
 def begun_with(run: Path) -> dict[str, Any] | None:
@@ -269,14 +276,17 @@ class Trainer:
                 )
             ],
         )
-        check_sharding(task, str(self.accelerator.distributed_type).rpartition(".")[2])
+        check_sharding(task, str(self.accelerator.distributed_type).rpartition(".")[2], loop.shard)
         self.device = self.accelerator.device
         world = self.accelerator.num_processes
+        self.shards = Shards(self.device, world) if loop.shard and world > 1 else None
         if loop.batch_size % (world * loop.accumulate):
             raise ValueError(f"batch_size (={loop.batch_size}) must be a multiple of processes x accumulate (={world} x {loop.accumulate})")
         for network in task.networks.values():
             network.to(self.device)
         self.averages = {name: ema_copy(n) for name, n in task.networks.items()}
+        if self.shards:
+            self.shards.cut(task.networks, self.averages)
         self.prepared = {name: self._prepared(name, n) for name, n in task.networks.items()}
         if loop.compile:
             for network in self.prepared.values():
@@ -293,6 +303,8 @@ class Trainer:
         """As accelerate makes it ready; networks that the task wants in full precision without its autocast."""
         if not any(p.requires_grad for p in network.parameters()):
             return network.to(self.device)
+        if self.shards:
+            return network
         if name not in getattr(self.task, "full_precision", ()):
             return self.accelerator.prepare(network)
         before, self.accelerator.native_amp = self.accelerator.native_amp, False
@@ -306,7 +318,8 @@ class Trainer:
         parameters = [p for n in phase.networks for p in self.task.networks[n].parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.loop.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if not p.ndim], "weight_decay": 0.0},  # apart: they are not cut up where the others are
         ]
         return torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=self.loop.lr, betas=phase.betas or self.loop.betas, fused=self.device.type != "mps"
@@ -349,7 +362,8 @@ class Trainer:
             group["lr"] = lr * phase.lr_scale
         stats = self._gradients(phase, batches, progress)
         parameters = [p for n in phase.networks for p in self.task.networks[n].parameters()]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.loop.clip or math.inf)
+        clip = self.shards.clip if self.shards else torch.nn.utils.clip_grad_norm_
+        norm = clip(parameters, self.loop.clip or math.inf)
         finite = bool(a.reduce(torch.isfinite(norm).float().reshape(1), "sum").item() == a.num_processes)
         if finite:
             optimiser.step()
@@ -529,7 +543,7 @@ class Trainer:
 
     def _look(self, log: RunLog | None) -> None:
         """Samples and scores of the averaged weights; the other processes wait."""
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.shards:
             self._look_here(log)
         self.accelerator.wait_for_everyone()
         if self.loop.auto and self.accelerator.num_processes > 1:  # what a remedy changed in the main process
@@ -541,8 +555,8 @@ class Trainer:
         with torch.no_grad():
             scores = self.task.evaluate(self.averages)
             picture = self.task.samples(self.averages)
-        images = self.counters["images"]
-        if picture is not None:
+        images, main = self.counters["images"], self.accelerator.is_main_process
+        if picture is not None and main:
             save_png(self.run / "samples" / f"{thousands(images)}.png", picture)
         if log and scores:
             log.write(images=images, **{k: round(v, 5) for k, v in scores.items()})
@@ -568,14 +582,14 @@ class Trainer:
             if self.optimisers[phase.name].state:  # asking an optimiser that never stepped would make it step
                 found = get_optimizer_state_dict(self._module(phase), self.optimisers[phase.name])["state"]
                 tensors |= {f"optimiser.{phase.name}.{p}#{k}": v for p, values in found.items() for k, v in values.items()}
-        return tensors
+        return {k: whole(v) for k, v in tensors.items()} if self.shards else tensors
 
     def _module(self, phase: Phase) -> nn.Module:
         return nn.ModuleDict({n: self.task.networks[n] for n in phase.networks})
 
     def save(self) -> None:
         """Writes EMA pack, then state, and drops old ones; the other processes wait until it is done."""
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.shards:
             self._save_here()
         self.accelerator.wait_for_everyone()
 
@@ -584,7 +598,10 @@ class Trainer:
         counters = self.counters | {"best": self.best if math.isfinite(self.best) else None}
         stateless = {p.name: self._stateless(p) for p in self.owners}
         self._save_pack(self.run / checkpoint_name("model", images))
-        save_tensors(self.run / checkpoint_name("state", images), self.state(), {"run": self.config, "counters": counters, "stateless": stateless})
+        state = self.state()
+        if not self.accelerator.is_main_process:
+            return
+        save_tensors(self.run / checkpoint_name("state", images), state, {"run": self.config, "counters": counters, "stateless": stateless})
         for kind in ("state", "model"):
             for old in checkpoints(self.run, kind)[: -self.loop.keep]:
                 number = round(float(re.findall(r"[\d.]+(?=k)", old.name)[0]) * 1000)
@@ -592,8 +609,9 @@ class Trainer:
                     old.unlink(missing_ok=True)
 
     def _save_pack(self, path: Path) -> None:
-        tensors, metadata = self.task.pack(self.averages)
-        save_pack(path, tensors, metadata | {"images": self.counters["images"]})
+        tensors, metadata = self.task.pack(self.shards.joined(self.averages) if self.shards else self.averages)
+        if self.accelerator.is_main_process:
+            save_pack(path, tensors, metadata | {"images": self.counters["images"]})
 
     def resume(self) -> None:
         """Loads the newest readable state, if there is one. Raises ValueError where it belongs to another configuration."""
@@ -630,7 +648,8 @@ class Trainer:
         for prefix, networks in (("raw", self.task.networks), ("ema", self.averages)):
             for name, network in networks.items():
                 start = f"{prefix}.{name}."
-                network.load_state_dict({k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)})
+                own = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
+                set_model_state_dict(network, own, options=StateDictOptions(full_state_dict=self.shards is not None))
         for phase in self.owners:
             start = f"optimiser.{phase.name}."
             state: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -646,10 +665,10 @@ class Trainer:
                         f"{path} lacks the optimiser's state of {len(missing)} parameters, such as {min(missing, default='')}: it is damaged"
                     )
                 for name, p in module.named_parameters():  # in the parameter's own memory format: the fused optimiser walks memory, not indices
-                    if name in state:
+                    if name in state and not self.shards:
                         state[name] = {k: torch.empty_like(p, device="cpu").copy_(v) if v.shape == p.shape else v for k, v in state[name].items()}
                 whole = get_optimizer_state_dict(module, optimiser)
-                options = StateDictOptions(strict=False)  # what may be missing was looked at above
+                options = StateDictOptions(strict=False, full_state_dict=self.shards is not None)  # what may be missing was looked at above
                 set_optimizer_state_dict(module, optimiser, {"state": dict(state), "param_groups": whole["param_groups"]}, options=options)
         self.best = -math.inf if counters["best"] is None else counters["best"]
         self.counters = {k: counters.get(k, 0) for k in self.counters}

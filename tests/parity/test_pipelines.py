@@ -32,6 +32,11 @@ from sfumato.nn.lora import Delta
 from sfumato.pipelines.load import load
 from sfumato.text.clip import ClipText
 from sfumato.text.prompts import heard
+from sfumato.train import embedding, finetune, lora
+from sfumato.train.embedding import EmbeddingRecipe
+from sfumato.train.finetune import FinetuneRecipe
+from sfumato.train.loop import LoopConfig
+from sfumato.train.lora import LoraRecipe
 
 PROMPT, NEGATIVE = "a photo of a red fox, sitting in the snow", "blurry, low quality"
 CLOSE = 1e-3
@@ -318,3 +323,69 @@ def test_a_lora_that_we_wrote_diffusers_draws_with(layout: str, reference: Any, 
     request = replace(REQUEST, steps=4, lora=(str(tmp_path / "ours.safetensors"),))
     with model.changed(request):  # type: ignore[attr-defined]
         assert np.abs(drawn(model, request) - expected).max() <= 1e-4
+
+
+# --- what is trained here -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(3):
+        photograph().rotate(90 * i).save(folder / f"{i}.png")
+    return folder
+
+
+LOOP = LoopConfig(images=8, batch_size=2, warmup=0, lr=0.05, decay=0.0, save_every=8, sample_every=16, log_every=2, weight_decay=0.0, device="cpu")
+
+
+def again(reference: Any) -> Any:
+    pipe = type(reference.pipe).from_pretrained(reference.folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("reference", ["1", "2", "xl"], indirect=True)
+@pytest.mark.parametrize("layers", ["attention", "linear", "all"])
+def test_diffusers_draws_with_a_lora_that_was_trained_here(layers: str, reference: Any, photos: Path, tmp_path: Path) -> None:
+    """Text encoders and convolutions too."""
+    recipe = LoraRecipe(base=str(reference.folder), data=str(photos), prompt="a fox", size=64, rank=2, alpha=3.0, layers=layers, text=layers == "all")
+    lora.train(recipe, LOOP, tmp_path / "run")
+    pipe = again(reference)
+    plain = theirs(pipe, num_inference_steps=4, width=64, height=64)
+    pipe.load_lora_weights(tmp_path / "run", weight_name="model-000000.008k.safetensors", adapter_name="it")
+    expected = theirs(pipe, num_inference_steps=4, width=64, height=64)
+    assert np.abs(expected - plain).max() > 0.02, "a LoRA without effect would prove nothing"
+    model = load(reference.folder, device="cpu")
+    request = replace(REQUEST, steps=4, lora=(str(tmp_path / "run"),))
+    with model.changed(request):  # type: ignore[attr-defined]
+        assert np.abs(drawn(model, request) - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("reference", ["1", "2"], indirect=True)
+def test_diffusers_knows_a_word_that_was_trained_here(reference: Any, photos: Path, tmp_path: Path) -> None:
+    recipe = EmbeddingRecipe(base=str(reference.folder), data=str(photos), prompt="a fox", word="fox", like="cat", vectors=2, size=64)
+    embedding.train(recipe, LOOP, tmp_path / "run")
+    pipe = again(reference)
+    plain = theirs(pipe, num_inference_steps=4, width=64, height=64)
+    pipe.load_textual_inversion(str(tmp_path / "run" / "model-000000.008k.safetensors"), token="<fox>")
+    said = (REQUEST.prompt or "").replace("fox", "<fox>")
+    assert said != REQUEST.prompt
+    expected = theirs(pipe, num_inference_steps=4, width=64, height=64, prompt=pipe.maybe_convert_prompt(said, pipe.tokenizer))
+    assert np.abs(expected - plain).max() > 0.002
+    model = load(reference.folder, device="cpu")
+    request = replace(REQUEST, steps=4, embedding=(str(tmp_path / "run"),))
+    with model.changed(request):  # type: ignore[attr-defined]
+        assert np.abs(drawn(model, request) - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("reference", ["1", "2", "xl"], indirect=True)
+def test_a_model_that_was_tuned_here_is_what_its_export_is(reference: Any, photos: Path, tmp_path: Path) -> None:
+    """The run's file draws, and the folder that is written of it draws the same in diffusers."""
+    recipe = FinetuneRecipe(base=str(reference.folder), data=str(photos), prompt="a fox", size=64, text=True)
+    finetune.train(recipe, replace(LOOP, lr=0.003), tmp_path / "run")
+    write_folder(read_checkpoint(tmp_path / "run" / "model-000000.008k.safetensors"), tmp_path / "folder")
+    expected = theirs(again(replace(reference, folder=tmp_path / "folder")), num_inference_steps=4, width=64, height=64)
+    assert np.abs(expected - theirs(again(reference), num_inference_steps=4, width=64, height=64)).max() > 0.002
+    model = load(tmp_path / "run", device="cpu")
+    assert np.abs(drawn(model, replace(REQUEST, steps=4)) - expected).max() <= 1e-3

@@ -1,0 +1,108 @@
+"""Trains a LoRA (arXiv 2106.09685): low-rank changes of chosen layers of a model that draws by diffusion, on a few pictures of one's own.
+
+What comes of it is one file, which other programs load too where the model is a checkpoint of Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.convert.kohya import Lora, lora_tensors
+from sfumato.nn.lora import LowRank, chosen
+from sfumato.pipelines.latent_diffusion import LatentDiffusion
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
+from sfumato.train.tuned import Tuned, Tuning
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRecipe(Tuned):
+    """What decides what a LoRA learns.
+
+    `layers` of the denoiser: attention, linear (1x1 convolutions too), all (with convolutions), or a regular expression on their names. Changes have
+    the rank `rank` and count `alpha` / rank times (0: once). `text`: the attention of the text encoder learns, too. `until` is the time (1 noise, 0
+    clean) from which on a LoRA is at work: below 1 it learns how things are drawn and not which. Other programs know nothing of that.
+    """
+
+    kind: str = "train-lora"
+    rank: int = 16
+    alpha: float = 0.0
+    layers: str = "attention"
+    text: bool = False
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank (={self.rank}) must be at least 1: 4 to 64 are usual")
+        if self.alpha < 0:
+            raise ValueError(f"alpha (={self.alpha}) must be at least 0: changes count alpha / rank times, 0 is once")
+        if not 0 < self.until <= 1:
+            raise ValueError(f"until (={self.until}) must be above 0 and at most 1: the time from which on the LoRA is at work, 1 is always")
+
+
+def preset_own() -> tuple[LoraRecipe, LoopConfig]:
+    """A LoRA of the bundled model, or of another of ours, from ten drawings or more; some four minutes on two cores.
+
+    `sfumato train lora --data DIR --out runs/my-style`
+    """
+    return LoraRecipe(layers="linear", rank=16, flip=True), LoopConfig(
+        images=24_000, batch_size=32, lr=1e-3, warmup=1_000, decay=0.5, ema=0.02, weight_decay=0.0, save_every=8_000, sample_every=8_000,
+        log_every=1_600,
+    )  # fmt: skip
+
+
+def preset_stable() -> tuple[LoraRecipe, LoopConfig]:
+    """A LoRA of a checkpoint of Stable Diffusion: 1,500 steps of one picture.
+
+    `sfumato train lora --preset stable --base sd15.safetensors --data DIR --prompt "a photo of sks dog" --out runs/my-dog`
+    """
+    return LoraRecipe(base="", rank=16, checkpointing=True), LoopConfig(
+        images=1_500, batch_size=1, lr=1e-4, betas=(0.9, 0.999), warmup=100, decay=0.3, ema=0.02, save_every=500, sample_every=500, log_every=10
+    )  # fmt: skip
+
+
+PRESETS = {"own": preset_own, "stable": preset_stable}
+
+
+class LoraTask(Tuning):
+    """See `Tuning`."""
+
+    kind = "lora"
+    recipe: LoraRecipe
+
+    def __init__(self, recipe: LoraRecipe, seed: int, batch: int, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
+        super().__init__(recipe, seed, batch, run, device, bf16)
+        networks = self.model.networks
+        layers = {name: chosen(n, recipe.layers) for name, n in networks.items() if n is self.model.denoiser}
+        if recipe.text:
+            layers |= {name: chosen(n, "attention") for name, n in networks.items() if n is not self.model.denoiser}
+        self.hears_anew, self.until = recipe.text, recipe.until
+        self.lora = LowRank(layers, recipe.rank, recipe.alpha or None)
+        self.networks = {"lora": self.lora}
+        self.phases = [Phase("lora", ("lora",), self.loss)]
+
+    def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        return networks["lora"](self.loss_of, self.model.denoiser, batch)
+
+    def used(self, networks: dict[str, nn.Module]) -> LatentDiffusion:
+        networks["lora"](lambda: None)
+        return self.model
+
+    def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        lora = Lora(networks["lora"].deltas(), {})  # type: ignore[operator]
+        said = {"kind": "lora", "ss_network_module": "networks.lora", "ss_network_dim": lora.rank, "ss_network_alpha": self.recipe.alpha or lora.rank}
+        return lora_tensors(lora), said | self.about() | ({"until": self.recipe.until} if self.recipe.until < 1 else {})
+
+
+def train(recipe: LoraRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
+    """Trains, or goes on with, the LoRA in the run folder `out`."""
+    loop = settled(loop, out)
+    task = main_first(loop, lambda device: LoraTask(recipe, loop.seed, loop.batch_size, Path(out), device, loop.dtype == "bf16"))
+    trainer = Trainer(task, loop, out, replace(recipe))
+    trainer.train(stop_at=stop_at)
+    return trainer

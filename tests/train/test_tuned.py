@@ -1,0 +1,269 @@
+"""Fine-tuning: LoRA, learned words, all weights; of our own models and of checkpoints of Stable Diffusion."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sfumato.convert.kohya import read_embedding, read_lora
+from sfumato.core.checkpoint import FileError, read_metadata
+from sfumato.core.config import from_json, to_json
+from sfumato.core.request import GenerateRequest
+from sfumato.core.runlog import read_log
+from sfumato.pipelines.load import load
+from sfumato.train import embedding, finetune, lora
+from sfumato.train.loop import LoopConfig
+from sfumato.train.tuned import Tuned
+
+LOOP = LoopConfig(images=16, batch_size=4, warmup=0, lr=1e-3, decay=0.0, save_every=8, sample_every=16, log_every=4, weight_decay=0.0, device="cpu")
+KINDS: dict[str, tuple[Any, type, dict[str, Any]]] = {
+    "lora": (lora.train, lora.LoraRecipe, {"rank": 2, "layers": "all", "text": True}),
+    "embedding": (embedding.train, embedding.EmbeddingRecipe, {"word": "zkq", "like": "a cat", "prompt": "{} zkq", "vectors": 2}),
+    "finetune": (finetune.train, finetune.FinetuneRecipe, {"text": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures of two shapes with captions."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(5):
+        rng = np.random.default_rng(i)
+        size = (48, 96) if i % 2 else (64, 64)
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).resize((size[0] * 2, size[1] * 2)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"thing {i}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(params=["own", "stable"])
+def base(request: pytest.FixtureRequest, smoke: Path, stable: Path) -> dict[str, Any]:
+    """What a recipe says of each kind of model."""
+    return {"base": str(smoke / "diffusion")} if request.param == "own" else {"base": str(stable / "sd15.safetensors"), "size": 64, "bucket": 32}
+
+
+def fit(kind: str, base: dict[str, Any], photos: Path, out: Path, loop: LoopConfig = LOOP, stop_at: int | None = None, **more: Any) -> Any:
+    go, recipe, usual = KINDS[kind]
+    return go(recipe(**usual | {"data": str(photos), "previews": ("thing zkq",)} | base | more), loop, out, stop_at=stop_at)
+
+
+def drawn(base: dict[str, Any], model: str | Path | None = None, **more: Any) -> np.ndarray:
+    found = load(model or base["base"], device="cpu")
+    sized = {"width": 64, "height": 64} if found.sized else {"size": found.size}
+    return np.asarray(found.generate("thing zkq", seed=1, steps=2, **sized, **more)[0]).astype(int)
+
+
+# --- what is learned ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_changes_nothing(kind: str, base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    """20 steps == 10 + resume + 10, bit for bit; and what is learned is not what was there before."""
+    fit(kind, base, photos, tmp_path / "whole")
+    fit(kind, base, photos, tmp_path / "halves", stop_at=8)
+    fit(kind, base, photos, tmp_path / "halves")
+    whole, halves = (load_file(tmp_path / n / "state-000000.016k.safetensors") for n in ("whole", "halves"))
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(whole[k], halves[k]) for k in whole)
+    first = load_file(tmp_path / "whole" / "state-000000.008k.safetensors")
+    assert any(not torch.equal(whole[k], first[k]) for k in whole if k.startswith("raw."))
+    assert (tmp_path / "whole" / "samples" / "000000.016k.png").exists()
+    log = [line for line in read_log(tmp_path / "whole" / "log.jsonl") if "validation_loss" in line]
+    assert len(log) == 1
+    assert np.isfinite(log[0]["validation_loss"])
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding"])
+def test_what_is_learned_is_one_file_that_a_request_names(kind: str, base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    trainer = fit(kind, base, photos, tmp_path / "run", replace(LOOP, lr=0.05))
+    more = {"lora" if kind == "lora" else "embedding": (str(tmp_path / "run"),)}
+    before, after = drawn(base), drawn(base, **more)
+    assert np.abs(before - after).max() > 1
+    assert np.array_equal(drawn(base), before), "and the model is as it was"
+    model = trainer.task.used(trainer.averages)  # as the training itself draws with it
+    sized = {"width": 64, "height": 64} if model.sized else {"size": model.size}
+    live = np.asarray(model.generate("thing zkq", seed=1, steps=2, **sized)[0]).astype(int)
+    assert np.abs(live - after).max() <= 1
+
+
+def test_a_lora_has_the_names_and_ranks_that_were_asked_for(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    fit("lora", base, photos, tmp_path / "run", rank=3, alpha=6.0, layers="attention", text=False)
+    found = read_lora(tmp_path / "run" / "model-000000.016k.safetensors", load(base["base"], device="cpu").networks)  # type: ignore[attr-defined]
+    (network,) = found.changes
+    assert network in ("unet", "denoiser")
+    assert found.rank == 3
+    assert {d.scale for d in found.changes[network].values()} == {2.0}
+    assert all("attn" in k or "attention" in k or "cross" in k for k in found.changes[network])
+    said = read_metadata(tmp_path / "run" / "model-000000.016k.safetensors")
+    assert (said["kind"], said["base"], said["ss_network_dim"]) == ("lora", base["base"], 3)
+
+
+def test_a_word_begins_as_what_it_is_like(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    trainer = fit("embedding", base, photos, tmp_path / "run", stop_at=4)
+    listener = trainer.task.model.listeners[0]
+    table, ids = listener.known("a cat")
+    wanted = table[torch.tensor([ids[i % len(ids)] for i in range(2)])]
+    assert float((trainer.task.networks["word"].vectors[0].detach() - wanted).abs().max()) <= 1.1e-3, "one step of Adam at most"
+    assert list(read_embedding(tmp_path / "run" / "model-000000.004k.safetensors")) == ["zkq"]
+
+
+def test_a_model_of_which_all_is_learned_draws(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    trainer = fit("finetune", base, photos, tmp_path / "run", replace(LOOP, lr=0.01))
+    before, after = drawn(base), drawn(base, tmp_path / "run")
+    assert np.abs(before - after).max() > 1
+    model = trainer.task.used(trainer.averages)
+    sized = {"width": 64, "height": 64} if model.sized else {"size": model.size}
+    live = np.asarray(model.generate("thing zkq", seed=1, steps=2, **sized)[0]).astype(int)
+    assert np.abs(live - after).max() <= 1
+
+
+def test_the_loss_falls(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    fit("lora", base, photos, tmp_path / "run", replace(LOOP, images=240, batch_size=8, lr=5e-3, sample_every=240, save_every=240), rank=8)
+    losses = [line["loss"] for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
+    assert np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
+
+
+# --- pictures and what is said of them ------------------------------------------------------------------------------------------------------------
+
+
+def task(photos: Path, out: Path, base: dict[str, Any], batch: int = 4, **more: Any) -> lora.LoraTask:
+    return lora.LoraTask(lora.LoraRecipe(**{"data": str(photos), "rank": 2} | base | more), 0, batch, out)
+
+
+def test_batches_are_of_one_size_and_a_pure_function_of_the_position(stable: Path, photos: Path, tmp_path: Path) -> None:
+    made = task(photos, tmp_path, {"base": str(stable / "sd15.safetensors"), "size": 64, "bucket": 32}, flip=True)
+    assert len(made.sizes) == 2
+    shapes = set()
+    for k in range(10):
+        whole = made.batch(np.arange(4 * k, 4 * k + 4))
+        parts = [made.batch(np.arange(4 * k + i, 4 * k + i + 1)) for i in range(4)]
+        for name in ("x0", "noise", "t", "weight"):
+            assert torch.equal(whole[name], torch.cat([p[name] for p in parts]))
+        shapes.add(tuple(whole["x0"].shape[2:]))
+    assert len(shapes) == len(made.sizes)
+    steps = whole["t"] * 1000
+    torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+
+
+def test_every_other_picture_is_of_the_prior(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    made = task(photos, tmp_path / "drawn", base, prior_prompt="a thing", prior=3, prior_weight=0.5)
+    batch = made.batch(np.arange(8, 12))
+    assert batch["weight"].tolist() == [1.0, 0.5, 1.0, 0.5]
+    assert [c for c in batch["captions"][1::2] if c] == ["a thing"] * sum(c is not None for c in batch["captions"][1::2])
+    assert len(list((tmp_path / "drawn" / "prior").glob("*.png"))) == max(3, len({i.size for i in made.items}))
+    shutil.copytree(tmp_path / "drawn" / "prior", tmp_path / "before")
+    given = task(photos, tmp_path / "given", base, prior_prompt="a thing", prior_data=str(tmp_path / "before"))
+    assert sum(i.prior for i in given.items) == sum(i.prior for i in made.items)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"), [("", "thing 3"), ("a photo", "thing 3"), ("{}, in oil", "thing 3, in oil"), ("oil of {}", "oil of thing 3")]
+)
+def test_what_is_said_of_a_picture(prompt: str, said: str, smoke: Path, photos: Path, tmp_path: Path) -> None:
+    made = task(photos, tmp_path, {"base": str(smoke / "diffusion")}, prompt=prompt)
+    assert made.items[3].caption == said
+
+
+def test_pictures_without_captions_need_a_prompt(smoke: Path, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "silent"
+    shutil.copytree(photos, folder, ignore=shutil.ignore_patterns("2.txt"))
+    with pytest.raises(ValueError, match=r"prompt \(=''\) must say what pictures without a caption show: 2.png"):
+        task(folder, tmp_path / "run", {"base": str(smoke / "diffusion")})
+    made = task(folder, tmp_path / "other", {"base": str(smoke / "diffusion")}, prompt="a zkq")
+    assert [i.caption for i in made.items] == ["thing 0", "thing 1", "a zkq", "thing 3", "thing 4"]
+
+
+def test_offset_noise_is_the_same_all_over_a_channel(smoke: Path, photos: Path, tmp_path: Path) -> None:
+    plain = task(photos, tmp_path / "a", {"base": str(smoke / "diffusion")}).batch(np.arange(4))["noise"]
+    offset = task(photos, tmp_path / "b", {"base": str(smoke / "diffusion")}, offset_noise=0.5).batch(np.arange(4))["noise"]
+    between = offset - plain
+    torch.testing.assert_close(between, between.mean((2, 3), keepdim=True).expand_as(between), atol=1e-5, rtol=0)
+    assert float(between.abs().max()) > 0.1
+
+
+def test_the_validation_loss_is_the_same_every_time(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    made = task(photos, tmp_path, base)
+    with torch.no_grad():
+        assert made.evaluate(made.networks) == made.evaluate(made.networks)
+
+
+def test_what_the_model_says_of_a_caption_is_what_a_request_hears(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    made = task(photos, tmp_path, base)
+    model = made.model
+    rows = model._rows(GenerateRequest(prompt="thing 3", seed=1, **({"width": 64, "height": 64} if model.sized else {})))
+    heard, _ = model._sides(rows)
+    told = made.told(["thing 3"], (64, 64), [rows[0].style or {}])
+    for name in ("text", "pooled", "style"):
+        a, b = getattr(heard, name), getattr(told, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+# --- what cannot be -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"drop": 2.0}, r"drop \(=2.0\) must be between 0 and 1"),
+        ({"prior_weight": 0.0}, r"prior_weight \(=0.0\) must be above 0"),
+        ({"offset_noise": -1.0}, r"offset_noise \(=-1.0\)"),
+        ({"prior_data": "x"}, r"prior_data \(='x'\) needs prior_prompt"),
+        ({"min_snr_gamma": 0.0}, r"min_snr_gamma"),
+        ({"size": -1}, r"size \(=-1\)"),
+    ],
+)
+def test_settings_that_mean_nothing(more: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Tuned(**more)
+
+
+def test_bad_input_is_named(smoke: Path, stable: Path, photos: Path, tmp_path: Path) -> None:
+    own = {"base": str(smoke / "diffusion")}
+    with pytest.raises(ValueError, match=r"data \(=''\) must be a folder or a zip of pictures"):
+        lora.LoraTask(lora.LoraRecipe(**own), 0, 4, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"size \(=32\) must be 16, or 0"):
+        task(photos, tmp_path / "b", own, size=32)
+    with pytest.raises(ValueError, match=r"bucket \(=20\) must be multiples of 8"):
+        task(photos, tmp_path / "c", {"base": str(stable / "sd15.safetensors"), "size": 64, "bucket": 20})
+    with pytest.raises(ValueError, match=r"layers \(='nowhere'\) finds no layer"):
+        task(photos, tmp_path / "d", own, layers="nowhere")
+    with pytest.raises(ValueError, match=r"word \(=''\) must name"):
+        fit("embedding", own, photos, tmp_path / "e", word="")
+    with pytest.raises(ValueError, match=r"word \(='zkq'\) must be in every caption, and is not in 'thing 0'"):
+        fit("embedding", own, photos, tmp_path / "f", prompt="")
+    with pytest.raises(FileError, match=r"base|model"):
+        task(photos, tmp_path / "g", {"base": str(tmp_path / "nowhere")})
+    with pytest.raises(ValueError, match=r"batch_size \(=3\) must be even"):
+        task(photos, tmp_path / "h", own, batch=3, prior_prompt="a thing", prior=2)
+    with pytest.raises(ValueError, match=r"rank \(=0\)"):
+        lora.LoraRecipe(rank=0)
+
+
+def test_another_model_of_the_same_name_is_not_gone_on_with(smoke: Path, photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(smoke / "diffusion", tmp_path / "base")
+    own = {"base": str(tmp_path / "base")}
+    fit("lora", own, photos, tmp_path / "run", stop_at=8)
+    packs = sorted((tmp_path / "base").glob("model-*k.safetensors"))
+    assert len(packs) > 1
+    packs[-1].unlink()
+    with pytest.raises(ValueError, match="has changed since"):
+        fit("lora", own, photos, tmp_path / "run")
+
+
+def test_recipes_are_json() -> None:
+    for presets, kind in (
+        (lora.PRESETS, lora.LoraRecipe),
+        (embedding.PRESETS, embedding.EmbeddingRecipe),
+        (finetune.PRESETS, finetune.FinetuneRecipe),
+    ):
+        for preset in presets.values():
+            assert from_json(kind, to_json(preset()[0])) == preset()[0]
