@@ -34,9 +34,11 @@ Pictures from words, and the models behind them.
   credits [FILE]        whose works a model learned from, with their licences
   paths                 where things are kept, and how to be rid of them
   data check DIR        what a folder of one's own pictures is good for; also data show DIR, data shard DIR --out SHARDS
-  train WHAT ...        train an autoencoder, text encoder, diffusion model, prior or GAN; train all --data DIR: everything on your own pictures
+  train WHAT ...        train an autoencoder, text encoder, diffusion model, prior or GAN; train all --data DIR: everything on your own pictures;
+                        train lora, embedding, finetune --data DIR: what a model that is there learns of some pictures
   doctor RUN            what is wrong with a run of train autoencoder or gan, and what helps
   sample RUN            draw from a VAE, or go from one picture to another in a codec's latents
+  lora WHAT ...         merge LoRAs into a model, extract one from how two models differ, or say what one is (info)
   convert FILE OUT      a VQGAN of taming-transformers or diffusers into a model of ours, and back with --to
   pack RUN              make one small file that draws from a finished run
   evaluate WHAT ...     measure a model or a folder of samples:  sfumato evaluate emoji --reference emoji --out report
@@ -95,6 +97,24 @@ def data(argv: list[str]) -> None:
         print(line if argv[0] == "show" else translated(line))
 
 
+def lora(argv: list[str]) -> None:
+    """Merges, extracts, or says what it is."""
+    import tyro
+
+    from sfumato.apps.lora import ACTIONS
+    from sfumato.core.config import nearest
+
+    if not argv or argv[0] not in ACTIONS:
+        if argv and argv[0] in ("-h", "--help"):
+            print(translated("usage: sfumato lora {info,merge,extract} ..."))
+            return
+        given = argv[0] if argv else ""
+        raise ValueError(f"lora what? (={given!r}) must be one of {', '.join(ACTIONS)}{nearest(given, ACTIONS)}")
+    kind, answer = ACTIONS[argv[0]]
+    for line in answer(parse(tyro, kind, argv[1:], f"lora {argv[0]}")):
+        print(translated(line))
+
+
 def train(argv: list[str]) -> None:
     """Trains one part of a model."""
     from sfumato.apps.training import train as run
@@ -148,6 +168,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{name: _ask(name) for name in ("styles", "concepts", "models", "info", "credits", "paths")},
     "data": data,
     "train": train,
+    "lora": lora,
     "pack": pack,
     **{name: _of_codecs(name) for name in ("doctor", "sample", "convert")},
     **{name: _measure(name) for name in ("evaluate", "compare")},

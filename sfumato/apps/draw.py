@@ -126,9 +126,9 @@ class Generate:
     noise: Literal["own", "diffusers", "a1111"] | None = None
     """Of Stable Diffusion: whose noise a seed stands for."""
     lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Of Stable Diffusion: a LoRA file with its strength (a.safetensors:0.8); may be given several times."""
+    """A LoRA, a file or a run of train lora, with its strength (a.safetensors:0.8); may be given several times."""
     embedding: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Of Stable Diffusion: a file of learned words (textual inversion); may be given several times."""
+    """A file of learned words (textual inversion), or a run of train embedding; may be given several times."""
     extend: tuple[int, int, int, int] | None = None
     """Of Stable Diffusion: pixels to draw to the left, above, to the right and below of the init picture (with --strength 1)."""
     apg: float | None = None

@@ -191,6 +191,16 @@ def lora_tensors(lora: Lora, layout: str = "kohya") -> dict[str, Tensor]:
     return tensors
 
 
+def style_of_lora(path: Path) -> str | None:
+    """The style of our models that one of our files is a change of, as requests say it: "noto:1"."""
+    said = read_header(path)[1].get("style") if path.suffix == ".safetensors" else None
+    try:
+        shares = json.loads(said) if said else None
+    except ValueError:
+        return None
+    return ",".join(f"{k}:{v:g}" for k, v in shares.items()) if isinstance(shares, dict) and shares else None
+
+
 def write_lora(lora: Lora, path: Path, *, layout: str = "kohya") -> None:
     """One file; see `lora_tensors`."""
     write_tensors(lora_tensors(lora, layout), path, {"format": "pt"} | {k: v for k, v in lora.about.items() if k.startswith("ss_")})

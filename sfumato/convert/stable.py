@@ -36,8 +36,9 @@ from sfumato.convert.header import read_header
 from sfumato.convert.taesd import read_tiny, read_tiny_folder
 from sfumato.convert.taming import from_codec, from_diffusers
 from sfumato.core.checkpoint import FileError, write_bytes
+from sfumato.core.config import from_json
 from sfumato.diffusion.discrete import SchedulerConfig
-from sfumato.diffusion.unet import UNet
+from sfumato.diffusion.unet import UNet, UNetConfig
 from sfumato.text.clip import START
 from sfumato.text.prompts import Ear
 
@@ -251,8 +252,9 @@ def _single(path: Path, prediction: str, averaged: bool, other: Path | None) -> 
     parts = parted(tensors, averaged)
     if not parts["unet"]:
         raise FileError(f"{path} holds no UNet of Stable Diffusion (no tensor begins with {UNET}): sfumato info {path} says what it is")
-    params = _settings(path)
-    config = unet_config_of(parts["unet"], (params.get("unet_config") or {}).get("params") or {})
+    params, own = _settings(path), _said_by_us(path)
+    told = (params.get("unet_config") or {}).get("params") or {}
+    config = from_json(UNetConfig, own["unet"], "unet") if own else unet_config_of(parts["unet"], told)
     unet = filled(UNet, config, to_unet(parts["unet"], config), path)
     version = version_of(unet, path)
     if not parts["vae"] and other is None:
@@ -263,7 +265,7 @@ def _single(path: Path, prediction: str, averaged: bool, other: Path | None) -> 
     base = SchedulerConfig()
     scheduler = replace(base, prediction=guess, path=replace(base.path, zero_snr=SNR_MARK in tensors and guess == "v"))
     size, quiet = 512 if version == "2" and guess == "eps" else SIZES[version], version == "xl"
-    if own := _said_by_us(path):
+    if own:
         scheduler, size, quiet = scheduler_config(own["scheduler"], path), own["size"], own["quiet"]
     if averaged and sum(k.startswith(AVERAGED) for k in tensors) <= MANY:
         notes = (*notes, f"{path} {AVERAGED_NOTE}")
@@ -273,7 +275,7 @@ def _single(path: Path, prediction: str, averaged: bool, other: Path | None) -> 
 def _said_by_us(path: Path) -> dict[str, Any]:
     """What a file that was tuned here says of itself; nothing of others."""
     said = read_header(path)[1] if path.suffix == ".safetensors" else {}
-    return {k: json.loads(said[k]) for k in ("scheduler", "size", "quiet")} if said.get("kind") == json.dumps(TUNED_KIND) else {}
+    return {k: json.loads(said[k]) for k in ("unet", "scheduler", "size", "quiet")} if said.get("kind") == json.dumps(TUNED_KIND) else {}
 
 
 def read_codec(path: Path, version: Version = "1") -> Autoencoder | TinyAutoencoder:

@@ -110,9 +110,33 @@ def _added(layer: nn.Module, x: Tensor, delta: Delta, strength: float = 1.0) -> 
     return factor * F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
 
 
+@torch.no_grad()
+def difference(tuned: nn.Module, base: nn.Module, layers: str, rank: int) -> tuple[dict[str, Delta], tuple[float, float]]:
+    """The changes of a rank that bring the layers of `base` nearest to those of `tuned` (the largest singular values, Eckart and Young 1936), of
+    layers that differ; and the squares of all differences, and of those that are left. Raises RuntimeError for networks of other shapes.
+    """
+    found, whole, left = {}, 0.0, 0.0
+    for name, layer in chosen(base, layers).items():
+        other = dict(tuned.named_modules()).get(name)
+        if other is None or other.weight.shape != layer.weight.shape:  # type: ignore[union-attr]
+            raise RuntimeError(f"{name} is not the same")
+        change = other.weight.double() - layer.weight.double()  # type: ignore[union-attr, operator]
+        if not bool(change.any()):
+            continue
+        u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+        r, root = min(rank, len(s)), s[:rank].sqrt()
+        up, down = (u[:, :r] * root).float(), (root[:, None] * v[:r]).float()
+        found[name] = Delta(down.reshape(r, *change.shape[1:]), up.reshape(len(up), r, *[1] * (change.ndim - 2)))
+        whole, left = whole + float(s.square().sum()), left + float(s[r:].square().sum())
+    return found, (whole, left)
+
+
 # --- learning -------------------------------------------------------------------------------------------------------------------------------------
 
 ATTENTION = re.compile(r"(^|\.)(attn\d?|self_attn|attention|cross)\.")  # of our networks and of those of Stable Diffusion
+
+
+UNNAMED = "add_embedding."  # of SDXL: layers that other programs do not find by their names in files of LoRA
 
 
 def chosen(network: nn.Module, layers: str) -> dict[str, nn.Module]:
@@ -120,14 +144,15 @@ def chosen(network: nn.Module, layers: str) -> dict[str, nn.Module]:
     whose names a regular expression finds. Raises ValueError where there is none.
     """
     found = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)}
+    named = {n: m for n, m in found.items() if not n.startswith(UNNAMED)}
     try:
         match layers:
             case "attention":
                 found = {n: m for n, m in found.items() if ATTENTION.search(n)}
             case "linear":
-                found = {n: m for n, m in found.items() if isinstance(m, nn.Linear) or m.kernel_size == (1, 1)}
+                found = {n: m for n, m in named.items() if isinstance(m, nn.Linear) or m.kernel_size == (1, 1)}
             case "all":
-                pass
+                found = named
             case _:
                 found = {n: m for n, m in found.items() if re.search(layers, n)}
     except re.error as e:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sfumato.convert.kohya import Lora, read_embedding, read_lora
+from sfumato.convert.kohya import Lora, read_embedding, read_lora, style_of_lora
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Cond, Denoise, Predict
@@ -59,6 +59,12 @@ class LatentDiffusion(Model):
     way: ClassVar[str] = "diffusion"
     part: ClassVar[str] = "denoiser"
     adapts: ClassVar[bool] = True
+
+    def complete(self, request: GenerateRequest) -> GenerateRequest:
+        """See `Model`; in the style that a LoRA is a change of, where no other is asked for."""
+        request = super().complete(request)
+        of_loras = [style for told in request.lora if (style := style_of_lora(strength_of(told)[0]))] if self.styles and not request.style else []
+        return replace(request, style=of_loras[0]) if of_loras else request
 
     @property
     def networks(self) -> dict[str, nn.Module]:

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.convert.diffusers import scheduler_json
-from sfumato.convert.stable import TUNED_KIND, Checkpoint, single_tensors
-from sfumato.core.config import to_json
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
 from sfumato.pipelines.stable_diffusion import StableDiffusion
+from sfumato.pipelines.stored import stored
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 from sfumato.train.tuned import Tuned, Tuning
 
@@ -84,16 +82,8 @@ class FinetuneTask(Tuning):
         return replace(model, text=networks.get("text", model.text))  # type: ignore[arg-type]
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        model = self.used(networks)
-        if isinstance(model, StableDiffusion):
-            m = model
-            whole = Checkpoint(m.denoiser, m.codec, m.ears, m.scheduler, m.meta["version"], m.size, quiet=m.quiet)  # type: ignore[arg-type]
-            said = {"kind": TUNED_KIND, "scheduler": scheduler_json(m.scheduler), "size": m.size, "quiet": m.quiet}
-            return single_tensors(whole), said | self.about()
-        parts = {"codec": model.codec, "text": model.text, "denoiser": model.denoiser}
-        tensors = {f"{name}.{k}": v for name, n in parts.items() if n is not None for k, v in n.state_dict().items()}
-        kept = {k: v for k, v in self.model.meta.items() if k not in ("hash", "format", "images", "denoiser", "with")}
-        return tensors, kept | {"denoiser": to_json(model.denoiser.config)} | self.about()
+        tensors, meta = stored(self.used(networks))
+        return tensors, meta | self.about()
 
 
 def train(recipe: FinetuneRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.apps import ask, cli, codecs, dataset, draw, evaluation, together, training
+from sfumato.apps import ask, cli, codecs, dataset, draw, evaluation, lora, together, training
 from sfumato.core.language import catalogue, language, translated
 
 PACKAGE = Path(cli.__file__).parents[1]
@@ -75,7 +75,7 @@ def test_every_flag_and_command_is_explained() -> None:
         codecs.Sample,
         codecs.Convert,
         codecs.Doctor,
-        *(kind for kind, _ in ask.QUESTIONS.values()),
+        *(kind for kind, _ in (*ask.QUESTIONS.values(), *lora.ACTIONS.values())),
     ]
     texts = [cli.HELP, *(h for k in kinds for h in cli._field_helps(k).values()), *((k.__doc__ or "").split("\n\n")[0] for k in kinds)]
     assert [t for t in texts if translated(t) == t] == []
