@@ -272,8 +272,10 @@ def test_averaged_weights_draw_with_statistics_of_their_own(tmp_path: Path) -> N
 def test_what_a_loop_may_not_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no second derivative"):
         train(RECIPE, replace(LOOP, compile=True), tmp_path / "run", text=TEXT)
-    with pytest.raises(ValueError, match="gan cannot be trained with FSDP, which cuts networks up"):
+    with pytest.raises(ValueError, match="gan cannot be trained with FSDP of a launcher, which cuts networks up"):
         check_sharding(task_of(RECIPE, tmp_path), "FSDP")
+    with pytest.raises(ValueError, match="the networks of gan must be whole"):
+        check_sharding(task_of(RECIPE, tmp_path), "MULTI_CPU", shard=True)
     check_sharding(task_of(RECIPE, tmp_path), "MULTI_CPU")
 
 

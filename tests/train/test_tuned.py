@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,3 +271,51 @@ def test_recipes_are_json() -> None:
     ):
         for preset in presets.values():
             assert from_json(kind, to_json(preset()[0])) == preset()[0]
+
+
+# --- several processes ----------------------------------------------------------------------------------------------------------------------------
+
+
+def together(photos: Path, base: Path, out: Path, *flags: str) -> None:
+    """A fine-tuning of two processes, as torchrun starts it."""
+    argv = ["train", "finetune", "--data", str(photos), "--base", str(base), "--out", str(out), "--device", "cpu", *flags]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sfumato.apps.cli", *argv]
+    env = [os.environ | world | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)]
+    for process in [subprocess.Popen(command, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in env]:
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said[-2000:]
+
+
+@pytest.mark.parametrize("shard", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_two_processes_are_one(shard: bool, base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    """Each with a part of the weights, or with all of them: weights, averages and what the optimiser remembers, 1e-5; and they go on from what one
+    process left.
+    """
+    loop = replace(LOOP, images=12, save_every=4, sample_every=12)
+    more = {"previews": ("thing 3",), "text": False}
+    fit("finetune", base, photos, tmp_path / "one", loop, **more)
+    fit("finetune", base, photos, tmp_path / "two", loop, stop_at=4, **more)
+    said = ("images", "batch_size", "warmup", "lr", "decay", "save_every", "sample_every", "log_every", "weight_decay", "ema")
+    flags = [f"--loop.{k.replace('_', '-')}={to_json(loop)[k]}" for k in said] + [f"--recipe.{k}={v}" for k, v in base.items() if k != "base"]
+    flags += ["--preset", "own", "--recipe.no-flip", "--recipe.previews", "thing 3"]
+    together(photos, Path(base["base"]), tmp_path / "two", *flags, *(["--loop.shard"] if shard else []))
+    one, two = (load_file(tmp_path / n / "state-000000.012k.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        network, _, name = key.partition(".")[2].partition(".")
+        squares = one.get(f"optimiser.denoiser.{network}.{name}#exp_avg_sq")
+        felt = torch.ones_like(value, dtype=torch.bool) if squares is None else squares > 1e-12  # others have gradients of rounding alone
+        assert float(((value.float() - two[key].float()).abs() * felt).max()) <= 1e-5, key
+    packs = [load_file(tmp_path / n / "model-000000.012k.safetensors") for n in ("one", "two")]
+    assert packs[0].keys() == packs[1].keys()
+    assert (tmp_path / "two" / "samples" / "000000.012k.png").exists()
+    fit("finetune", base, photos, tmp_path / "two", replace(loop, images=12), **more)  # what they left one process reads
+
+
+def test_networks_that_must_be_whole_are_not_cut_up(smoke: Path, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"shard \(=True\) is for full fine-tuning of diffusion networks: the networks of lora must be whole"):
+        fit("lora", {"base": str(smoke / "diffusion")}, photos, tmp_path / "run", replace(LOOP, shard=True))
