@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import sfumato
@@ -112,7 +113,7 @@ def codecs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The calls of the trainers, which end before they begin."""
     from sfumato.apps import together
-    from sfumato.train import autoencoder, diffusion, gan, judge, prior, text, upscaler
+    from sfumato.train import autoencoder, diffusion, embedding, finetune, gan, judge, lora, prior, text, upscaler
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -120,10 +121,24 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], 
         calls.append((args, options))
         raise ParsedError
 
-    for module in (autoencoder, text, diffusion, prior, gan, upscaler, judge):
+    for module in (autoencoder, text, diffusion, prior, gan, upscaler, judge, lora, embedding, finetune):
         monkeypatch.setattr(module, "train", train)
     monkeypatch.setattr(together, "run", train)
     return calls
+
+
+def write_learned(model: Path, run: Path) -> None:
+    """A LoRA of this model, where a run of `train lora` has one."""
+    from sfumato.convert.kohya import Lora, write_lora
+    from sfumato.nn.lora import Delta, chosen
+    from sfumato.pipelines.load import load
+
+    networks = load(model, device="cpu").networks  # type: ignore[attr-defined]
+    name, layers = next((n, chosen(m, "attention")) for n, m in networks.items())
+    shapes = {n: m.weight.shape for n, m in layers.items()}
+    run.mkdir(parents=True, exist_ok=True)
+    changes = {n: Delta(torch.ones(1, s[1]) * 0.01, torch.ones(s[0], 1)) for n, s in shapes.items()}
+    write_lora(Lora({name: changes}, {}), run / "model-000001k.safetensors")
 
 
 def runnable(argv: list[str], packed: str, folder: Path) -> list[str]:
@@ -172,6 +187,8 @@ def test_commands_run_in_order(
     Image.new("L", (16, 16), 255).save("mask.png")
     made: set[str] = {"emoji"}  # what is bundled, and the run folders that earlier lines make
     for argv in commands(name):
+        if any(word.startswith(("sd15.", "style.")) for word in argv):
+            shutil.copytree(stable, tmp_path, dirs_exist_ok=True)
         before = {p for p in tmp_path.rglob("*") if p.is_file()}
         if argv[0] == "train":
             with pytest.raises(ParsedError):
@@ -183,8 +200,9 @@ def test_commands_run_in_order(
         if argv[0] in ("doctor", "sample"):
             assert argv[1] in made
             shutil.copytree(codecs[argv[0]], tmp_path / argv[1], dirs_exist_ok=True)
-        if any(word.startswith(("sd15.", "style.")) for word in argv):
-            shutil.copytree(stable, tmp_path, dirs_exist_ok=True)
+        if learned := next((word.partition(":")[0] for word in argv if word.startswith("runs/my-")), None):
+            assert learned in made
+            write_learned(Path("sd15.safetensors") if "sd15.safetensors" in argv else Path(packed), tmp_path / learned)
         if argv[0] == "convert" and argv[1].endswith("last.ckpt"):
             shutil.copy(codecs["convert"] / "last.ckpt", tmp_path)
         if argv[0] == "pack":
@@ -216,7 +234,7 @@ def test_every_command_and_flag_that_is_named_exists(name: str, capsys: pytest.C
         ["sample"],
         ["convert"],
         ["train", "autoencoder", "--preset", "vqgan", "recipe.codec.bottleneck:vq-config"],
-        *(["train", what] for what in ("all", "autoencoder", "text", "diffusion", "prior", "gan")),
+        *(["train", what] for what in ("all", "autoencoder", "text", "diffusion", "prior", "gan", "lora", "embedding")),
     ):
         with pytest.raises(SystemExit) as done:
             main([*argv, "--help"])

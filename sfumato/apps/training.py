@@ -52,7 +52,7 @@ def train(argv: list[str]) -> None:
     if asked.data != EMOJI and what == "upscaler":
         raise ValueError(f"data (={asked.data!r}) must be emoji: an enlargement is learned from drawings that are there at any size")
     if what in TUNED:
-        asked = replace(asked, recipe=replace(asked.recipe, **_said_of(asked, ("base", "data", "prompt"))))
+        asked = replace(asked, recipe=replace(asked.recipe, **_said_of(asked, ("base", "data", "prompt", "word", "like"))))
     elif asked.data != EMOJI:
         asked = replace(asked, recipe=replace(asked.recipe, data=asked.data, limit=0))
     if what == "prior" and asked.kind is not None:
@@ -110,12 +110,12 @@ def _said_of(asked: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _tuned_name(argv: list[str], presets: dict[str, Any]) -> str:
-    """The preset of what is to be tuned: "stable" for checkpoints of Stable Diffusion, else "own"."""
+    """The preset of what is to be tuned: "stable" for checkpoints of Stable Diffusion, else the first."""
     from sfumato.pipelines.find import find
     from sfumato.pipelines.load import is_stable
 
     base = _flag(argv, "--base")
-    name = _flag(argv, "--preset") or ("stable" if base and is_stable(find(base, "base")) else "own")
+    name = _flag(argv, "--preset") or ("stable" if base and is_stable(find(base, "base")) else next(iter(presets)))
     if name not in presets:
         raise ValueError(f"preset (={name!r}) must be one of {', '.join(presets)}{nearest(name, presets)}")
     return name
@@ -151,7 +151,9 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
     if hasattr(recipe, "init"):
         parts.append(("init", str | None, field(default=None)))
     if what in TUNED:
-        parts += [("base", str | None, field(default=None)), ("prompt", str | None, field(default=None))]
+        parts += [(name, str | None, field(default=None)) for name in ("base", "prompt")]
+    if what == "embedding":
+        parts += [(name, str | None, field(default=None)) for name in ("word", "like")]
     if what == "prior":
         parts.append(("kind", Literal["gpt", "maskgit"] | None, field(default=None)))
     made = make_dataclass(

@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from sfumato.core.checkpoint import FileError, hash_tensors
 from sfumato.core.language import translated
-from sfumato.nn.backbones import efficientnet_lite0, lite0_on, over
+from sfumato.nn.backbones import efficientnet_lite0, lite0_on, over, resize
 
 SIDE = 128  # pixels at which Lite0 looks, whatever a picture has
 BATCH = 64
+STYLE_SIDE = 224  # pixels at which it looks at how a picture is drawn
 INCEPTION_SHA256 = "6726825d"  # with which the file's hash begins, as its name says
 CLIP_MODEL, DINO_MODEL = "openai/clip-vit-large-patch14-336", "facebook/dinov2-large"
 Resize = Literal["antialias", "bicubic", "legacy-bilinear", "legacy-tf", "nearest"]
@@ -180,3 +181,15 @@ def picture_features(pixels: UInt8[Tensor, "n 4 s s"]) -> Float[Tensor, "n 1280"
     net = feature_net()
     parts = tqdm(pixels.split(BATCH), desc=translated("features of the pictures"), leave=False)
     return torch.cat([look(net, over(part.float() / 255))[0] for part in parts])
+
+
+@torch.no_grad()
+def style_statistics(rgb: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+    """How pictures in [0, 1] are drawn rather than what they show: means and deviations of Lite0's early maps (the statistics of arXiv 1703.06868).
+    Raises ValueError where the network's package is not installed.
+    """
+    net, found = efficientnet_lite0(), []
+    for part in rgb.split(BATCH):
+        maps = net.maps(resize(part.cpu().clamp(0, 1), STYLE_SIDE) * 2 - 1, 10)
+        found.append(torch.cat([torch.cat([m.mean((2, 3)), m.std((2, 3))], 1) for m in maps[:4]], 1))
+    return torch.cat(found)

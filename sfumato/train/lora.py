@@ -45,15 +45,25 @@ class LoraRecipe(Tuned):
             raise ValueError(f"until (={self.until}) must be above 0 and at most 1: the time from which on the LoRA is at work, 1 is always")
 
 
-def preset_own() -> tuple[LoraRecipe, LoopConfig]:
-    """A LoRA of the bundled model, or of another of ours, from ten drawings or more; some four minutes on two cores.
+def preset_style() -> tuple[LoraRecipe, LoopConfig]:
+    """How drawings look, from ten or more of them, for the bundled model or another of ours; some four minutes on two cores.
 
     `sfumato train lora --data DIR --out runs/my-style`
     """
-    return LoraRecipe(layers="linear", rank=16, flip=True), LoopConfig(
-        images=24_000, batch_size=32, lr=1e-3, warmup=1_000, decay=0.5, ema=0.02, weight_decay=0.0, save_every=8_000, sample_every=8_000,
+    recipe = LoraRecipe(layers="linear", rank=32, until=0.5, each=100, flip=True)
+    return recipe, LoopConfig(
+        images=16_000, batch_size=32, lr=1.5e-3, warmup=320, decay=0.5, ema=0.02, weight_decay=0.0, save_every=8_000, sample_every=8_000,
         log_every=1_600,
     )  # fmt: skip
+
+
+def preset_subject() -> tuple[LoraRecipe, LoopConfig]:
+    """What something looks like, in all styles of the bundled model or another of ours, from five pictures or more.
+
+    `sfumato train lora --preset subject --data DIR --prompt "my-dog" --out runs/my-dog`
+    """
+    recipe, loop = preset_style()
+    return replace(recipe, until=1.0, style="any", rank=16, layers="attention"), replace(loop, images=8_000, lr=5e-4)
 
 
 def preset_stable() -> tuple[LoraRecipe, LoopConfig]:
@@ -66,7 +76,7 @@ def preset_stable() -> tuple[LoraRecipe, LoopConfig]:
     )  # fmt: skip
 
 
-PRESETS = {"own": preset_own, "stable": preset_stable}
+PRESETS = {"style": preset_style, "subject": preset_subject, "stable": preset_stable}
 
 
 class LoraTask(Tuning):

@@ -33,6 +33,7 @@ from sfumato.data.shards import are_shards
 from sfumato.diffusion.dit import DiTBlock
 from sfumato.diffusion.objective import ObjectiveConfig, draw_t, loss
 from sfumato.diffusion.unet import ResnetBlock, SpatialTransformer
+from sfumato.metrics.features import style_statistics
 from sfumato.nn.backbones import over
 from sfumato.nn.conditions import concat_conds
 from sfumato.nn.layers import checkpointed
@@ -46,6 +47,7 @@ FEW = 40  # pictures below which none is kept apart: each is needed
 LOOKS = 16  # times at which the validation loss looks, at least
 MOST_LOOKED_AT = 64  # pictures of the validation loss
 MOST_HEARD = 4096  # captions whose states are kept
+COMPARED = 10  # pictures by which a style is chosen
 PREVIEW_SIZE = 4  # pictures of a sample grid, at least
 MOVED = Variety(place=0.9, scale=(0.85, 1.1), angle=8.0, flip=0.0, recolour=0.0, count=0.0, pair=0.0, scene=0.0)
 AT_ONCE = 128 * 64 * 64  # pixels that the codec sees together
@@ -112,6 +114,11 @@ class Item:
     prior: bool = False
 
 
+def _rgb(image: Image.Image) -> Tensor:
+    """In [0, 1], over white."""
+    return to_tensor(flatten(image), 3) / 2 + 0.5
+
+
 class Tuning:
     """See `sfumato.train.loop.Task`. Kinds of it say what is learned: `networks`, `phases` and `used`."""
 
@@ -148,7 +155,7 @@ class Tuning:
         self.live = None if bool(alive.all()) else alive
         spread = {"P_mean": 0.0, "P_std": 1.2} if self.model.path.kind == "rf" else {"t_sampling": "uniform"}
         self.objective = ObjectiveConfig(prediction=self.model.meta["prediction"], min_snr_gamma=recipe.min_snr_gamma, **spread)  # type: ignore[arg-type]
-        self.style = self._chosen_style()
+        self.style = self._chosen_style(run / "style.json")
         if recipe.checkpointing:
             checkpointed(self.model.denoiser, (DiTBlock, ResnetBlock, SpatialTransformer))
         torch.manual_seed(seed)
@@ -303,16 +310,28 @@ class Tuning:
         first = int(positions[0]) // 2
         return [int(before[i] if p % 2 else own[p // 2 - first]) for i, p in enumerate(positions)]
 
-    def _chosen_style(self) -> dict[str, float] | None:
-        """Of which style a change is learned; None: of any."""
+    def _chosen_style(self, told: Path) -> dict[str, float] | None:
+        """Of which style a change is learned; None: of any. With "auto" that whose pictures of the same things are drawn most like those that are to
+        be learned, by the statistics of early feature maps; `told` keeps it.
+        """
         names, asked = self.model.styles, self.recipe.style
         if not names or asked == "any":
             return None
         if asked != "auto":
             return style_weights(asked, names)
-        with torch.no_grad():
-            losses = {name: self.validation(self.model, {name: 1.0}) for name in tqdm(names, desc=translated("choosing a style"), leave=False)}
-        return {min(losses, key=lambda name: losses[name]): 1.0}
+        if told.exists():
+            return dict(json.loads(told.read_text(encoding="utf-8")))
+        rows = [self.shown[i] for i in evenly(len(self.shown), COMPARED)]
+        wanted = style_statistics(torch.cat([_rgb(fitted(self.items[r].open(), self.items[r].size)) for r in rows]))
+        of_each = {}
+        for name in tqdm(names, desc=translated("choosing a style"), leave=False):
+            requests = [GenerateRequest(prompt=self.items[r].caption, seed=r, style=name, size=self.model.size, steps=10) for r in rows]
+            of_each[name] = style_statistics(torch.cat([_rgb(p.image) for p in self.model.draw(requests)]))
+        spread = torch.cat([wanted, *of_each.values()]).std(0) + 1e-6
+        apart = {name: float(((found.mean(0) - wanted.mean(0)) / spread).square().mean()) for name, found in of_each.items()}
+        chosen = {min(apart, key=lambda name: apart[name]): 1.0}
+        write_json(told, chosen)
+        return chosen
 
     def _style(self, position: int) -> dict[str, float]:
         """The chosen one, or one as pictures are drawn in where none is asked for."""
