@@ -339,17 +339,31 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LOOP = LoopConfig(images=8, batch_size=2, warmup=0, lr=0.05, decay=0.0, save_every=8, sample_every=16, log_every=2, weight_decay=0.0, device="cpu")
 
 
+def of(reference: Any, photos: Path) -> dict[str, Any]:
+    return {"base": str(reference.folder), "data": str(photos), "prompt": "a fox", "size": 64, "previews": ("a fox",)}
+
+
 def again(reference: Any) -> Any:
     pipe = type(reference.pipe).from_pretrained(reference.folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-@pytest.mark.parametrize("reference", ["1", "2", "xl"], indirect=True)
-@pytest.mark.parametrize("layers", ["attention", "linear", "all"])
+ALSO = pytest.mark.slow  # the same in other ways
+
+
+@pytest.mark.parametrize(
+    ("reference", "layers"),
+    [
+        ("1", "attention"),
+        ("xl", "all"),
+        *(pytest.param(*both, marks=ALSO) for both in (("2", "all"), ("1", "all"), ("1", "linear"), ("xl", "linear"))),
+    ],
+    indirect=["reference"],
+)
 def test_diffusers_draws_with_a_lora_that_was_trained_here(layers: str, reference: Any, photos: Path, tmp_path: Path) -> None:
     """Text encoders and convolutions too."""
-    recipe = LoraRecipe(base=str(reference.folder), data=str(photos), prompt="a fox", size=64, rank=2, alpha=3.0, layers=layers, text=layers == "all")
+    recipe = LoraRecipe(**of(reference, photos), rank=2, alpha=3.0, layers=layers, text=layers == "all")
     lora.train(recipe, LOOP, tmp_path / "run")
     pipe = again(reference)
     plain = theirs(pipe, num_inference_steps=4, width=64, height=64)
@@ -362,9 +376,9 @@ def test_diffusers_draws_with_a_lora_that_was_trained_here(layers: str, referenc
         assert np.abs(drawn(model, request) - expected).max() <= 1e-4
 
 
-@pytest.mark.parametrize("reference", ["1", "2"], indirect=True)
+@pytest.mark.parametrize("reference", ["1", pytest.param("2", marks=ALSO)], indirect=True)
 def test_diffusers_knows_a_word_that_was_trained_here(reference: Any, photos: Path, tmp_path: Path) -> None:
-    recipe = EmbeddingRecipe(base=str(reference.folder), data=str(photos), prompt="a fox", word="fox", like="cat", vectors=2, size=64)
+    recipe = EmbeddingRecipe(**of(reference, photos), word="fox", like="cat", vectors=2)
     embedding.train(recipe, LOOP, tmp_path / "run")
     pipe = again(reference)
     plain = theirs(pipe, num_inference_steps=4, width=64, height=64)
@@ -379,10 +393,10 @@ def test_diffusers_knows_a_word_that_was_trained_here(reference: Any, photos: Pa
         assert np.abs(drawn(model, request) - expected).max() <= 1e-4
 
 
-@pytest.mark.parametrize("reference", ["1", "2", "xl"], indirect=True)
+@pytest.mark.parametrize("reference", ["xl", *(pytest.param(kind, marks=ALSO) for kind in ("1", "2"))], indirect=True)
 def test_a_model_that_was_tuned_here_is_what_its_export_is(reference: Any, photos: Path, tmp_path: Path) -> None:
     """The run's file draws, and the folder that is written of it draws the same in diffusers."""
-    recipe = FinetuneRecipe(base=str(reference.folder), data=str(photos), prompt="a fox", size=64, text=True)
+    recipe = FinetuneRecipe(**of(reference, photos), text=True)
     finetune.train(recipe, replace(LOOP, lr=0.003), tmp_path / "run")
     write_folder(read_checkpoint(tmp_path / "run" / "model-000000.008k.safetensors"), tmp_path / "folder")
     expected = theirs(again(replace(reference, folder=tmp_path / "folder")), num_inference_steps=4, width=64, height=64)

@@ -291,6 +291,7 @@ def together(photos: Path, base: Path, out: Path, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("shard", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("base", ["own", pytest.param("stable", marks=pytest.mark.slow)], indirect=True)
 def test_two_processes_are_one(shard: bool, base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
     """Each with a part of the weights, or with all of them: weights, averages and what the optimiser remembers, 1e-5; and they go on from what one
     process left.
