@@ -302,6 +302,8 @@ def _data_bytes(what: str, recipe: Any, trainer: Any) -> dict[str, int]:
     from sfumato.data.emoji import concepts, drawable, is_held_out, pairs
     from sfumato.data.shards import are_shards
 
+    if what in TUNED:
+        return {"memory": 0, "disk": sum(v.numel() * v.element_size() for v in trainer.task.latents.values())}
     if what == "autoencoder" and are_shards(recipe.data):
         return {"memory": 0, "disk": 0}
     if what == "autoencoder" and recipe.data != EMOJI:

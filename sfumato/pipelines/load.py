@@ -131,6 +131,8 @@ def _load(path: Path, where: torch.device, kind: torch.dtype, stable: Stable = S
     if given := next(iter(stable.said.items()), None):
         raise ValueError(f"{given[0]} (={given[1]!r}) must be left out: it is for checkpoints of Stable Diffusion")
     tensors, meta = load_pack(path)
+    if meta["kind"] in ("lora", "embedding"):
+        raise FileError(f"{path} is what sfumato train {meta['kind']} learned: name it with --{meta['kind']} beside the model that it is of")
     if meta["kind"] not in DRAWING:
         raise FileError(f"{path} is of kind {meta['kind']!r} and does not draw by itself: name a run of `sfumato train diffusion`, prior or gan")
     part, others, needed = DRAWING[meta["kind"]]

@@ -85,7 +85,7 @@ class Tuned:
     min_snr_gamma: float | None = None
     offset_noise: float = 0.0
     checkpointing: bool = False
-    style: str = "auto"
+    style: str = "any"
     previews: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -184,6 +185,41 @@ def test_pictures_without_captions_need_a_prompt(smoke: Path, photos: Path, tmp_
     assert [i.caption for i in made.items] == ["thing 0", "thing 1", "a zkq", "thing 3", "thing 4"]
 
 
+def test_a_near_style_is_chosen_once_and_drawn_in(smoke: Path, photos: Path, tmp_path: Path) -> None:
+    """And a request with the LoRA draws in it, unless it names another."""
+    own = {"base": str(smoke / "diffusion")}
+    trainer = fit("lora", own, photos, tmp_path / "run", replace(LOOP, images=8), style="auto", text=False)
+    (chosen,) = trainer.task.style
+    assert json.loads((tmp_path / "run" / "style.json").read_text()) == {chosen: 1.0}
+    assert trainer.task.batch(np.arange(4))["styles"].count({chosen: 1.0}) >= 2
+    model = load(own["base"], device="cpu")
+    asked = GenerateRequest(prompt="thing 3", seed=1, steps=1, size=model.size, lora=(str(tmp_path / "run"),))
+    assert next(model.pictures(asked)).record["style"] == {chosen: 1.0}
+    other = next(s for s in model.styles if s != chosen)
+    assert next(model.pictures(replace(asked, style=other))).record["style"] == {other: 1.0}
+    assert task(photos, tmp_path / "named", own, style=f"{other}:1").style == {other: 1.0}
+    with pytest.raises(ValueError, match="style"):
+        task(photos, tmp_path / "none", own, style="nowhere")
+
+
+def test_a_lora_from_a_time_on_is_at_work_below_it(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    """Of noise the network says what it said without the LoRA; later it says what it says with all of it."""
+    fit("lora", base, photos, tmp_path / "run", replace(LOOP, lr=0.05), until=0.4, text=False)
+    model = load(base["base"], device="cpu")
+    request = GenerateRequest(prompt="thing 3", seed=1, steps=1, lora=(str(tmp_path / "run"),))
+    cond = model.told(["thing 3"], (64, 64))  # type: ignore[attr-defined]
+    channels = model.codec.spec.latent_channels  # type: ignore[union-attr]
+    x = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = [model.denoiser(x, torch.tensor([t]), cond) for t in (0.8, 0.3)]  # type: ignore[attr-defined]
+        with model.changed(request):  # type: ignore[attr-defined]
+            late = [model.denoiser(x, torch.tensor([t]), cond) for t in (0.8, 0.3)]  # type: ignore[attr-defined]
+        after = model.denoiser(x, torch.tensor([0.3]), cond)  # type: ignore[attr-defined]
+    assert torch.equal(plain[0], late[0])
+    assert not torch.allclose(plain[1], late[1], atol=1e-4)
+    assert torch.equal(plain[1], after)
+
+
 def test_offset_noise_is_the_same_all_over_a_channel(smoke: Path, photos: Path, tmp_path: Path) -> None:
     plain = task(photos, tmp_path / "a", {"base": str(smoke / "diffusion")}).batch(np.arange(4))["noise"]
     offset = task(photos, tmp_path / "b", {"base": str(smoke / "diffusion")}, offset_noise=0.5).batch(np.arange(4))["noise"]
@@ -223,6 +259,7 @@ def test_what_the_model_says_of_a_caption_is_what_a_request_hears(base: dict[str
         ({"prior_data": "x"}, r"prior_data \(='x'\) needs prior_prompt"),
         ({"min_snr_gamma": 0.0}, r"min_snr_gamma"),
         ({"size": -1}, r"size \(=-1\)"),
+        ({"each": 0}, r"each \(=0\)"),
     ],
 )
 def test_settings_that_mean_nothing(more: dict[str, Any], why: str) -> None:
