@@ -16,7 +16,7 @@ def ema_copy(network: M) -> M:
     return copy.deepcopy(network).eval().requires_grad_(False)
 
 
-def local(value: Tensor) -> Tensor:
+def _local(value: Tensor) -> Tensor:
     """This process's part of a tensor that several share, in the same memory; of others all."""
     return value.to_local() if hasattr(value, "to_local") else value  # type: ignore[no-any-return]
 
@@ -30,7 +30,7 @@ def ema_update(average: nn.Module, network: nn.Module, *, images: int, half_life
     """
     half_life = max(min(half_life, 0.05 * seen), 1e-8)
     decay = 0.5 ** (images / half_life)
-    own, raw = ([local(p.detach()) for p in n.parameters()] for n in (average, network))
+    own, raw = ([_local(p.detach()) for p in n.parameters()] for n in (average, network))
     if own:
         torch._foreach_lerp_(own, raw, 1 - decay)
     for a, b in zip(average.buffers(), network.buffers(), strict=True):
