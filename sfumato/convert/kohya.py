@@ -191,13 +191,18 @@ def lora_tensors(lora: Lora, layout: str = "kohya") -> dict[str, Tensor]:
     return tensors
 
 
-def style_of_lora(path: Path) -> str | None:
-    """The style of our models that one of our files is a change of, as requests say it: "noto:1"."""
-    said = read_header(path)[1].get("style") if path.suffix == ".safetensors" else None
+def _said(path: Path, name: str) -> Any:
+    """What one of our files says of itself; None of others."""
+    said = read_header(path)[1].get(name) if path.suffix == ".safetensors" else None
     try:
-        shares = json.loads(said) if said else None
+        return json.loads(said) if said else None
     except ValueError:
         return None
+
+
+def style_of_lora(path: Path) -> str | None:
+    """The style of our models that one of our files is a change of, as requests say it: "noto:1"."""
+    shares = _said(path, "style")
     return ",".join(f"{k}:{v:g}" for k, v in shares.items()) if isinstance(shares, dict) and shares else None
 
 
@@ -232,11 +237,7 @@ def read_embedding(path: Path) -> dict[str, list[Tensor]]:
 
 def _word(path: Path) -> str | None:
     """The name that one of our files says it is of."""
-    said = read_header(path)[1].get("word") if path.suffix == ".safetensors" else None
-    try:
-        word = json.loads(said) if said else None
-    except ValueError:
-        return None
+    word = _said(path, "word")
     return word if isinstance(word, str) and word.strip() else None
 
 

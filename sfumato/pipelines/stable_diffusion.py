@@ -143,9 +143,7 @@ class StableDiffusion(LatentDiffusion):
         skip = request.clip_skip or 1
         cond = self._heard(rows, lambda r: r.request.prompt, skip)
         empty = self._heard(rows, lambda r: r.request.negative, 1 if request.noise == "diffusers" else skip)  # which skips nothing there
-        if self.quiet:
-            said = torch.tensor([r.request.negative is not None for r in rows], device=self.device)
-            empty = replace(empty, text=empty.text * said[:, None, None], pooled=empty.pooled * said[:, None])  # type: ignore[operator, index]
+        empty = self._quieted(empty, [r.request.negative for r in rows])
         size = self.extent(request)
         return self._with_size(cond, size), self._with_size(empty, size)
 
@@ -158,11 +156,14 @@ class StableDiffusion(LatentDiffusion):
 
     def told(self, prompts: Sequence[str | None], size: tuple[int, int], styles: Sequence[Mapping[str, float]] = ()) -> Cond:
         """See `LatentDiffusion`; there are no styles."""
-        cond = heard(self.ears, [p or "" for p in prompts])
-        if self.quiet:
-            said = torch.tensor([p is not None for p in prompts], device=self.device)
-            cond = replace(cond, text=cond.text * said[:, None, None], pooled=cond.pooled * said[:, None])  # type: ignore[operator, index]
-        return self._with_size(cond, size)
+        return self._with_size(self._quieted(heard(self.ears, [p or "" for p in prompts]), prompts), size)
+
+    def _quieted(self, cond: Cond, prompts: Sequence[str | None]) -> Cond:
+        """Zeros where nothing is said, as a quiet model learned it."""
+        if not self.quiet:
+            return cond
+        said = torch.tensor([p is not None for p in prompts], device=self.device)
+        return replace(cond, text=cond.text * said[:, None, None], pooled=cond.pooled * said[:, None])  # type: ignore[operator, index]
 
     def _heard(self, rows: list[Row], said: Callable[[Row], str | None], skip: int) -> Cond:
         cond = heard(self.ears, [said(r) or "" for r in rows], skip)

@@ -40,7 +40,7 @@ class EmbeddingRecipe(Tuned):
 
 
 def preset_own() -> tuple[EmbeddingRecipe, LoopConfig]:
-    """A word of the bundled model, or of another of ours; some three minutes on two cores.
+    """A word of the bundled model, or of another of ours.
 
     `sfumato train embedding --data DIR --word my-style --like drawing --prompt "{} my-style" --out runs/my-word`
     """

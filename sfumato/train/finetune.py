@@ -1,7 +1,7 @@
 """Trains all weights of a model that draws by diffusion, on one's own pictures: for many of them, where a LoRA is too little.
 
 What comes of it is a model that draws; of a checkpoint of Stable Diffusion one file that other programs load. With `--loop.shard` several processes
-share weights, averages and the optimiser's memory (FSDP2, arXiv 2304.11277): torchrun --nproc-per-node 2 -m sfumato train finetune ...
+share weights, averages and the optimiser's memory (FSDP2, arXiv 2304.11277): torchrun --nproc-per-node 2 -m sfumato.apps.cli train finetune ...
 """
 
 from __future__ import annotations

@@ -667,9 +667,9 @@ class Trainer:
                 for name, p in module.named_parameters():  # in the parameter's own memory format: the fused optimiser walks memory, not indices
                     if name in state and not self.shards:
                         state[name] = {k: torch.empty_like(p, device="cpu").copy_(v) if v.shape == p.shape else v for k, v in state[name].items()}
-                whole = get_optimizer_state_dict(module, optimiser)
+                groups = get_optimizer_state_dict(module, optimiser)["param_groups"]
                 options = StateDictOptions(strict=False, full_state_dict=self.shards is not None)  # what may be missing was looked at above
-                set_optimizer_state_dict(module, optimiser, {"state": dict(state), "param_groups": whole["param_groups"]}, options=options)
+                set_optimizer_state_dict(module, optimiser, {"state": dict(state), "param_groups": groups}, options=options)
         self.best = -math.inf if counters["best"] is None else counters["best"]
         self.counters = {k: counters.get(k, 0) for k in self.counters}
 

@@ -7,6 +7,7 @@ section 3.2) every other picture of a batch is one of what the model drew before
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -119,7 +120,7 @@ def _rgb(image: Image.Image) -> Tensor:
     return to_tensor(flatten(image), 3) / 2 + 0.5
 
 
-class Tuning:
+class Tuning(ABC):
     """See `sfumato.train.loop.Task`. Kinds of it say what is learned: `networks`, `phases` and `used`."""
 
     kind: ClassVar[str]
@@ -371,9 +372,9 @@ class Tuning:
 
     # --- looks --------------------------------------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def used(self, networks: dict[str, nn.Module]) -> LatentDiffusion:
         """The model as it draws with these networks."""
-        raise NotImplementedError
 
     def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, float]:
         """The loss of pictures kept apart, or, of few, of those that are learned, at fixed times with fixed noise."""
