@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +74,32 @@ def _ask(name: str) -> Callable[[list[str]], None]:
     return run
 
 
+def asked_how(command: str, known: Collection[str], argv: list[str], usage: str) -> bool:
+    """Whether a command's usage was asked for, which is printed. Raises ValueError where its first word is none of those that it knows."""
+    given = argv[0] if argv else ""
+    if given in known:
+        return False
+    if given in ("-h", "--help"):
+        print(translated(usage))
+        return True
+    from sfumato.core.config import nearest
+
+    raise ValueError(f"{command} what? (={given!r}) must be one of {', '.join(known)}{nearest(given, known)}")
+
+
 def data(argv: list[str]) -> None:
     """Says what a folder of pictures is good for."""
     import tyro
 
     from sfumato.apps import dataset
-    from sfumato.core.config import nearest
 
     known = {
         "check": (dataset.Check, dataset.run_check),
         "show": (dataset.Show, dataset.run_show),
         "shard": (dataset.Shard, dataset.run_shard),
     }
-    if not argv or argv[0] not in known:
-        if argv and argv[0] in ("-h", "--help"):
-            print(translated("usage: sfumato data {check,show,shard} DIR ..."))
-            return
-        given = argv[0] if argv else ""
-        raise ValueError(f"data what? (={given!r}) must be one of {', '.join(known)}{nearest(given, known)}")
+    if asked_how("data", known, argv, "usage: sfumato data {check,show,shard} DIR ..."):
+        return
     kind, answer = known[argv[0]]
     for line in answer(parse(tyro, kind, argv[1:], f"data {argv[0]}")):
         print(line if argv[0] == "show" else translated(line))
@@ -102,14 +110,9 @@ def lora(argv: list[str]) -> None:
     import tyro
 
     from sfumato.apps.lora import ACTIONS
-    from sfumato.core.config import nearest
 
-    if not argv or argv[0] not in ACTIONS:
-        if argv and argv[0] in ("-h", "--help"):
-            print(translated("usage: sfumato lora {info,merge,extract} ..."))
-            return
-        given = argv[0] if argv else ""
-        raise ValueError(f"lora what? (={given!r}) must be one of {', '.join(ACTIONS)}{nearest(given, ACTIONS)}")
+    if asked_how("lora", ACTIONS, argv, "usage: sfumato lora {info,merge,extract} ..."):
+        return
     kind, answer = ACTIONS[argv[0]]
     for line in answer(parse(tyro, kind, argv[1:], f"lora {argv[0]}")):
         print(translated(line))

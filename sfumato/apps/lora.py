@@ -26,17 +26,15 @@ class Info:
 
 
 def run_info(asked: Info) -> Iterator[str]:
-    import json
-
     from sfumato.convert.about import about
-    from sfumato.convert.header import read_header
+    from sfumato.convert.kohya import said_of
 
     path = named_file(asked.file)
     facts = about(path)
     if facts["what"] != "LoRA":
         raise FileError(f"{path} is no LoRA but {facts['what']}: sfumato info says what a file is")
-    said = read_header(path)[1] if path.suffix == ".safetensors" else {}
-    facts |= {k: json.loads(said[k]) for k in SHOWN if "kind" in said and said.get(k) not in (None, '""')}
+    if said_of(path, "kind") == "lora":
+        facts |= {k: v for k in SHOWN if (v := said_of(path, k)) not in (None, "")}
     for name, value in facts.items():
         yield f"{name}: {value}"
 
@@ -145,7 +143,7 @@ def _loaded(model: str) -> Any:
 
 def _check_target(path: Path, force: bool) -> None:
     if path.exists() and not force:
-        raise FileError(f"{path} exists: --force overwrites it")
+        raise FileError(f"{path} exists: use --force to overwrite it, or another --out")
 
 
 ACTIONS = {"info": (Info, run_info), "merge": (Merge, run_merge), "extract": (Extract, run_extract)}

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,12 +19,12 @@ import tyro
 from sfumato.apps.cli import say
 from sfumato.core.checkpoint import FileError, checkpoints, free_bytes
 from sfumato.core.config import from_json, nearest, to_json
-from sfumato.core.language import translated
 from sfumato.core.request import Device
 from sfumato.core.runlog import read_log
 
 WHAT = ("all", "autoencoder", "text", "diffusion", "prior", "gan", "upscaler", "judge", "lora", "embedding", "finetune")
 TUNED = ("lora", "embedding", "finetune")  # of models that are there
+PARTS = {"diffusion": ("codec", "text"), "prior": ("codec", "text"), "gan": ("text",), "upscaler": ("codec",)}  # frozen ones that training needs
 GENERATORS = ("diffusion", "prior")  # over the latents or codes of a codec
 LARGE = 24_000_000  # bytes that a bundled file may have
 EMOJI = "emoji"  # the embedded drawings, as --data
@@ -34,19 +35,15 @@ PLAN_LIMIT = 24  # concepts that are read to time a few steps
 
 def train(argv: list[str]) -> None:
     """`sfumato train WHAT --preset NAME --data emoji --out RUN [--plan] [--recipe.X ...] [--loop.Y ...]`."""
-    if not argv or argv[0] not in WHAT:
-        if argv and argv[0] in ("-h", "--help"):
-            print(translated(f"usage: sfumato train {{{','.join(WHAT)}}} --preset NAME --out RUN ..."))
-            return
-        given = argv[0] if argv else ""
-        raise ValueError(f"train what? (={given!r}) must be one of {', '.join(WHAT)}{nearest(given, WHAT)}")
-    from sfumato.apps.cli import parse
+    from sfumato.apps.cli import asked_how, parse
 
+    if asked_how("train", WHAT, argv, f"usage: sfumato train {{{','.join(WHAT)}}} --preset NAME --out RUN ..."):
+        return
     what = argv[0]
     if what == "all":
         return _all(parse, argv[1:])
     presets = _presets(what)
-    name = _tuned_name(argv, presets) if what in TUNED else _preset_name(argv, presets)
+    name = _preset_name(what, argv, presets)
     recipe, loop = presets[name]()
     asked = parse(tyro, _arguments(what, recipe, loop, presets, name), argv[1:], f"train {what}")
     if asked.data != EMOJI and what == "upscaler":
@@ -57,10 +54,8 @@ def train(argv: list[str]) -> None:
         asked = replace(asked, recipe=replace(asked.recipe, data=asked.data, limit=0))
     if what == "prior" and asked.kind is not None:
         asked = replace(asked, recipe=replace(asked.recipe, prior=replace(asked.recipe.prior, way=asked.kind)))
-    chosen = {k: v for k in LOOP_FLAGS if (v := getattr(asked, k)) is not None}
-    asked = replace(asked, loop=replace(asked.loop, **chosen))
-    if getattr(asked, "init", None) is not None:
-        asked = replace(asked, recipe=replace(asked.recipe, init=asked.init))
+    loop, begun = replace(asked.loop, **_said_of(asked, LOOP_FLAGS)), _said_of(asked, ("init",))
+    asked = replace(asked, loop=loop, recipe=replace(asked.recipe, **begun))
     from_json(type(asked.recipe), to_json(asked.recipe), "recipe")  # kinds are not flags to choose from
     if asked.plan:
         print(json.dumps(plan(what, asked), indent=2, ensure_ascii=False))
@@ -80,28 +75,7 @@ def _all(parse: Callable[..., Any], argv: list[str]) -> None:
 
 
 def _presets(what: str) -> dict[str, Callable[[], tuple[Any, Any]]]:
-    match what:
-        case "autoencoder":
-            from sfumato.train.autoencoder import PRESETS
-        case "text":
-            from sfumato.train.text import PRESETS
-        case "upscaler":
-            from sfumato.train.upscaler import PRESETS
-        case "judge":
-            from sfumato.train.judge import PRESETS
-        case "prior":
-            from sfumato.train.prior import PRESETS
-        case "gan":
-            from sfumato.train.gan import PRESETS
-        case "lora":
-            from sfumato.train.lora import PRESETS
-        case "embedding":
-            from sfumato.train.embedding import PRESETS
-        case "finetune":
-            from sfumato.train.finetune import PRESETS
-        case _:
-            from sfumato.train.diffusion import PRESETS
-    return PRESETS
+    return import_module(f"sfumato.train.{what}").PRESETS  # type: ignore[no-any-return]
 
 
 def _said_of(asked: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -109,25 +83,25 @@ def _said_of(asked: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(asked, name, None)) is not None}
 
 
-def _tuned_name(argv: list[str], presets: dict[str, Any]) -> str:
-    """The preset of what is to be tuned: "stable" for checkpoints of Stable Diffusion, else the first."""
+def _preset_name(what: str, argv: list[str], presets: dict[str, Any]) -> str:
+    """The preset decides the defaults of all other flags, so it is looked for first."""
+    name = _flag(argv, "--preset") or _usual_preset(what, argv, presets)
+    if name not in presets:
+        raise ValueError(f"preset (={name!r}) must be one of {', '.join(presets)}{nearest(name, presets)}")
+    return name
+
+
+def _usual_preset(what: str, argv: list[str], presets: dict[str, Any]) -> str:
+    """ "own" for one's own pictures, "bundled" for the embedded drawings; of what is tuned "stable" for checkpoints of Stable Diffusion, else the
+    first.
+    """
+    if what not in TUNED:
+        return "own" if "own" in presets and _flag(argv, "--data") not in (None, EMOJI) else "bundled"
     from sfumato.pipelines.find import find
     from sfumato.pipelines.load import is_stable
 
     base = _flag(argv, "--base")
-    name = _flag(argv, "--preset") or ("stable" if base and is_stable(find(base, "base")) else next(iter(presets)))
-    if name not in presets:
-        raise ValueError(f"preset (={name!r}) must be one of {', '.join(presets)}{nearest(name, presets)}")
-    return name
-
-
-def _preset_name(argv: list[str], presets: dict[str, Any]) -> str:
-    """The preset decides the defaults of all other flags, so it is looked for first."""
-    own = "own" in presets and _flag(argv, "--data") not in (None, EMOJI)
-    name = _flag(argv, "--preset") or ("own" if own else "bundled")
-    if name not in presets:
-        raise ValueError(f"preset (={name!r}) must be one of {', '.join(presets)}{nearest(name, presets)}")
-    return name
+    return "stable" if base and is_stable(find(base, "base")) else next(iter(presets))
 
 
 def _flag(argv: list[str], flag: str) -> str | None:
@@ -143,11 +117,8 @@ def _flag(argv: list[str], flag: str) -> str | None:
 
 def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name: str) -> type:
     """The flags of one kind of training, with the preset's values as defaults."""
-    parts: list[Any] = []
-    if what in ("diffusion", "upscaler", "prior"):
-        parts = [("codec", Path, field(default=Path("runs/vqgan" if what == "prior" else "runs/codec")))]
-    if what in ("diffusion", "prior", "gan"):
-        parts.append(("text", Path, field(default=Path("runs/text"))))
+    usual = {"codec": Path("runs/vqgan" if what == "prior" else "runs/codec"), "text": Path("runs/text")}
+    parts: list[Any] = [(name, Path, field(default=usual[name])) for name in PARTS.get(what, ())]
     if hasattr(recipe, "init"):
         parts.append(("init", str | None, field(default=None)))
     if what in TUNED:
@@ -179,36 +150,8 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
 
 
 def _run(what: str, recipe: Any, loop: Any, out: Path, asked: Any, stop_at: int | None = None) -> Any:
-    match what:
-        case "autoencoder":
-            from sfumato.train.autoencoder import train as go
-        case "text":
-            from sfumato.train.text import train as go  # type: ignore[assignment]
-        case "judge":
-            from sfumato.train.judge import train as go  # type: ignore[assignment]
-        case "lora":
-            from sfumato.train.lora import train as go  # type: ignore[assignment]
-        case "embedding":
-            from sfumato.train.embedding import train as go  # type: ignore[assignment]
-        case "finetune":
-            from sfumato.train.finetune import train as go  # type: ignore[assignment]
-        case "upscaler":
-            from sfumato.train.upscaler import train as upscaler
-
-            return upscaler(recipe, loop, out, codec=asked.codec, stop_at=stop_at)
-        case "prior":
-            from sfumato.train.prior import train as prior
-
-            return prior(recipe, loop, out, codec=asked.codec, text=asked.text, stop_at=stop_at)
-        case "gan":
-            from sfumato.train.gan import train as gan
-
-            return gan(recipe, loop, out, text=asked.text, stop_at=stop_at)
-        case _:
-            from sfumato.train.diffusion import train as diffusion
-
-            return diffusion(recipe, loop, out, codec=asked.codec, text=asked.text, stop_at=stop_at)
-    return go(recipe, loop, out, stop_at=stop_at)
+    parts = {name: getattr(asked, name) for name in PARTS.get(what, ())}
+    return import_module(f"sfumato.train.{what}").train(recipe, loop, out, stop_at=stop_at, **parts)
 
 
 def plan(what: str, asked: Any) -> dict[str, Any]:

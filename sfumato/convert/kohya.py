@@ -191,7 +191,7 @@ def lora_tensors(lora: Lora, layout: str = "kohya") -> dict[str, Tensor]:
     return tensors
 
 
-def _said(path: Path, name: str) -> Any:
+def said_of(path: Path, name: str) -> Any:
     """What one of our files says of itself; None of others."""
     said = read_header(path)[1].get(name) if path.suffix == ".safetensors" else None
     try:
@@ -202,8 +202,10 @@ def _said(path: Path, name: str) -> Any:
 
 def style_of_lora(path: Path) -> str | None:
     """The style of our models that one of our files is a change of, as requests say it: "noto:1"."""
-    shares = _said(path, "style")
-    return ",".join(f"{k}:{v:g}" for k, v in shares.items()) if isinstance(shares, dict) and shares else None
+    shares = said_of(path, "style")
+    if not isinstance(shares, dict) or not all(isinstance(v, int | float) for v in shares.values()):
+        return None
+    return ",".join(f"{k}:{v:g}" for k, v in shares.items()) or None
 
 
 def write_lora(lora: Lora, path: Path, *, layout: str = "kohya") -> None:
@@ -237,7 +239,7 @@ def read_embedding(path: Path) -> dict[str, list[Tensor]]:
 
 def _word(path: Path) -> str | None:
     """The name that one of our files says it is of."""
-    word = _said(path, "word")
+    word = said_of(path, "word")
     return word if isinstance(word, str) and word.strip() else None
 
 

@@ -275,7 +275,12 @@ def _single(path: Path, prediction: str, averaged: bool, other: Path | None) -> 
 def _said_by_us(path: Path) -> dict[str, Any]:
     """What a file that was tuned here says of itself; nothing of others."""
     said = read_header(path)[1] if path.suffix == ".safetensors" else {}
-    return {k: json.loads(said[k]) for k in ("unet", "scheduler", "size", "quiet")} if said.get("kind") == json.dumps(TUNED_KIND) else {}
+    if said.get("kind") != json.dumps(TUNED_KIND):
+        return {}
+    try:
+        return {k: json.loads(said[k]) for k in ("unet", "scheduler", "size", "quiet")}
+    except (KeyError, ValueError):
+        raise FileError(f"{path} does not say how it was tuned: it is damaged, or was written by another program; get it again") from None
 
 
 def read_codec(path: Path, version: Version = "1") -> Autoencoder | TinyAutoencoder:

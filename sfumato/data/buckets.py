@@ -40,10 +40,15 @@ def fitted(image: Image.Image, size: Size) -> Image.Image:
         sheet = Image.new("RGBA", (width, height))
         sheet.paste(inner.convert("RGBA"), ((width - inner.width) // 2, (height - inner.height) // 2))
         return sheet
+    return covering(image, width, height)
+
+
+def covering(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture at this size: its middle, as large as it can be, without being stretched."""
     share = max(width / image.width, height / image.height)
-    left, top = (max(0.0, (side - wanted / share) / 2) for side, wanted in ((image.width, width), (image.height, height)))
-    box = (left, top, image.width - left, image.height - top)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    box = [max(0.0, (side - wanted / share) / 2) for side, wanted in ((image.width, width), (image.height, height))]
+    whole = (box[0], box[1], image.width - box[0], image.height - box[1])
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS, box=whole, reducing_gap=3.0)
 
 
 @dataclass

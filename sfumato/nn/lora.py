@@ -96,7 +96,8 @@ def _layer(network: nn.Module, name: str, delta: Delta) -> nn.Module:
 
 def _adding(delta: Delta, strength: float | Callable[[], float]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        return out + _added(layer, given[0], delta, strength() if callable(strength) else strength)
+        now = strength() if callable(strength) else strength
+        return out + _added(layer, given[0], delta, now) if now else out
 
     return hook
 
@@ -115,9 +116,9 @@ def difference(tuned: nn.Module, base: nn.Module, layers: str, rank: int) -> tup
     """The changes of a rank that bring the layers of `base` nearest to those of `tuned` (the largest singular values, Eckart and Young 1936), of
     layers that differ; and the squares of all differences, and of those that are left. Raises RuntimeError for networks of other shapes.
     """
-    found, whole, left = {}, 0.0, 0.0
+    found, whole, left, others = {}, 0.0, 0.0, dict(tuned.named_modules())
     for name, layer in chosen(base, layers).items():
-        other = dict(tuned.named_modules()).get(name)
+        other = others.get(name)
         if other is None or other.weight.shape != layer.weight.shape:  # type: ignore[union-attr]
             raise RuntimeError(f"{name} is not the same")
         change = other.weight.double() - layer.weight.double()  # type: ignore[union-attr, operator]
@@ -134,8 +135,6 @@ def difference(tuned: nn.Module, base: nn.Module, layers: str, rank: int) -> tup
 # --- learning -------------------------------------------------------------------------------------------------------------------------------------
 
 ATTENTION = re.compile(r"(^|\.)(attn\d?|self_attn|attention|cross)\.")  # of our networks and of those of Stable Diffusion
-
-
 UNNAMED = "add_embedding."  # of SDXL: layers that other programs do not find by their names in files of LoRA
 
 
@@ -199,8 +198,8 @@ class LowRank(nn.Module):
         """{network: {layer: what is learned of it}}."""
         found: dict[str, dict[str, Delta]] = {}
         for key in self.down:
-            network, name = key.split("/", 1)
-            found.setdefault(network, {})[name.replace("/", ".")] = Delta(self.down[key].detach(), self.up[key].detach(), self.alpha)
+            (network, name), delta = key.split("/", 1), self.delta(key)
+            found.setdefault(network, {})[name.replace("/", ".")] = Delta(delta.down.detach(), delta.up.detach(), delta.alpha)
         return found
 
     def forward(self, run: Callable[..., Any], *args: Any) -> Any:

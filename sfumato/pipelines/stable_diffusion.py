@@ -18,6 +18,7 @@ from sfumato.core.images import flatten, to_pil, to_tensor
 from sfumato.core.request import MOST_SIDE, GenerateRequest
 from sfumato.core.rng import Philox
 from sfumato.core.seams import Cond, Denoise, Predict
+from sfumato.data.buckets import covering
 from sfumato.diffusion.discrete import OPEN, ROUNDED, SchedulerConfig
 from sfumato.diffusion.guidance import guided, inpaint
 from sfumato.diffusion.precond import Precond
@@ -387,14 +388,6 @@ class Loose(Begun):
 
     def keep(self, x: Tensor) -> Tensor:
         return x
-
-
-def covering(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture at this size: its middle, as large as it can be, without being stretched."""
-    share = max(width / image.width, height / image.height)
-    box = [max(0.0, (side - wanted / share) / 2) for side, wanted in ((image.width, width), (image.height, height))]
-    whole = (box[0], box[1], image.width - box[0], image.height - box[1])
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS, box=whole, reducing_gap=3.0)
 
 
 def tiled(decode: Callable[[Tensor], Tensor], z: Tensor, factor: int, side: int = TILE, overlap: int = OVERLAP) -> Tensor:

@@ -98,7 +98,7 @@ def test_the_nearest_change_of_a_rank_is_that_of_the_singular_values() -> None:
         (["lora", "info", "{photo}"], "cannot be read as a checkpoint"),
         (["lora", "merge", "{base}", "{photo}", "--out", "x.safetensors"], "photo.png"),
         (["lora", "merge", "{base}", "--out", "x.safetensors"], "must be named"),
-        (["lora", "merge", "{base}", "{lora}", "--out", "{base}"], "exists: --force overwrites it"),
+        (["lora", "merge", "{base}", "{lora}", "--out", "{base}"], "exists: use --force to overwrite it"),
         (["lora", "extract", "{base}", "{base}", "--out", "x.safetensors"], "does not differ from"),
         (["lora", "extract", "{base}", "emoji", "--out", "x.safetensors"], "must be models of the same kind"),
         (["lora", "extract", "{base}", "{base}", "--rank", "0", "--out", "x.safetensors"], "rank (=0)"),
