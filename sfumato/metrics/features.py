@@ -191,5 +191,5 @@ def style_statistics(rgb: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
     net, found = efficientnet_lite0(), []
     for part in rgb.split(BATCH):
         maps = net.maps(resize(part.cpu().clamp(0, 1), STYLE_SIDE) * 2 - 1, 10)
-        found.append(torch.cat([torch.cat([m.mean((2, 3)), m.std((2, 3))], 1) for m in maps[:4]], 1))
+        found.append(torch.cat([torch.cat([m.mean((2, 3)), m.std((2, 3))], 1) for m in maps], 1))
     return torch.cat(found)

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path as Files
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +48,12 @@ class Stream:
 
     def fresh(self) -> Tensor:
         return torch.randn(self.shape, generator=self.steps)
+
+
+@lru_cache(maxsize=64)
+def _digest(file: Files, *stamp: int) -> str:
+    """sha256 of a file, read once for all pictures that are drawn with it."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +142,8 @@ class LatentDiffusion(Model):
 
     def _picture(self, image: Image.Image, row: Row, begun: Begun | None) -> Picture:
         picture = super()._picture(image, row, begun)
-        named = [(told, strength_of(told)[0]) for told in row.request.lora] + [(told, named_file(told)) for told in row.request.embedding]
-        if named:
-            picture.record["files_sha256"] = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for _, file in named}
+        if named := [*(strength_of(told)[0] for told in row.request.lora), *map(named_file, row.request.embedding)]:
+            picture.record["files_sha256"] = {str(file): _digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in named}
         return picture
 
     def steps_of(self, request: GenerateRequest) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sfumato.convert.kohya import FIRST, SECONDS
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
-from sfumato.train.tuned import Tuned, Tuning
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer
+from sfumato.train.tuned import Tuned, Tuning, tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,4 @@ def known_vectors(listener: Any, words: str, count: int) -> Tensor:
 
 def train(recipe: EmbeddingRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the word in the run folder `out`."""
-    loop = settled(loop, out)
-    task = main_first(loop, lambda device: EmbeddingTask(recipe, loop.seed, loop.batch_size, Path(out), device, loop.dtype == "bf16"))
-    trainer = Trainer(task, loop, out, recipe)
-    trainer.train(stop_at=stop_at)
-    return trainer
+    return tune(EmbeddingTask, recipe, loop, out, stop_at)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
 from sfumato.pipelines.stable_diffusion import StableDiffusion
 from sfumato.pipelines.stored import stored
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
-from sfumato.train.tuned import Tuned, Tuning
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer
+from sfumato.train.tuned import Tuned, Tuning, tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +88,6 @@ class FinetuneTask(Tuning):
 
 def train(recipe: FinetuneRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the model in the run folder `out`."""
-    loop = settled(loop, out)
     if recipe.text and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("text (=True) is for one process: the text encoder's gradients are not shared between several")
-    task = main_first(loop, lambda device: FinetuneTask(recipe, loop.seed, loop.batch_size, Path(out), device))
-    trainer = Trainer(task, loop, out, recipe)
-    trainer.train(stop_at=stop_at)
-    return trainer
+    return tune(FinetuneTask, recipe, loop, out, stop_at)

@@ -279,6 +279,8 @@ class Trainer:
         check_sharding(task, str(self.accelerator.distributed_type).rpartition(".")[2], loop.shard)
         self.device = self.accelerator.device
         world = self.accelerator.num_processes
+        if loop.shard and loop.dtype == "bf16":
+            raise ValueError("dtype (='bf16') must be fp32 with shard, which casts nothing")
         self.shards = Shards(self.device, world) if loop.shard and world > 1 else None
         if loop.batch_size % (world * loop.accumulate):
             raise ValueError(f"batch_size (={loop.batch_size}) must be a multiple of processes x accumulate (={world} x {loop.accumulate})")

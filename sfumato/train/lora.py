@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from sfumato.convert.kohya import Lora, lora_tensors
 from sfumato.nn.lora import LowRank, chosen
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
-from sfumato.train.tuned import Tuned, Tuning
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer
+from sfumato.train.tuned import Tuned, Tuning, tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,7 @@ class LoraTask(Tuning):
         if recipe.text:
             layers |= {name: chosen(n, "attention") for name, n in networks.items() if n is not self.model.denoiser}
         self.hears_anew, self.until = recipe.text, recipe.until
-        self.lora = LowRank(layers, recipe.rank, recipe.alpha or None)
-        self.networks = {"lora": self.lora}
+        self.networks = {"lora": LowRank(layers, recipe.rank, recipe.alpha or None)}
         self.phases = [Phase("lora", ("lora",), self.loss)]
 
     def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -111,8 +110,4 @@ class LoraTask(Tuning):
 
 def train(recipe: LoraRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the LoRA in the run folder `out`."""
-    loop = settled(loop, out)
-    task = main_first(loop, lambda device: LoraTask(recipe, loop.seed, loop.batch_size, Path(out), device, loop.dtype == "bf16"))
-    trainer = Trainer(task, loop, out, recipe)
-    trainer.train(stop_at=stop_at)
-    return trainer
+    return tune(LoraTask, recipe, loop, out, stop_at)

@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,7 +42,7 @@ from sfumato.pipelines.find import BUNDLED
 from sfumato.pipelines.generate import Model
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
 from sfumato.pipelines.load import load
-from sfumato.train.loop import Batch
+from sfumato.train.loop import Batch, LoopConfig, Trainer, main_first, settled
 
 FEW = 40  # pictures below which none is kept apart: each is needed
 LOOKS = 16  # times at which the validation loss looks, at least
@@ -190,7 +190,11 @@ class Tuning(ABC):
         if not self.recipe.prompt and any(not e.caption for e in found.entries):
             unsaid = next(e.name for e in found.entries if not e.caption)
             raise ValueError(f"prompt (='') must say what pictures without a caption show: {unsaid} of {self.recipe.data} has none")
-        return found, scan(self.recipe.prior_data) if self.recipe.prior_data else None
+        if not self.recipe.prior_data:
+            return found, None
+        of_prior = scan(self.recipe.prior_data)
+        same_pictures(run / "prior", of_prior)
+        return found, of_prior
 
     def _item(self, found: Scan, entry: Entry) -> Item:
         return Item(partial(open_picture, found, entry), self._caption(entry), self._size_of(entry))
@@ -255,9 +259,13 @@ class Tuning(ABC):
             return self.model.codec.encode(torch.cat(pictures).to(self.device)).mean  # type: ignore[union-attr, return-value]
 
         of = {"size": list(size), "flip": self.recipe.flip, "each": self.recipe.each, "seed": self.seed, "rows": len(rows)}
-        words = {"codec": hash_tensors(self.model.codec.state_dict())} | of
+        words = {"codec": self._codec_hash} | of
         at_once = max(1, AT_ONCE // (size[0] * size[1]))
         return cached_latents(run / f"latents-{size[1]}x{size[0]}.npy", encode, len(rows) * variants, words, batch=at_once)
+
+    @cached_property
+    def _codec_hash(self) -> str:
+        return hash_tensors(self.model.codec.state_dict())
 
     @property
     def variants(self) -> int:
@@ -406,3 +414,12 @@ class Tuning(ABC):
         """What a file of what was learned says of itself."""
         said = {"base": self.recipe.base, "base_hash": self.model.meta["hash"], "prompt": self.recipe.prompt}
         return said | ({"style": self.style} if self.style else {})
+
+
+def tune(kind: type[Tuning], recipe: Tuned, loop: LoopConfig, out: Path, stop_at: int | None) -> Trainer:
+    """Trains, or goes on with, what is learned in the run folder `out`."""
+    loop = settled(loop, out)
+    task = main_first(loop, lambda device: kind(recipe, loop.seed, loop.batch_size, Path(out), device, loop.dtype == "bf16"))
+    trainer = Trainer(task, loop, out, recipe)
+    trainer.train(stop_at=stop_at)
+    return trainer

@@ -57,6 +57,13 @@ def theirs(pipe: Any, **more: Any) -> np.ndarray:
     return pipe(guidance_scale=5.0, generator=torch.Generator().manual_seed(7), output_type="np", **said).images
 
 
+def again(reference: Any) -> Any:
+    """A pipeline of its own, which may be changed."""
+    pipe = type(reference.pipe).from_pretrained(reference.folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def photograph(side: int = 64) -> Image.Image:
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
@@ -260,8 +267,7 @@ LAYERS = {"attention": ATTENTION, "everything": ATTENTION + OTHERS}
 )
 def test_a_lora_that_diffusers_wrote(settings: dict[str, Any], layers: str, reference: Any, tmp_path: Path) -> None:
     """Of the UNet and the text encoders: peft's own layers draw, and ours with the file that diffusers wrote of them, 1e-4."""
-    pipe = type(reference.pipe).from_pretrained(reference.folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = again(reference)
     plain = theirs(pipe, num_inference_steps=4, width=64, height=64)
     texts = [n for n in ("text_encoder", "text_encoder_2") if getattr(pipe, n, None) is not None]
     files: dict[str, Any] = {}
@@ -294,8 +300,7 @@ def test_a_share_of_a_lora(reference: Any, tmp_path: Path) -> None:
         if "lora_" in key:
             torch.nn.init.normal_(value, std=0.1)
     type(reference.pipe).save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(network))
-    pipe = type(reference.pipe).from_pretrained(reference.folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = again(reference)
     pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors", adapter_name="it")
     pipe.set_adapters("it", 0.7)
     expected = theirs(pipe, num_inference_steps=4, width=64, height=64)
@@ -314,8 +319,7 @@ def test_a_lora_that_we_wrote_diffusers_draws_with(layout: str, reference: Any, 
     sides = {n: model.denoiser.get_submodule(n).weight.shape for n in layers}  # type: ignore[attr-defined, union-attr]
     deltas = {n: Delta(0.3 * torch.randn(4, s[1], generator=g), 0.3 * torch.randn(s[0], 4, generator=g), 3.0) for n, s in sides.items()}
     write_lora(Lora({"unet": deltas}, {}), tmp_path / "ours.safetensors", layout=layout)
-    pipe = type(reference.pipe).from_pretrained(reference.folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = again(reference)
     plain = theirs(pipe, num_inference_steps=4, width=64, height=64)
     pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", adapter_name="it")
     expected = theirs(pipe, num_inference_steps=4, width=64, height=64)
@@ -341,12 +345,6 @@ LOOP = LoopConfig(images=8, batch_size=2, warmup=0, lr=0.05, decay=0.0, save_eve
 
 def of(reference: Any, photos: Path) -> dict[str, Any]:
     return {"base": str(reference.folder), "data": str(photos), "prompt": "a fox", "size": 64, "previews": ("a fox",)}
-
-
-def again(reference: Any) -> Any:
-    pipe = type(reference.pipe).from_pretrained(reference.folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 ALSO = pytest.mark.slow  # the same in other ways

@@ -166,6 +166,9 @@ def test_every_other_picture_is_of_the_prior(base: dict[str, Any], photos: Path,
     shutil.copytree(tmp_path / "drawn" / "prior", tmp_path / "before")
     given = task(photos, tmp_path / "given", base, prior_prompt="a thing", prior_data=str(tmp_path / "before"))
     assert sum(i.prior for i in given.items) == sum(i.prior for i in made.items)
+    shutil.copy(photos / "0.png", tmp_path / "before" / "more.png")
+    with pytest.raises(ValueError, match="has changed since"):
+        task(photos, tmp_path / "given", base, prior_prompt="a thing", prior_data=str(tmp_path / "before"))
 
 
 @pytest.mark.parametrize(
@@ -357,3 +360,5 @@ def test_two_processes_are_one(shard: bool, base: dict[str, Any], photos: Path, 
 def test_networks_that_must_be_whole_are_not_cut_up(smoke: Path, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shard \(=True\) is for full fine-tuning of diffusion networks: the networks of lora must be whole"):
         fit("lora", {"base": str(smoke / "diffusion")}, photos, tmp_path / "run", replace(LOOP, shard=True))
+    with pytest.raises(ValueError, match=r"dtype \(='bf16'\) must be fp32 with shard"):
+        fit("finetune", {"base": str(smoke / "diffusion")}, photos, tmp_path / "bf16", replace(LOOP, shard=True, dtype="bf16"), text=False)
