@@ -39,6 +39,7 @@ from sfumato.core.checkpoint import FileError, write_bytes
 from sfumato.core.config import from_json
 from sfumato.diffusion.discrete import SchedulerConfig
 from sfumato.diffusion.unet import UNet, UNetConfig
+from sfumato.nn.memory import hand_back
 from sfumato.text.clip import START
 from sfumato.text.prompts import Ear
 
@@ -123,9 +124,11 @@ def read_checkpoint(
 
 def _not_finite(found: Checkpoint, path: Path) -> tuple[str, ...]:
     """A note of how many numbers are none. A sum, which is quick, tells whether there are any to be counted."""
-    networks = (found.unet, found.codec, *(e.network for e in found.ears))
-    values = [v for n in networks for v in n.state_dict().values() if v.is_floating_point()]
-    count = sum(int((~torch.isfinite(v)).sum()) for v in values if not math.isfinite(v.sum(dtype=torch.float32)))
+    count = 0
+    for network in (found.unet, found.codec, *(e.network for e in found.ears)):
+        values = [v for v in network.state_dict().values() if v.is_floating_point()]
+        count += sum(int((~torch.isfinite(v)).sum()) for v in values if not math.isfinite(v.sum(dtype=torch.float32)))
+        hand_back(network)
     return (f"{count:,} numbers in {path} are not finite: what it draws may be black; get it again",) if count else ()
 
 

@@ -250,11 +250,13 @@ class UNet(nn.Module):
         self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Cond, residuals: Sequence[Float[Tensor, "b _ _ _"]] = ()
     ) -> Float[Tensor, "b out h w"]:
         """`residuals` are added to what each level leaves for the way up, and the last of them to the middle: of a ControlNet."""
-        if cond.concat is not None:
-            x = torch.cat([x, cond.concat.to(x)], dim=1)
-        self._check(x, cond)
-        time, context, mask = self._time(t, cond, x), cond.text.to(x), cond.mask  # type: ignore[union-attr]
-        x = self.conv_in(x)
+        return self.whole(x, t, cond, residuals)[0]
+
+    def whole(
+        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Cond, residuals: Sequence[Float[Tensor, "b _ _ _"]] = ()
+    ) -> tuple[Float[Tensor, "b out h w"], Float[Tensor, "b d h w"]]:
+        """The prediction, and the deep features: what goes into the last block."""
+        x, time, context, mask = self._begun(x, t, cond)
         skips = [x]
         for level in self.down_blocks:
             for i in range(self.config.blocks):
@@ -269,10 +271,26 @@ class UNet(nn.Module):
             skips, x = [s + r for s, r in zip(skips, beside, strict=True)], x + middle
         for level in self.up_blocks:
             for i in range(self.config.blocks + 1):
+                deep = x
                 x = level.block(i, torch.cat([x, skips.pop()], dim=1), time, context, mask)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
+        return self.conv_out(F.silu(self.conv_norm_out(x))), deep
+
+    def shallow(
+        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Cond, deep: Float[Tensor, "b d h w"]
+    ) -> Float[Tensor, "b out h w"]:
+        """The prediction by the first convolution and the last block alone, with deep features of another time (arXiv 2312.00858)."""
+        x, time, context, mask = self._begun(x, t, cond)
+        x = self.up_blocks[-1].block(self.config.blocks, torch.cat([deep, x], dim=1), time, context, mask)  # type: ignore[operator]
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _begun(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What comes out of the first convolution, and what all blocks are told."""
+        if cond.concat is not None:
+            x = torch.cat([x, cond.concat.to(x)], dim=1)
+        self._check(x, cond)
+        return self.conv_in(x), self._time(t, cond, x), cond.text.to(x), cond.mask  # type: ignore[union-attr]
 
     def _time(self, t: Tensor, cond: Cond, x: Tensor) -> Tensor:
         """Time in fp32 until it is embedded, with what is told beside it."""

@@ -26,6 +26,7 @@ from sfumato.core.rng import numpy_rng
 from sfumato.core.seams import Cond
 from sfumato.data.folder import framed
 from sfumato.nn.conditions import without_style, without_text
+from sfumato.nn.engine import EAGER, Engine
 from sfumato.text.encoder import TextEncoder
 from sfumato.text.words import normalise, of_people, spell_emoji, unknown_words
 
@@ -113,6 +114,7 @@ class Model(ABC):
     name: str
     device: torch.device
     dtype: torch.dtype
+    engine: Engine = EAGER
     upscaler: Upscaler | None = None
     upscaler_hash: str | None = None
     way: ClassVar[str]  # how it draws
@@ -212,7 +214,7 @@ class Model(ABC):
         for name in () if self.sized else OF_SIZED:
             if getattr(request, name) != getattr(plain, name):
                 raise ValueError(f"{name} (={getattr(request, name)!r}) must be left out: it is for checkpoints of Stable Diffusion")
-        for name in () if self.adapts else ("lora", "embedding"):
+        for name in () if self.adapts else ("lora", "embedding", "fast", "cache_interval"):
             if getattr(request, name):
                 raise ValueError(f"{name} (={getattr(request, name)!r}) must be left out: it is for models that draw by diffusion")
 
@@ -341,7 +343,7 @@ class Model(ABC):
 
     def _decoded(self, z: Tensor) -> Tensor:
         assert self.codec is not None
-        return self.codec.decode(z.float())
+        return self.engine.of(self.codec, "decode", dynamic=True)(z.float())
 
     @torch.no_grad()
     def enlarge(self, x: Tensor, request: GenerateRequest) -> Tensor:
@@ -397,7 +399,7 @@ class Model(ABC):
             "seed": row.seed,
             "style": row.style,
             "model": {"name": self.name, "hash": self.meta["hash"]},
-            "engine": f"torch {torch.__version__}",
+            "engine": self.engine.version,
             "device": self.device.type,
             "dtype": DTYPES[self.dtype],
             "threads": torch.get_num_threads(),

@@ -18,16 +18,19 @@ from sfumato.convert.kohya import Lora, read_embedding, read_lora, style_of_lora
 from sfumato.core.request import GenerateRequest
 from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Cond, Denoise, Predict
+from sfumato.diffusion.deepcache import DeepCache
 from sfumato.diffusion.guidance import Post, Term, apg, autoguidance, cfg, guided, inpaint, rescale, text_style
 from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond, Prediction
 from sfumato.diffusion.samplers import sample_ddim, sampler
+from sfumato.diffusion.unet import UNet
 from sfumato.nn.layers import slerp
 from sfumato.nn.lora import Attached, attach, merge
 from sfumato.pipelines.find import named_file, strength_of
 from sfumato.pipelines.generate import Begun, Model, Picture, Progress, Row
 
 USUAL_STEPS = 20
+FAST_EVERY, FAST_GUIDANCE = 3, (0.2, 1.0)  # of a request that is to be fast
 Watch = Callable[[int, Tensor], None]  # the step, and the latents "b c h w" of the denoised pictures
 
 
@@ -56,6 +59,10 @@ def _digest(file: Files, *stamp: int) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def _hash_of(file: Files) -> str:
+    return _digest(file, file.stat().st_mtime_ns, file.stat().st_size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentDiffusion(Model):
     """See `Model`."""
@@ -71,6 +78,9 @@ class LatentDiffusion(Model):
     def complete(self, request: GenerateRequest) -> GenerateRequest:
         """See `Model`; in the style that a LoRA is a change of, where no other is asked for."""
         request = super().complete(request)
+        if request.fast:
+            caches = (request.cache_interval or FAST_EVERY) if isinstance(self.denoiser, UNet) else None
+            request = replace(request, guidance_interval=request.guidance_interval or FAST_GUIDANCE, cache_interval=caches)
         of_loras = [style for told in request.lora if (style := style_of_lora(strength_of(told)[0]))] if self.styles and not request.style else []
         return replace(request, style=of_loras[0]) if of_loras else request
 
@@ -103,7 +113,8 @@ class LatentDiffusion(Model):
                 if lora.until < 1:
                     merged += self._from_a_time_on(lora, strength)
             self._learn(request)
-            yield
+            with self.engine.changed(self._told_of(loras, request)):
+                yield
         finally:
             for part in merged:
                 part.eject()
@@ -119,6 +130,13 @@ class LatentDiffusion(Model):
             timed = strength if network is not self.denoiser else lambda: strength if now[0] <= lora.until else 0.0
             found.append(attach(network, lora.changes.get(name, {}), timed))
         return found
+
+    def _told_of(self, loras: list[tuple[Lora, float]], request: GenerateRequest) -> str | None:
+        """What LoRAs change of the networks, in words that no other change has; None where it changes from step to step."""
+        if any(lora.until < 1 for lora, _ in loras):
+            return None
+        files = [strength_of(f, request.prompt)[0] for f in request.lora]
+        return " ".join(f"lora {_hash_of(file)} {strength}" for file, (_, strength) in zip(files, loras, strict=True))
 
     def _learn(self, request: GenerateRequest) -> None:
         """Raises ValueError for vectors that are not of these text encoders."""
@@ -143,7 +161,7 @@ class LatentDiffusion(Model):
     def _picture(self, image: Image.Image, row: Row, begun: Begun | None) -> Picture:
         picture = super()._picture(image, row, begun)
         if named := [*(strength_of(told)[0] for told in row.request.lora), *map(named_file, row.request.embedding)]:
-            picture.record["files_sha256"] = {str(file): _digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in named}
+            picture.record["files_sha256"] = {str(file): _hash_of(file) for file in named}
         return picture
 
     def steps_of(self, request: GenerateRequest) -> int:
@@ -153,6 +171,8 @@ class LatentDiffusion(Model):
         """Raises ValueError for a sampler or a schedule that there is not."""
         if request.sampler is not None:
             sampler(request.sampler)
+        if (request.cache_interval or 1) > 1 and not isinstance(self.denoiser, UNet):
+            raise ValueError(f"cache_interval (={request.cache_interval}) must be left out: it is for models with a UNet, whose blocks are nested")
         self.times(replace(request, sampler=request.sampler or self.usual["sampler"]))
 
     def times(self, request: GenerateRequest) -> Tensor:
@@ -226,7 +246,15 @@ class LatentDiffusion(Model):
 
     def predict(self, request: GenerateRequest) -> Predict:
         """The network as one that says what is clean."""
-        return Precond(self.denoiser, self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
+        return Precond(self._network(request), self.meta["prediction"], self.path, None if self.dtype == torch.float32 else self.dtype)
+
+    def _network(self, request: GenerateRequest) -> Callable[[Tensor, Tensor, Cond], Tensor]:
+        """What computes the denoiser: whole at every step, or at some of them."""
+        nested = isinstance(self.denoiser, UNet)  # whose graphs are right for any shape
+        if (request.cache_interval or 1) == 1:
+            return self.engine.of(self.denoiser, dynamic=nested)
+        parts = (self.engine.of(self.denoiser, method, dynamic=nested) for method in ("whole", "shallow"))
+        return DeepCache(*parts, every=request.cache_interval)  # type: ignore[arg-type]
 
     def _changes(self, request: GenerateRequest, prediction: Prediction) -> list[Post]:
         """What a request does to guidance."""

@@ -26,7 +26,9 @@ from sfumato.core.pack import load_pack
 from sfumato.core.request import Device
 from sfumato.diffusion.path import PathConfig, make_path
 from sfumato.metrics.judge import Judge
+from sfumato.nn.engine import Engine, EngineName, choose_engine
 from sfumato.nn.layers import Unfilled
+from sfumato.nn.memory import keep_halves, keep_pages
 from sfumato.pipelines.codes import CodesModel
 from sfumato.pipelines.find import bundled, find
 from sfumato.pipelines.gan import GANModel
@@ -74,11 +76,14 @@ def load(
     averaged: bool = False,
     variant: str | None = None,
     guide: str | Path | None = None,
+    engine: EngineName = "auto",
+    low_memory: bool = False,
 ) -> Model:
     """Loads the bundled model, or the named one, ready to draw: one of ours, or a checkpoint of Stable Diffusion, a folder of diffusers or a single
     file. Of those, `prediction` is for files that do not say what they predict, `vae` another autoencoder (a tiny one, too), `averaged` takes the
     averages (EMA) of a single file, `variant` the files of a folder that are called so ("fp16"). `guide` is a weaker model of the same latents for
-    guidance to lean on (arXiv 2406.02507). Raises FileError or ValueError with one clear line.
+    guidance to lean on (arXiv 2406.02507). `engine` computes the networks (see sfumato.nn.engine): auto, eager, openvino or compile. With `low_memory`
+    a checkpoint of Stable Diffusion in 16 bits stays so in memory, and computes in fp32 a layer at a time. Raises FileError or ValueError with one clear line.
     """
     if threads < 0:
         raise ValueError(f"threads (={threads}) must be at least 0: 0 leaves the choice to torch")
@@ -86,9 +91,25 @@ def load(
         torch.set_num_threads(threads)
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
+    keep_pages()
     stable = Stable(prediction=prediction, vae=None if vae is None else Path(vae), averaged=averaged, variant=variant)
-    found = _load(find(model), where, kind, stable)
-    return found if guide is None else guided_by(found, _load(find(guide, "guide"), where, kind), guide)
+    found = computed_by(engine, low_memory, _load(find(model), where, kind, stable, low_memory))
+    if guide is None:
+        return found
+    return guided_by(found, computed_by(engine, low_memory, _load(find(guide, "guide"), where, kind, low_memory=low_memory)), guide)
+
+
+def computed_by(asked: EngineName, low_memory: bool, model: Model) -> Model:
+    """The model with an engine. Raises ValueError where it cannot have that."""
+    if not isinstance(model, LatentDiffusion):
+        if asked not in ("auto", "eager"):
+            raise ValueError(f"engine (={asked!r}) is for models that draw by diffusion: leave it out")
+        return model
+    if low_memory and asked not in ("auto", "eager"):
+        raise ValueError(f"engine (={asked!r}) holds weights in 32 bits: leave it or low_memory out")
+    size = sum(p.numel() for p in model.denoiser.parameters())
+    name = choose_engine("eager" if low_memory else asked, model.device, model.dtype, size)
+    return replace(model, engine=Engine(name, f"{model.meta['hash']} {json.dumps(model.meta.get('with', {}), sort_keys=True)}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +146,11 @@ def guided_by(model: Model, weaker: Model, named: str | Path) -> Model:
     return replace(model, guide=weaker, meta=model.meta | {"with": said})  # type: ignore[call-arg]
 
 
-def _load(path: Path, where: torch.device, kind: torch.dtype, stable: Stable = Stable()) -> Model:
+def _load(path: Path, where: torch.device, kind: torch.dtype, stable: Stable = Stable(), low_memory: bool = False) -> Model:
     if is_stable(path):
-        return load_stable(path, where, kind, stable)
+        return load_stable(path, where, kind, stable, low_memory)
+    if low_memory:
+        raise ValueError("low_memory (=True) is for checkpoints of Stable Diffusion: leave it out")
     if given := next(iter(stable.said.items()), None):
         raise ValueError(f"{given[0]} (={given[1]!r}) must be left out: it is for checkpoints of Stable Diffusion")
     tensors, meta = load_pack(path)
@@ -166,7 +189,7 @@ def is_stable(path: Path) -> bool:
     return "hash" not in said or said.get("kind") == json.dumps(TUNED_KIND)
 
 
-def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stable) -> StableDiffusion:
+def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stable, low_memory: bool = False) -> StableDiffusion:
     """A checkpoint of Stable Diffusion, ready to draw; what is to be known of it goes to stderr."""
     found = read_checkpoint(path, prediction=asked.prediction, averaged=asked.averaged, variant=asked.variant, vae=asked.vae)
     said = asked.said | ({} if asked.vae is None else {"vae_hash": file_hash(asked.vae)})
@@ -177,12 +200,15 @@ def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stab
         )
     for note in found.notes:
         print(translated(f"note: {note}"), file=sys.stderr)
+    if low_memory and (device.type != "cpu" or kind != torch.float32):
+        raise ValueError("low_memory (=True) is for fp32 on a CPU: leave it out, or name --device cpu --dtype fp32")
+    place = (lambda network, kind: keep_halves(network)) if low_memory else (lambda network, kind: network.to(device, kind))
     for ear in found.ears:
-        ear.network.to(device, torch.float32)
+        place(ear.network, torch.float32)
     meta = {"kind": "stable-diffusion", "version": found.version, "size": found.size, "styles": [], "labels": [], "words": {}, "filler": [],
             "hash": file_hash(path), "prediction": found.scheduler.prediction, "with": said}  # fmt: skip
     return StableDiffusion(
-        denoiser=found.unet.to(device, kind), codec=found.codec.to(device, torch.float32), ears=found.ears, scheduler=found.scheduler,
+        denoiser=place(found.unet, kind), codec=place(found.codec, torch.float32), ears=found.ears, scheduler=found.scheduler,
         path=found.scheduler.made, inpaints=found.inpaints, quiet=found.quiet, text=None, meta=meta, device=device, dtype=kind,
         name=path.stem if path.is_file() else path.name,
     )  # fmt: skip

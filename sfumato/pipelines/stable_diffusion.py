@@ -24,6 +24,7 @@ from sfumato.diffusion.guidance import guided, inpaint
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.unet import TIMES
 from sfumato.nn.layers import slerp
+from sfumato.nn.memory import hand_back
 from sfumato.pipelines.generate import Begun, Picture, Progress, Row, begun_digest, between
 from sfumato.pipelines.latent_diffusion import LatentDiffusion, Stream
 from sfumato.text.prompts import Ear, heard
@@ -145,6 +146,8 @@ class StableDiffusion(LatentDiffusion):
         cond = self._heard(rows, lambda r: r.request.prompt, skip)
         empty = self._heard(rows, lambda r: r.request.negative, 1 if request.noise == "diffusers" else skip)  # which skips nothing there
         empty = self._quieted(empty, [r.request.negative for r in rows])
+        for ear in self.ears:
+            hand_back(ear.network)
         size = self.extent(request)
         return self._with_size(cond, size), self._with_size(empty, size)
 
@@ -268,12 +271,10 @@ class StableDiffusion(LatentDiffusion):
     def predict(self, request: GenerateRequest) -> Predict:
         """See `LatentDiffusion`; the network hears whole steps only where diffusers has it so."""
         rounds = (self.scheduler.rounded and (request.sampler or self.scheduler.sampler) in OPEN) or request.schedule == ROUNDED
-        network = self._rounding if rounds else self.denoiser
-        return Precond(network, self.scheduler.prediction, self.path, None if self.dtype == torch.float32 else self.dtype)
-
-    def _rounding(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        network = self._network(request)
         steps = self.scheduler.path.num_betas
-        return self.denoiser(x, (t * steps).round() / steps, cond)
+        rounding = lambda x, t, cond: network(x, (t * steps).round() / steps, cond)  # noqa: E731
+        return Precond(rounding if rounds else network, self.scheduler.prediction, self.path, None if self.dtype == torch.float32 else self.dtype)
 
     def _shown(self, begun: Begun, streams: list[Stream]) -> Tensor:
         """What a model for inpainting sees beside x: the mask, and the latents of the picture without what is under it."""
@@ -316,7 +317,7 @@ class StableDiffusion(LatentDiffusion):
     def changed(self, request: GenerateRequest) -> Iterator[None]:
         """See `LatentDiffusion`; where it is to be so, opposite edges fit together."""
         networks = [self.denoiser, self.codec, *([] if self.guide is None else [self.guide.denoiser])]
-        with super().changed(request), seamless(networks, request.tiling):
+        with super().changed(request), seamless(networks, request.tiling), self.engine.changed("tiling" if request.tiling else ""):
             yield
 
     def _drawn(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:
@@ -352,11 +353,13 @@ class StableDiffusion(LatentDiffusion):
 
     def _decoded(self, z: Tensor) -> Tensor:
         z, factor = z.float(), self.codec.spec.factor
+        hand_back(self.denoiser)
+        decode = self.engine.of(self.codec, "decode", dynamic=True)
         if max(z.shape[2:]) <= 2 * TILE:
-            return self.codec.decode(z)
+            return decode(z)
         wrapping = around(self.codec)
         if not wrapping:
-            return tiled(self.codec.decode, z, factor)
+            return tiled(decode, z, factor)
         with seamless([self.codec], True, "zeros"):  # a tile ends at its edges, the picture goes on behind its own
             x = tiled(self.codec.decode, F.pad(z, (OVERLAP,) * 4, mode="circular"), factor)
         margin = OVERLAP * factor
