@@ -43,6 +43,6 @@ clean:
 
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv with the tools for development (once; a few minutes where torch must be downloaded)"
-	@$(PIP) -e '.[data,dev]'
+	@$(PIP) -e '.[cpu,data,dev]'
 	@$(PIP) --no-deps taming-transformers-rom1504  # a reference for tests; what it asks for would bring another torch
 	@touch .venv/.installed $@

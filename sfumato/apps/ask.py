@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import tyro
 
 from sfumato.apps.cli import OUT, say
 from sfumato.apps.describe import describe
-from sfumato.core.checkpoint import FileError, cache_folder, read_metadata
+from sfumato.core.checkpoint import FileError, cache_folder, read_metadata, size_of
 from sfumato.pipelines.find import bundled, find
 from sfumato.text.words import nearest_words, normalise
 
@@ -132,11 +133,13 @@ def credits(asked: Credits) -> Iterator[str]:
 
 def paths(asked: Paths) -> Iterator[str]:
     kept = [p for p in sorted(cache_folder().glob("*")) if p.is_file() and OURS.fullmatch(p.name)]
-    size = sum(p.stat().st_size for p in kept) / 1e6
+    graphs = cache_folder() / "engine"
+    size = (sum(p.stat().st_size for p in kept) + size_of(graphs)) / 1e6
     if asked.clean:
         for p in kept:
             p.unlink()
-        yield f"removed\t{size:.1f} MB\t{len(kept)} files of {cache_folder()}"
+        shutil.rmtree(graphs, ignore_errors=True)
+        yield f"removed\t{size:.1f} MB\t{len(kept)} files of {cache_folder()}, and graphs"
         return
     yield f"cache\t{size:.1f} MB\t{cache_folder()}"
     yield f"pictures\t\t{OUT.absolute()}"

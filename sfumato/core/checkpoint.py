@@ -67,6 +67,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(_existing(path)).free
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files in it; 0 where it is not."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
 def disk_of(path: Path) -> int:
     """A number of the disk where `path` is, or would be: the same for the same disk."""
     return _existing(path).stat().st_dev

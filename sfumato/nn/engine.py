@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import sfumato
-from sfumato.core.checkpoint import FileError, cache_folder, free_bytes
+from sfumato.core.checkpoint import FileError, cache_folder, free_bytes, size_of
 from sfumato.core.language import translated
 from sfumato.core.seams import Cond
 from sfumato.nn.memory import hand_back
@@ -190,6 +190,8 @@ class Graphs:
     def _convert(self, args: tuple[Any, ...], folder: Path) -> None:
         """Traces the method and writes its graph, whole or not at all. Raises FileError where there is no room for it."""
         import openvino as ov
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         if free_bytes(folder.parent) < 1.1 * self.bytes:
@@ -200,9 +202,11 @@ class Graphs:
         try:
             example = self._small(args) if self.dynamic else args
             traced = _Traced(self.network, self.method, example).eval()
-            with _silent():
-                graph = ov.convert_model(traced, example_input=tuple(v for _, v in _leaves(example)))
-                ov.save_model(graph, part / "graph.xml", compress_to_fp16=False)
+            with _silent():  # and by its frontend, as openvino.convert_model tells others that it was called
+                inputs = tuple(v for _, v in _leaves(example))
+                decoder = TorchScriptPythonDecoder(traced, example_input=inputs, trace_kwargs={"check_trace": False})
+                frontend = FrontEndManager().load_by_framework("pytorch")
+                ov.serialize(frontend.convert(frontend.load(decoder)), part / "graph.xml", part / "graph.bin")
             _make_room(folder.parent, MOST_KEPT - size_of(part))
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
@@ -235,11 +239,6 @@ def _silent() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all its files."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def _make_room(folder: Path, most: int) -> None:

@@ -1,0 +1,175 @@
+"""Graphs of OpenVINO: the same numbers at every shape, one graph on the disk for all of them, another for other weights; and what is refused."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.core.checkpoint import FileError
+from sfumato.core.seams import Cond
+from sfumato.diffusion.unet import TIMES, UNet, UNetConfig
+from sfumato.nn import engine as engines
+from sfumato.nn.engine import Engine, choose_engine
+
+pytest.importorskip("openvino")
+SMALL = UNetConfig(widths=(32, 64, 64), blocks=1, depths=(1, 1, 0), heads=(2, 2, 2), context=16, pooled=8, sizes=6, size_width=8)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path))
+    return tmp_path / "engine"
+
+
+def unet(seed: int = 0) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(SMALL).eval().requires_grad_(False)
+
+
+def told(rows: int, tokens: int, masked: bool = False) -> Cond:
+    mask = (torch.arange(tokens) < tokens - 2).expand(rows, -1) if masked else None
+    return Cond(text=torch.randn(rows, tokens, 16), mask=mask, pooled=torch.randn(rows, 8), extra={TIMES: torch.randint(0, 64, (rows, 6)).float()})
+
+
+def kept(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if not p.name.startswith(".")]
+
+
+@torch.no_grad()
+def test_one_graph_is_right_for_every_shape(own_cache: Path) -> None:
+    net = unet()
+    run = Engine("openvino", "these").of(net, dynamic=True)
+    for rows, high, wide, tokens in ((1, 8, 8, 5), (2, 12, 20, 5), (3, 9, 7, 30), (2, 32, 40, 5), (1, 64, 64, 77)):
+        x, t, cond = torch.randn(rows, 4, high, wide), torch.rand(rows), told(rows, tokens)
+        torch.testing.assert_close(run(x, t, cond), net(x, t, cond), atol=1e-4, rtol=1e-4)
+    assert len(kept(own_cache)) == 1
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.rand(2), told(2, 9, masked=True)
+    torch.testing.assert_close(run(x, t, cond), net(x, t, cond), atol=1e-4, rtol=1e-4)
+    assert len(kept(own_cache)) == 2, "a mask is another input"
+
+
+@torch.no_grad()
+def test_several_results_and_what_the_disk_has() -> None:
+    net, x, t, cond = unet(), torch.randn(2, 4, 8, 8), torch.rand(2), told(2, 5)
+    out, deep = Engine("openvino", "these").of(net, "whole", dynamic=True)(x, t, cond)
+    again = Engine("openvino", "these").of(net, "whole", dynamic=True)(x, t, cond)
+    torch.testing.assert_close(out, net(x, t, cond), atol=1e-4, rtol=1e-4)
+    assert torch.equal(out, again[0])
+    assert torch.equal(deep, again[1])
+    found = Engine("openvino", "these").of(net, "shallow", dynamic=True)(x, t, cond, deep)
+    torch.testing.assert_close(found, out, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_other_weights_have_other_graphs() -> None:
+    x, t, cond = torch.randn(1, 4, 8, 8), torch.rand(1), told(1, 5)
+    nets = {name: unet(i) for i, name in enumerate(("a", "b"))}
+    for _ in range(2):
+        for name, net in nets.items():
+            torch.testing.assert_close(Engine("openvino", name).of(net, dynamic=True)(x, t, cond), net(x, t, cond), atol=1e-4, rtol=1e-4)
+    engine, net = Engine("openvino", "a"), nets["a"]
+    before = engine.of(net, dynamic=True)(x, t, cond)
+    weight = net.conv_out.weight
+    net.conv_out.weight = nn.Parameter(2 * weight, requires_grad=False)
+    with engine.changed("twice"):
+        torch.testing.assert_close(engine.of(net, dynamic=True)(x, t, cond), net(x, t, cond), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(net(x, t, cond), before, atol=1e-3)
+    with engine.changed(None):
+        assert engine.of(net, dynamic=True) is net
+        with engine.changed("more"):
+            assert engine.of(net) is net, "nobody knows what is more than what nobody knows"
+    net.conv_out.weight = weight
+    assert torch.equal(engine.of(net, dynamic=True)(x, t, cond), before)
+
+
+class Branching(nn.Module):
+    """Whose graph is of one shape: which branch is taken depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if len(x) > 1 else self.layer(x) - 1
+
+
+@torch.no_grad()
+def test_a_network_that_branches_has_a_graph_for_each_shape(own_cache: Path) -> None:
+    net = Branching().requires_grad_(False)
+    run = Engine("openvino", "these").of(net)
+    for rows in (1, 2, 3):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(run(x), net(x), atol=1e-5, rtol=1e-5)
+    assert len(kept(own_cache)) == 3
+
+
+@torch.no_grad()
+def test_a_graph_that_says_something_else_is_refused(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Branching().requires_grad_(False), torch.randn(2, 4)
+    traced = engines._Traced.forward
+    monkeypatch.setattr(engines._Traced, "forward", lambda self, *tensors: traced(self, *tensors) * 1.01)
+    with pytest.raises(FileError, match="computes another result than the network"):
+        Engine("openvino", "these").of(net)(x)
+    assert kept(own_cache) == []
+
+
+@torch.no_grad()
+def test_graphs_that_were_not_used_for_longest_make_room(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Branching().requires_grad_(False), torch.randn(2, 4)
+    Engine("openvino", "first").of(net)(x)
+    (first,) = kept(own_cache)
+    monkeypatch.setattr(engines, "MOST_KEPT", engines.size_of(first) * 2)
+    for name in ("second", "third"):
+        Engine("openvino", name).of(net)(x)
+    assert first not in kept(own_cache)
+    assert kept(own_cache)
+    monkeypatch.setattr(engines, "free_bytes", lambda path: 10)
+    with pytest.raises(FileError, match="no room for the .* take --engine eager"):
+        Engine("openvino", "fourth").of(net)(x)
+
+
+@torch.no_grad()
+def test_few_graphs_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = unet()
+    monkeypatch.setattr(engines, "MOST_HELD", 1)
+    run: Any = Engine("openvino", "these").of(net, dynamic=True)
+    for side in (8, 16, 8):
+        x, t, cond = torch.randn(1, 4, side, side), torch.rand(1), told(1, 5)
+        torch.testing.assert_close(run(x, t, cond), net(x, t, cond), atol=1e-4, rtol=1e-4)
+        assert len(run.compiled) == 1
+    gc.collect()
+
+
+def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda, fp32, bf16 = torch.device("cpu"), torch.device("cuda"), torch.float32, torch.bfloat16
+    assert choose_engine("auto", cpu, fp32, 860_000_000) == "openvino"
+    assert choose_engine("auto", cpu, fp32, 10_000_000) == "eager", "tracing would take longer than a picture"
+    assert choose_engine("auto", cpu, bf16, 860_000_000) == "eager"
+    assert choose_engine("auto", cuda, fp32, 860_000_000) == "eager"
+    assert choose_engine("compile", cuda, bf16, 1) == "compile"
+    with pytest.raises(ValueError, match="engine \\(='compile'\\) is for GPUs"):
+        choose_engine("compile", cpu, fp32, 1)
+    with pytest.raises(ValueError, match="computes in fp32 on a CPU, not in torch.bfloat16 on cpu"):
+        choose_engine("openvino", cpu, bf16, 1)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    assert choose_engine("auto", cpu, fp32, 860_000_000) == "eager"
+    with pytest.raises(ValueError, match="pip install"):
+        choose_engine("openvino", cpu, fp32, 1)
+
+
+@torch.no_grad()
+def test_compiled_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the backend that traces as on a GPU and computes as written."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="aot_eager"))
+    net, x, engine = Branching().requires_grad_(False), torch.randn(3, 4), Engine("compile", "these")
+    assert engine.of(net) is not net
+    torch.testing.assert_close(engine.of(net)(x), net(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(engine.of(net)(x[:1]), net(x[:1]), atol=1e-5, rtol=1e-5)
+    assert engine.of(net) is engine.of(net)
+    assert engine.version == f"torch {torch.__version__}"

@@ -1,0 +1,69 @@
+"""Pages of files that are handed back and come again, and halves that stay halves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sfumato.nn.memory import hand_back, keep_halves
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is handed back")
+
+
+def held(what: str) -> int:
+    """KiB of this process, as Linux says."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+
+
+def from_file(path: Path, n: int = 2048) -> tuple[nn.Linear, torch.Tensor]:
+    weight = torch.randn(n, n)
+    save_file({"weight": weight}, path)
+    with torch.device("meta"):
+        net = nn.Linear(n, n, bias=False)
+    net.load_state_dict(load_file(path), assign=True)
+    return net.requires_grad_(False), weight
+
+
+@linux
+def test_pages_of_a_file_are_handed_back_and_come_again(tmp_path: Path) -> None:
+    net, weight = from_file(tmp_path / "a.safetensors")
+    assert torch.equal(net.weight, weight)
+    before = held("RssFile")
+    assert hand_back(net) >= weight.nbytes
+    assert before - held("RssFile") > 0.9 * weight.nbytes / 1024
+    assert torch.equal(net.weight, weight)
+
+
+@linux
+def test_what_was_written_to_is_kept(tmp_path: Path) -> None:
+    net, weight = from_file(tmp_path / "a.safetensors")
+    net.weight[3, 4] += 1
+    assert hand_back(net) == 0
+    weight[3, 4] += 1
+    assert torch.equal(net.weight, weight)
+
+
+def test_weights_in_memory_are_left_alone() -> None:
+    net = nn.Linear(512, 512)
+    before = net.weight.clone()
+    assert hand_back(net) == 0
+    assert torch.equal(net.weight, before)
+
+
+def test_halves_compute_in_fp32_and_stay_halves() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 1)).requires_grad_(False).half()
+    wide = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 1)).requires_grad_(False)
+    wide.load_state_dict({k: v.float() for k, v in net.state_dict().items()})
+    x = torch.randn(2, 3, 8, 8)
+    found = keep_halves(net)(x)
+    assert torch.equal(found, wide(x))
+    assert {p.dtype for p in net.parameters()} == {torch.float16}
+    with pytest.raises(RuntimeError):
+        net(torch.randn(2, 5, 8, 8))
+    assert {p.dtype for p in net.parameters()} == {torch.float16}, "after an error, too"
+    assert torch.equal(net(x), found)
