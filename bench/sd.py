@@ -107,8 +107,8 @@ def of_ours(options: Options, engine: str, path: Path, low_memory: bool = False)
 
     def picture(told: dict[str, Any]) -> dict[str, Any]:
         request = GenerateRequest(
-            prompt=PROMPT, negative=NEGATIVE, guidance=GUIDANCE, seed=SEED, steps=told["steps"], sampler="plms", schedule="leading", noise="diffusers",
-            width=told["side"], height=told["side"],
+            prompt=PROMPT, negative=NEGATIVE, guidance=GUIDANCE, seed=SEED, steps=told["steps"], sampler="plms", schedule="leading",
+            noise="diffusers", width=told["side"], height=told["side"],
         )  # fmt: skip
 
         def draw() -> None:
@@ -234,7 +234,8 @@ def written(options: Options) -> None:
     if not options.folder.exists():
         write_folder(Written(out=options.out, quick=options.quick, seed=options.seed))
     if not options.halves.exists():
-        from sfumato.convert.stable import read_checkpoint, write_folder as export
+        from sfumato.convert.stable import read_checkpoint
+        from sfumato.convert.stable import write_folder as export
 
         export(read_checkpoint(options.folder), options.halves, half=True)
 
@@ -365,7 +366,9 @@ def bundled(options: Options) -> Part:
                 found.setdefault(f"{name}, {count}", []).extend([seconds] if i else [])
     claims = [claim("bundled model: command to picture", float(np.median(cold)), "s")]
     for count in (1, 16):
-        claims += [claim(f"bundled model: {name}, {count} at once", count / float(np.median(found[f"{name}, {count}"])), "pictures/s") for name in models]
+        claims += [
+            claim(f"bundled model: {name}, {count} at once", count / float(np.median(found[f"{name}, {count}"])), "pictures/s") for name in models
+        ]
     return claims, found
 
 

@@ -96,8 +96,8 @@ class GenerateRequest:
                 raise ValueError(f"{name} holds bytes that are no text: give it in UTF-8")
             if text is not None and len(text) > LONGEST_PROMPT:
                 raise ValueError(f"{name} has {len(text):,} characters, at most {LONGEST_PROMPT:,} are allowed: shorten it")
-        whole = (("count", 1, MOST_IMAGES), ("steps", 1, MOST_STEPS), ("top_k", 0, MOST_CODES), ("clip_skip", 1, 100), ("cache_interval", 1, 100), ("width", 8, MOST_SIDE),
-                 ("height", 8, MOST_SIDE))  # fmt: skip
+        whole = (("count", 1, MOST_IMAGES), ("steps", 1, MOST_STEPS), ("top_k", 0, MOST_CODES), ("clip_skip", 1, 100), ("cache_interval", 1, 100),
+                 ("width", 8, MOST_SIDE), ("height", 8, MOST_SIDE))  # fmt: skip
         for name, low, high in whole:
             if name not in ("count", "top_k") and getattr(self, name) is None:
                 continue

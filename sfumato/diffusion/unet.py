@@ -277,9 +277,7 @@ class UNet(nn.Module):
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x))), deep
 
-    def shallow(
-        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Cond, deep: Float[Tensor, "b d h w"]
-    ) -> Float[Tensor, "b out h w"]:
+    def shallow(self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Cond, deep: Float[Tensor, "b d h w"]) -> Float[Tensor, "b out h w"]:
         """The prediction by the first convolution and the last block alone, with deep features of another time (arXiv 2312.00858)."""
         x, time, context, mask = self._begun(x, t, cond)
         x = self.up_blocks[-1].block(self.config.blocks, torch.cat([deep, x], dim=1), time, context, mask)  # type: ignore[operator]

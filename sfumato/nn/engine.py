@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,38 +55,35 @@ def choose_engine(asked: EngineName, device: torch.device, dtype: torch.dtype, p
 
 
 class Engine:
-    """What computes the networks of one model. `weights` says what they are made of, None: nobody knows, so that no graph of them can be kept."""
+    """What computes the networks of one model. `weights` says what they are made of."""
 
-    def __init__(self, name: EngineName = "eager", weights: str | None = None) -> None:
+    def __init__(self, name: EngineName = "eager", weights: str = "") -> None:
         self.name, self.weights = name, weights
-        self.made: dict[tuple[int, str, str], Callable[..., Any]] = {}
+        self.changes: dict[int, str | None] = {}  # of networks, by id
+        self.made: dict[tuple[int, str], tuple[str, Callable[..., Any]]] = {}
 
     @contextmanager
-    def changed(self, told: str | None) -> Iterator[None]:
-        """Within, the weights are changed in a way that `told` says; None: in one that no graph has, so that all is eager."""
-        before = self.weights
-        self.weights = None if told is None or before is None else f"{before} {told}".strip()
+    def changed(self, told: str | None, *networks: nn.Module) -> Iterator[None]:
+        """Within, these networks are changed in a way that `told` says; None: in one that no graph has, so that they are eager."""
+        before = self.changes
+        now = {id(n): before.get(id(n), "") for n in networks}
+        self.changes = before | {i: None if told is None or was is None else f"{was} {told}".strip() for i, was in now.items()}
         try:
             yield
         finally:
-            self.weights = before
+            self.changes = before
 
     def of(self, network: nn.Module, method: str = "forward", *, dynamic: bool = False) -> Callable[..., Any]:
         """What computes a method of a network that takes tensors and conditions. `dynamic`: one graph of it is right for any shape."""
         plain: Callable[..., Any] = network if method == "forward" else getattr(network, method)
-        if self.name == "eager" or (self.name == "openvino" and self.weights is None):
+        change, key = self.changes.get(id(network), ""), (id(network), method)
+        if self.name == "eager" or (self.name == "openvino" and change is None):
             return plain
-        key = (id(network), method, self.weights or "")
-        if key not in self.made:
-            if self.name == "openvino":
-                self._forget(network, method)
-            self.made[key] = torch.compile(plain) if self.name == "compile" else Graphs(network, method, self.weights or "", dynamic)
-        return self.made[key]
-
-    def _forget(self, network: nn.Module, method: str) -> None:
-        """Graphs of other weights of a network are not held beside each other."""
-        for key in [k for k in self.made if k[:2] == (id(network), method)]:
-            del self.made[key]
+        weights = "" if self.name == "compile" else f"{self.weights} {change}".strip()
+        if self.made.get(key, (None,))[0] != weights:
+            self.made.pop(key, None)  # graphs of other weights are not held beside these
+            self.made[key] = weights, torch.compile(plain) if self.name == "compile" else Graphs(network, method, weights, dynamic)
+        return self.made[key][1]
 
     @property
     def version(self) -> str:

@@ -113,7 +113,7 @@ class LatentDiffusion(Model):
                 if lora.until < 1:
                     merged += self._from_a_time_on(lora, strength)
             self._learn(request)
-            with self.engine.changed(self._told_of(loras, request)):
+            with self.engine.changed(self._told_of(loras, request), self.denoiser):
                 yield
         finally:
             for part in merged:

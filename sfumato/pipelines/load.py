@@ -81,9 +81,9 @@ def load(
 ) -> Model:
     """Loads the bundled model, or the named one, ready to draw: one of ours, or a checkpoint of Stable Diffusion, a folder of diffusers or a single
     file. Of those, `prediction` is for files that do not say what they predict, `vae` another autoencoder (a tiny one, too), `averaged` takes the
-    averages (EMA) of a single file, `variant` the files of a folder that are called so ("fp16"). `guide` is a weaker model of the same latents for
-    guidance to lean on (arXiv 2406.02507). `engine` computes the networks (see sfumato.nn.engine): auto, eager, openvino or compile. With `low_memory`
-    a checkpoint of Stable Diffusion in 16 bits stays so in memory, and computes in fp32 a layer at a time. Raises FileError or ValueError with one clear line.
+    averages (EMA) of a single file, `variant` the files of a folder that are called so ("fp16"), and `low_memory` keeps weights of 16 bits so in
+    memory, to compute in fp32 a layer at a time. `guide` is a weaker model of the same latents for guidance to lean on (arXiv 2406.02507). `engine`
+    computes the networks: auto, eager, openvino or compile (see sfumato.nn.engine). Raises FileError or ValueError with one clear line.
     """
     if threads < 0:
         raise ValueError(f"threads (={threads}) must be at least 0: 0 leaves the choice to torch")

@@ -317,12 +317,11 @@ class StableDiffusion(LatentDiffusion):
     def changed(self, request: GenerateRequest) -> Iterator[None]:
         """See `LatentDiffusion`; where it is to be so, opposite edges fit together."""
         networks = [self.denoiser, self.codec, *([] if self.guide is None else [self.guide.denoiser])]
-        engines = [self.engine, *([] if self.guide is None else [self.guide.engine])]
         with ExitStack() as stack:
             stack.enter_context(super().changed(request))
             stack.enter_context(seamless(networks, request.tiling))
-            for engine in engines:
-                stack.enter_context(engine.changed("tiling" if request.tiling else ""))
+            for engine in {self.engine, *([] if self.guide is None else [self.guide.engine])} if request.tiling else ():
+                stack.enter_context(engine.changed("tiling", *networks))
             yield
 
     def _drawn(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:

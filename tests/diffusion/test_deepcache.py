@@ -1,4 +1,4 @@
-"""Deep features kept from step to step: exact where they are all computed or change along a line, fewer whole calls, and guidance that comes and goes."""
+"""Deep features kept from step to step: exact where all are computed or change along a line, fewer whole calls, guidance that comes and goes."""
 
 from __future__ import annotations
 

@@ -76,12 +76,13 @@ def test_other_weights_have_other_graphs() -> None:
     before = engine.of(net, dynamic=True)(x, t, cond)
     weight = net.conv_out.weight
     net.conv_out.weight = nn.Parameter(2 * weight, requires_grad=False)
-    with engine.changed("twice"):
+    with engine.changed("twice", net):
         torch.testing.assert_close(engine.of(net, dynamic=True)(x, t, cond), net(x, t, cond), atol=1e-4, rtol=1e-4)
         assert not torch.allclose(net(x, t, cond), before, atol=1e-3)
-    with engine.changed(None):
+    with engine.changed(None, net):
         assert engine.of(net, dynamic=True) is net
-        with engine.changed("more"):
+        assert engine.of(nets["b"]) is not nets["b"], "another network is as it was"
+        with engine.changed("more", net):
             assert engine.of(net) is net, "nobody knows what is more than what nobody knows"
     net.conv_out.weight = weight
     assert torch.equal(engine.of(net, dynamic=True)(x, t, cond), before)
@@ -129,7 +130,7 @@ def test_graphs_that_were_not_used_for_longest_make_room(own_cache: Path, monkey
     assert first not in kept(own_cache)
     assert kept(own_cache)
     monkeypatch.setattr(engines, "free_bytes", lambda path: 10)
-    with pytest.raises(FileError, match="no room for the .* take --engine eager"):
+    with pytest.raises(FileError, match=r"no room for the .* take --engine eager"):
         Engine("openvino", "fourth").of(net)(x)
 
 
@@ -152,9 +153,9 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_engine("auto", cpu, bf16, 860_000_000) == "eager"
     assert choose_engine("auto", cuda, fp32, 860_000_000) == "eager"
     assert choose_engine("compile", cuda, bf16, 1) == "compile"
-    with pytest.raises(ValueError, match="engine \\(='compile'\\) is for GPUs"):
+    with pytest.raises(ValueError, match=r"engine \(='compile'\) is for GPUs"):
         choose_engine("compile", cpu, fp32, 1)
-    with pytest.raises(ValueError, match="computes in fp32 on a CPU, not in torch.bfloat16 on cpu"):
+    with pytest.raises(ValueError, match=r"computes in fp32 on a CPU, not in torch\.bfloat16 on cpu"):
         choose_engine("openvino", cpu, bf16, 1)
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     assert choose_engine("auto", cpu, fp32, 860_000_000) == "eager"
