@@ -1,4 +1,4 @@
-# make demo: draw a sheet of pictures.   make test | lint | bench | clean.   Another interpreter: make PYTHON=python3.12 demo
+# make demo: draw a sheet of pictures.   make test | lint | bench | bench-check | clean.   Another interpreter: make PYTHON=python3.12 demo
 PYTHON ?= python3
 ARGS ?=
 PIP = .venv/bin/python -m pip install -q -c constraints.txt
@@ -7,7 +7,7 @@ SHEET = sfumato-out/demo.png
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_DRY_RUN VIRTUAL_ENV PYTHONHOME
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench bench-check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -25,6 +25,9 @@ lint: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	@for script in bench/*.py; do [ -e "$$script" ] || continue; .venv/bin/python "$$script" --quick || exit 1; done
+
+bench-check: .venv/.installed-dev
+	@.venv/bin/python bench/check.py $(ARGS)
 
 clean:
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

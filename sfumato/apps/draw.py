@@ -175,7 +175,7 @@ class Generate:
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
     engine: Literal["auto", "eager", "openvino", "compile"] = "auto"
-    """What computes the networks; auto is OpenVINO for Stable Diffusion on a CPU, where it is installed (pip install 'sfumato[cpu]'), else eager."""
+    """What computes the networks; auto is OpenVINO for Stable Diffusion on a CPU, where it is installed (pip install openvino), else eager."""
     low_memory: bool = False
     """Of Stable Diffusion on a CPU: weights of 16 bits stay so in memory."""
 

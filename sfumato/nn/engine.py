@@ -46,7 +46,7 @@ def choose_engine(asked: EngineName, device: torch.device, dtype: torch.dtype, p
         case "auto":
             return "openvino" if there and device.type == "cpu" and dtype == torch.float32 and parameters >= LARGE else "eager"
         case "openvino" if not there:
-            raise ValueError("engine (='openvino') needs the package openvino: pip install 'sfumato[cpu]', or take eager")
+            raise ValueError("engine (='openvino') needs the package openvino: pip install openvino, or take eager")
         case "openvino" if device.type != "cpu" or dtype != torch.float32:
             raise ValueError(f"engine (='openvino') computes in fp32 on a CPU, not in {dtype} on {device.type}: take eager, or compile on a GPU")
         case "compile" if device.type != "cuda":

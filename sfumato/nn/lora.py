@@ -70,7 +70,8 @@ def merge(network: nn.Module, changes: list[tuple[Mapping[str, Delta], float]]) 
         weight: Tensor = layer.weight  # type: ignore[assignment]
         total = sum((strength * delta.whole().reshape(weight.shape).to(weight.device) for delta, strength in parts), weight.data)
         attached.weights[layer] = weight.data
-        layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)
+        kind = getattr(layer, "computes_in", weight.dtype)  # what is kept in 16 bits has its changes in full
+        layer.weight = nn.Parameter(total.to(kind), requires_grad=weight.requires_grad)
     return attached
 
 

@@ -58,6 +58,7 @@ def keep_halves(network: nn.Module) -> nn.Module:
     """The network with weights of 16 bits as they are; each layer computes in fp32 with a copy that lives as long as its own step."""
     for layer in network.modules():
         if any(p.dtype.itemsize == 2 for p in layer.parameters(recurse=False)):
+            layer.computes_in = torch.float32  # type: ignore[assignment]
             _Widened(layer)
     return network
 

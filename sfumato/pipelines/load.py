@@ -26,6 +26,7 @@ from sfumato.core.pack import load_pack
 from sfumato.core.request import Device
 from sfumato.diffusion.path import PathConfig, make_path
 from sfumato.metrics.judge import Judge
+from sfumato.nn.engine import LARGE as LARGE_NETWORK
 from sfumato.nn.engine import Engine, EngineName, choose_engine
 from sfumato.nn.layers import Unfilled
 from sfumato.nn.memory import keep_halves, keep_pages
@@ -93,10 +94,24 @@ def load(
     kind = choose_dtype(dtype, where)
     keep_pages()
     stable = Stable(prediction=prediction, vae=None if vae is None else Path(vae), averaged=averaged, variant=variant)
-    found = computed_by(engine, low_memory, _load(find(model), where, kind, stable, low_memory))
+    halves = computes_halves(low_memory, engine, where, kind)
+    found = computed_by(engine, low_memory, _load(find(model), where, kind, stable, halves))
+    if low_memory and not isinstance(found, StableDiffusion):
+        raise ValueError("low_memory (=True) is for checkpoints of Stable Diffusion: leave it out")
     if guide is None:
         return found
-    return guided_by(found, computed_by(engine, low_memory, _load(find(guide, "guide"), where, kind, low_memory=low_memory)), guide)
+    return guided_by(found, computed_by(engine, low_memory, _load(find(guide, "guide"), where, kind, halves=halves)), guide)
+
+
+def computes_halves(low_memory: bool, engine: EngineName, device: torch.device, kind: torch.dtype) -> bool:
+    """Whether weights of 16 bits of Stable Diffusion stay so, to compute in fp32: where memory is little, and where a graph is made of them. Raises
+    ValueError.
+    """
+    if low_memory and engine not in ("auto", "eager"):
+        raise ValueError(f"engine (={engine!r}) holds weights in 32 bits: leave it or low_memory out")
+    if low_memory and (device.type != "cpu" or kind != torch.float32):
+        raise ValueError("low_memory (=True) is for fp32 on a CPU: leave it out, or name --device cpu --dtype fp32")
+    return low_memory or choose_engine(engine, device, kind, LARGE_NETWORK) == "openvino"
 
 
 def computed_by(asked: EngineName, low_memory: bool, model: Model) -> Model:
@@ -105,8 +120,6 @@ def computed_by(asked: EngineName, low_memory: bool, model: Model) -> Model:
         if asked not in ("auto", "eager"):
             raise ValueError(f"engine (={asked!r}) is for models that draw by diffusion: leave it out")
         return model
-    if low_memory and asked not in ("auto", "eager"):
-        raise ValueError(f"engine (={asked!r}) holds weights in 32 bits: leave it or low_memory out")
     size = sum(p.numel() for p in model.denoiser.parameters())
     name = choose_engine("eager" if low_memory else asked, model.device, model.dtype, size)
     return replace(model, engine=Engine(name, f"{model.meta['hash']} {json.dumps(model.meta.get('with', {}), sort_keys=True)}"))
@@ -146,11 +159,9 @@ def guided_by(model: Model, weaker: Model, named: str | Path) -> Model:
     return replace(model, guide=weaker, meta=model.meta | {"with": said})  # type: ignore[call-arg]
 
 
-def _load(path: Path, where: torch.device, kind: torch.dtype, stable: Stable = Stable(), low_memory: bool = False) -> Model:
+def _load(path: Path, where: torch.device, kind: torch.dtype, stable: Stable = Stable(), halves: bool = False) -> Model:
     if is_stable(path):
-        return load_stable(path, where, kind, stable, low_memory)
-    if low_memory:
-        raise ValueError("low_memory (=True) is for checkpoints of Stable Diffusion: leave it out")
+        return load_stable(path, where, kind, stable, halves)
     if given := next(iter(stable.said.items()), None):
         raise ValueError(f"{given[0]} (={given[1]!r}) must be left out: it is for checkpoints of Stable Diffusion")
     tensors, meta = load_pack(path)
@@ -189,8 +200,8 @@ def is_stable(path: Path) -> bool:
     return "hash" not in said or said.get("kind") == json.dumps(TUNED_KIND)
 
 
-def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stable, low_memory: bool = False) -> StableDiffusion:
-    """A checkpoint of Stable Diffusion, ready to draw; what is to be known of it goes to stderr."""
+def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stable, halves: bool = False) -> StableDiffusion:
+    """A checkpoint of Stable Diffusion, ready to draw; what is to be known of it goes to stderr. `halves`: see `computes_halves`."""
     found = read_checkpoint(path, prediction=asked.prediction, averaged=asked.averaged, variant=asked.variant, vae=asked.vae)
     said = asked.said | ({} if asked.vae is None else {"vae_hash": file_hash(asked.vae)})
     if found.codec.spec.latent_channels != found.unet.config.out_channels:
@@ -200,9 +211,7 @@ def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stab
         )
     for note in found.notes:
         print(translated(f"note: {note}"), file=sys.stderr)
-    if low_memory and (device.type != "cpu" or kind != torch.float32):
-        raise ValueError("low_memory (=True) is for fp32 on a CPU: leave it out, or name --device cpu --dtype fp32")
-    place = (lambda network, kind: keep_halves(network)) if low_memory else (lambda network, kind: network.to(device, kind))
+    place = (lambda network, kind: keep_halves(network)) if halves else (lambda network, kind: network.to(device, kind))
     for ear in found.ears:
         place(ear.network, torch.float32)
     meta = {"kind": "stable-diffusion", "version": found.version, "size": found.size, "styles": [], "labels": [], "words": {}, "filler": [],
