@@ -20,6 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -33,18 +34,20 @@ EngineName = Literal["auto", "eager", "openvino", "compile"]
 LARGE = 10**8  # parameters from which on the time of tracing comes back within a few pictures
 MOST_HELD, MOST_KEPT = 2**31, 20 * 2**30  # bytes of graphs for several shapes in memory, and of all graphs on the disk
 ALONE = 1024  # cells of latents from which on rows one by one are no slower than together: one graph for any number of them
+HALF_MADE = 3600  # seconds after which nobody is still writing a graph
 FURTHEST = 1e-3  # that a graph may be from the network, as a share of its largest number
 TRACE_SIDE = 16  # cells of the latents that a graph for any shape is traced with
 
 
 def choose_engine(asked: EngineName, device: torch.device, dtype: torch.dtype, parameters: int) -> EngineName:
-    """The engine for a network of so many parameters. auto: OpenVINO for large networks on a CPU where it is installed, else eager. Raises ValueError
-    where what is asked for is not here.
+    """The engine for a network of so many parameters. auto: OpenVINO for large networks on a CPU, where it is installed and two copies of the weights
+    have room in memory; else eager. Raises ValueError where what is asked for is not here.
     """
     there = importlib.util.find_spec("openvino") is not None
     match asked:
         case "auto":
-            return "openvino" if there and device.type == "cpu" and dtype == torch.float32 and parameters >= LARGE else "eager"
+            roomy = psutil.virtual_memory().available >= 8 * parameters
+            return "openvino" if there and device.type == "cpu" and dtype == torch.float32 and parameters >= LARGE and roomy else "eager"
         case "openvino" if not there:
             raise ValueError("engine (='openvino') needs the package openvino: pip install openvino, or take eager")
         case "openvino" if device.type != "cpu" or dtype != torch.float32:
@@ -187,7 +190,7 @@ class Graphs:
     def _convert(self, args: tuple[Any, ...], folder: Path) -> None:
         """Traces the method and writes its graph, whole or not at all. Raises FileError where there is no room for it."""
         import openvino as ov
-        from openvino.frontend import FrontEndManager
+        from openvino.frontend import FrontEndManager, GeneralFailure, OpConversionFailure
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -207,6 +210,8 @@ class Graphs:
             _make_room(folder.parent, MOST_KEPT - size_of(part))
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
+        except (RuntimeError, GeneralFailure, OpConversionFailure) as e:
+            raise FileError(f"openvino cannot compute this network: take --engine eager ({str(e).strip().splitlines()[-1][:200]})") from e
         finally:
             shutil.rmtree(part, ignore_errors=True)
         if self.bytes > 4 * LARGE:
@@ -239,7 +244,10 @@ def _silent() -> Iterator[None]:
 
 
 def _make_room(folder: Path, most: int) -> None:
-    """Removes graphs that were not used for longest until the others have `most` bytes together."""
+    """Removes what a process left that was killed, and graphs that were not used for longest until the others have `most` bytes together."""
+    for path in folder.glob(".*.part"):
+        if time.time() - path.stat().st_mtime > HALF_MADE:
+            shutil.rmtree(path, ignore_errors=True)
     kept = sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.stat().st_mtime)
     total = sum(map(size_of, kept))
     for path in kept:

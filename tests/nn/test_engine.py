@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,20 @@ def test_a_graph_that_says_something_else_is_refused(own_cache: Path, monkeypatc
     assert kept(own_cache) == []
 
 
+class Foreign(nn.Module):
+    """With something that no graph can have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.airy_ai(x)
+
+
+@torch.no_grad()
+def test_what_no_graph_can_have_is_said_in_one_line(own_cache: Path) -> None:
+    with pytest.raises(FileError, match="openvino cannot compute this network: take --engine eager"):
+        Engine("openvino", "these").of(Foreign())(torch.randn(2, 4))
+    assert list(own_cache.iterdir()) == []
+
+
 @torch.no_grad()
 def test_graphs_that_were_not_used_for_longest_make_room(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = Branching().requires_grad_(False), torch.randn(2, 4)
@@ -129,6 +144,11 @@ def test_graphs_that_were_not_used_for_longest_make_room(own_cache: Path, monkey
         Engine("openvino", name).of(net)(x)
     assert first not in kept(own_cache)
     assert kept(own_cache)
+    left = own_cache / ".x.part"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    Engine("openvino", "another").of(net)(x)
+    assert not left.exists(), "of a process that was killed"
     monkeypatch.setattr(engines, "free_bytes", lambda path: 10)
     with pytest.raises(FileError, match=r"no room for the .* take --engine eager"):
         Engine("openvino", "fourth").of(net)(x)
@@ -151,6 +171,7 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_engine("auto", cpu, fp32, 860_000_000) == "openvino"
     assert choose_engine("auto", cpu, fp32, 10_000_000) == "eager", "tracing would take longer than a picture"
     assert choose_engine("auto", cpu, bf16, 860_000_000) == "eager"
+    assert choose_engine("auto", cpu, fp32, 10**12) == "eager", "two copies have no room in memory"
     assert choose_engine("auto", cuda, fp32, 860_000_000) == "eager"
     assert choose_engine("compile", cuda, bf16, 1) == "compile"
     with pytest.raises(ValueError, match=r"engine \(='compile'\) is for GPUs"):
