@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # of mallopt(3)
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
+LARGEST_KEPT = 2**25  # bytes; what is larger would leave gaps that nothing fits into (a picture of 512 x 512 takes 1.3 GiB more to decode), and is rare
 DONTNEED = 4  # of madvise(2)
 MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*)")  # a line of /proc/self/smaps that begins a file's mapping: from, to, path
 
 
 def keep_pages() -> None:
-    """What is freed stays with the process and is used again. Otherwise the C library (glibc) gives every large tensor back to the system, which
-    fills its pages with zeros for the next one: a fifth of a UNet's step. Elsewhere nothing happens.
+    """What is freed stays with the process and is used again, up to tensors of 32 MiB. Otherwise the C library (glibc) gives each of them back to the
+    system, which fills its pages with zeros for the next one: a fifth of a UNet's step. Elsewhere nothing happens.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        for option, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 2**28)):
+        for option, value in ((MMAP_THRESHOLD, LARGEST_KEPT), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 2**26)):
             library.mallopt(option, value)
 
 
