@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
-LARGEST_KEPT = 2**25  # bytes; what is larger would leave gaps that nothing fits into (a picture of 512 x 512 takes 1.3 GiB more to decode), and is rare
+LARGEST_KEPT = (
+    2**25
+)  # bytes; what is larger would leave gaps that nothing fits into (a picture of 512 x 512 takes 1.3 GiB more to decode), and is rare
 DONTNEED = 4  # of madvise(2)
 MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*)")  # a line of /proc/self/smaps that begins a file's mapping: from, to, path
 
