@@ -57,6 +57,14 @@ def _untouched() -> list[tuple[int, int, str]]:
     return found
 
 
+def moved(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """network.to(device, dtype), a part after the other: pages of a file that became other numbers are handed back before the next are read."""
+    for part in network.children():
+        part.to(device, dtype)
+        hand_back(network)
+    return network.to(device, dtype)
+
+
 def keep_halves(network: nn.Module) -> nn.Module:
     """The network with weights of 16 bits as they are; each layer computes in fp32 with a copy that lives as long as its own step."""
     for layer in network.modules():

@@ -29,7 +29,7 @@ from sfumato.metrics.judge import Judge
 from sfumato.nn.engine import LARGE as LARGE_NETWORK
 from sfumato.nn.engine import Engine, EngineName, choose_engine
 from sfumato.nn.layers import Unfilled
-from sfumato.nn.memory import keep_halves, keep_pages
+from sfumato.nn.memory import keep_halves, keep_pages, moved
 from sfumato.pipelines.codes import CodesModel
 from sfumato.pipelines.find import bundled, find
 from sfumato.pipelines.gan import GANModel
@@ -211,7 +211,7 @@ def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stab
         )
     for note in found.notes:
         print(translated(f"note: {note}"), file=sys.stderr)
-    place = (lambda network, kind: keep_halves(network)) if halves else (lambda network, kind: network.to(device, kind))
+    place = (lambda network, kind: keep_halves(network)) if halves else (lambda network, kind: moved(network, device, kind))
     for ear in found.ears:
         place(ear.network, torch.float32)
     meta = {"kind": "stable-diffusion", "version": found.version, "size": found.size, "styles": [], "labels": [], "words": {}, "filler": [],

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sfumato.nn.memory import hand_back, keep_halves
+from sfumato.nn.memory import hand_back, keep_halves, moved
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is handed back")
 
@@ -46,6 +46,21 @@ def test_what_was_written_to_is_kept(tmp_path: Path) -> None:
     assert hand_back(net) == 0
     weight[3, 4] += 1
     assert torch.equal(net.weight, weight)
+
+
+@linux
+def test_other_numbers_take_the_place_of_a_file_part_by_part(tmp_path: Path) -> None:
+    halves = {f"{i}.weight": torch.randn(2048, 2048).half() for i in range(4)}
+    save_file(halves, tmp_path / "a.safetensors")
+    with torch.device("meta"):
+        net = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(4)))
+    net.load_state_dict(load_file(tmp_path / "a.safetensors"), assign=True)
+    seen: list[int] = []
+    for part in net:
+        part._apply = lambda f, recurse=True, part=part: (seen.append(held("RssFile")), nn.Module._apply(part, f, recurse))[1]  # type: ignore[assignment]
+    moved(net, torch.device("cpu"), torch.float32)
+    assert all(torch.equal(net.state_dict()[k], v.float()) for k, v in halves.items())
+    assert max(seen[1:4]) - seen[0] < 2 * halves["0.weight"].nbytes / 1024, "no more of the file than two parts"
 
 
 def test_weights_in_memory_are_left_alone() -> None:
