@@ -337,8 +337,9 @@ def _engine(asked: Generate, record: dict[str, Any] | None) -> dict[str, Any]:
         return chosen | {"low_memory": asked.low_memory}
     threads = min(record["threads"], os.cpu_count() or 1)
     device = "cpu" if record["device"] == "cpu" else "auto"
-    engine = "openvino" if record["engine"].startswith("openvino") and importlib.util.find_spec("openvino") else "eager"
-    recorded = {"device": device, "dtype": record["dtype"], "threads": threads, "engine": "eager" if asked.low_memory else engine}
+    there = importlib.util.find_spec("openvino") and not asked.low_memory and asked.device in ("auto", "cpu") and asked.dtype in ("auto", "fp32")
+    engine = "eager" if record["engine"].startswith("torch") else "openvino" if there else "auto"
+    recorded = {"device": device, "dtype": record["dtype"], "threads": threads, "engine": engine}
     return {k: recorded[k] if v in ("auto", 0) else v for k, v in chosen.items()} | {"low_memory": asked.low_memory}
 
 

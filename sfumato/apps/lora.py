@@ -135,7 +135,7 @@ def _loaded(model: str) -> Any:
     from sfumato.pipelines.latent_diffusion import LatentDiffusion
     from sfumato.pipelines.load import load
 
-    found = load(find(model), device="cpu", dtype="fp32")
+    found = load(find(model), device="cpu", dtype="fp32", engine="eager")
     if not isinstance(found, LatentDiffusion):
         raise ValueError(f"model (={model!r}) must draw by diffusion: there are no LoRAs of others")
     return found

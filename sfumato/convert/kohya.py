@@ -208,6 +208,11 @@ def style_of_lora(path: Path) -> str | None:
     return ",".join(f"{k}:{v:g}" for k, v in shares.items()) or None
 
 
+def until_of_lora(path: Path) -> float:
+    """The time from which on one of our files is at work; 1 of all others."""
+    return _number(said_of(path, "until"))
+
+
 def write_lora(lora: Lora, path: Path, *, layout: str = "kohya") -> None:
     """One file; see `lora_tensors`."""
     write_tensors(lora_tensors(lora, layout), path, {"format": "pt"} | {k: v for k, v in lora.about.items() if k.startswith("ss_")})

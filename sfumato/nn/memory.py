@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def hand_back(network: nn.Module, file: Path | None = None) -> int:
     """
     if sys.platform != "linux":
         return 0
-    held = [v.untyped_storage() for v in (*network.parameters(), *network.buffers()) if v.device.type == "cpu"]
+    values = (*network.parameters(), *network.buffers())
+    held = [v.untyped_storage() for v in values if v.device.type == "cpu" and type(v.data) is torch.Tensor]  # not those cut up among processes
     spans = [(v.data_ptr(), v.data_ptr() + v.nbytes()) for v in held]
     library, total = ctypes.CDLL(None), 0
     for start, end, path in _untouched():
@@ -52,7 +54,9 @@ def _untouched() -> list[tuple[int, int, str]]:
         for line in told:
             if not line[0].isupper():  # whereas what is said of a mapping begins with a name
                 begun = MAPPED.match(line)
-            elif begun and line.startswith("Anonymous:") and line.split()[1] == "0":
+            elif begun and line.startswith(("Anonymous:", "Swap:")) and line.split()[1] != "0":
+                begun = None
+            elif begun and line.startswith("VmFlags:"):  # the last that is said of it
                 found.append((int(begun[1], 16), int(begun[2], 16), begun[3].rstrip("\n")))
     return found
 
@@ -66,8 +70,11 @@ def moved(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 def keep_halves(network: nn.Module) -> nn.Module:
-    """The network with weights of 16 bits as they are; each layer computes in fp32 with a copy that lives as long as its own step."""
+    """The network with weights of 16 bits as they are, and fp32 for all others; each layer computes in fp32 with a copy that lives as long as its own
+    step.
+    """
     for layer in network.modules():
+        layer._apply(lambda v: v.float() if v.is_floating_point() and v.dtype.itemsize not in (2, 4) else v, recurse=False)
         if any(p.dtype.itemsize == 2 for p in layer.parameters(recurse=False)):
             layer.computes_in = torch.float32  # type: ignore[assignment]
             _Widened(layer)
@@ -75,17 +82,26 @@ def keep_halves(network: nn.Module) -> nn.Module:
 
 
 class _Widened:
-    """A layer's weights, in fp32 while it runs."""
+    """A layer's weights, in fp32 while it runs: for one caller after the other."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.halves: list[dict[str, Any]] = []
+        self.halves: dict[str, Any] = {}
+        self.busy = threading.Lock()
         layer.register_forward_pre_hook(self.widen)
         layer.register_forward_hook(self.narrow, always_call=True)
 
     def widen(self, layer: nn.Module, given: tuple[Any, ...]) -> None:
+        self.busy.acquire()
         own = layer._parameters
-        self.halves.append(dict(own))
+        self.halves = dict(own)
         own.update({k: nn.Parameter(p.float(), requires_grad=False) for k, p in own.items() if p is not None and p.dtype.itemsize == 2})
 
     def narrow(self, layer: nn.Module, given: tuple[Any, ...], out: torch.Tensor) -> None:
-        layer._parameters.update(self.halves.pop())
+        layer._parameters.update(self.halves)
+        self.busy.release()
+
+
+def hooked(network: nn.Module) -> bool:
+    """Whether something changes what its layers compute, beside halves that become whole."""
+    hooks = (h for m in network.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
+    return any(not isinstance(getattr(h, "__self__", None), _Widened) for h in hooks)

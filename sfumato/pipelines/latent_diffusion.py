@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sfumato.convert.kohya import Lora, read_embedding, read_lora, style_of_lora
-from sfumato.core.request import GenerateRequest
+from sfumato.convert.kohya import Lora, read_embedding, read_lora, style_of_lora, until_of_lora
+from sfumato.core.request import GenerateRequest, style_weights
 from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Cond, Denoise, Predict
 from sfumato.diffusion.deepcache import DeepCache
@@ -70,19 +70,25 @@ class LatentDiffusion(Model):
     denoiser: nn.Module
     path: Path
     watchers: list[Watch] = field(default_factory=list)  # are told after each step what the picture would be
+    now: list[float] = field(default_factory=lambda: [1.0])  # the time that the denoiser is asked at
     guide: LatentDiffusion | None = None  # a weaker model of the same latents that guidance leans on
     way: ClassVar[str] = "diffusion"
     part: ClassVar[str] = "denoiser"
     adapts: ClassVar[bool] = True
 
     def complete(self, request: GenerateRequest) -> GenerateRequest:
-        """See `Model`; in the style that a LoRA is a change of, where no other is asked for."""
+        """See `Model`; in the style that a LoRA is a change of, where no other is asked for and it is at work all the time."""
         request = super().complete(request)
         if request.fast:
             caches = (request.cache_interval or FAST_EVERY) if isinstance(self.denoiser, UNet) else None
             request = replace(request, guidance_interval=request.guidance_interval or FAST_GUIDANCE, cache_interval=caches)
-        of_loras = [style for told in request.lora if (style := style_of_lora(strength_of(told)[0]))] if self.styles and not request.style else []
-        return replace(request, style=of_loras[0]) if of_loras else request
+        found = None if request.style else self._style_of_lora(request)
+        return replace(request, style=found[0]) if found and found[1] == 1 else request
+
+    def _style_of_lora(self, request: GenerateRequest) -> tuple[str, float] | None:
+        """The style that a request's LoRA is a change of, and the time from which on that is at work."""
+        files = [strength_of(told)[0] for told in request.lora] if self.styles else []
+        return next(((style, until_of_lora(file)) for file in files if (style := style_of_lora(file))), None)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -113,8 +119,7 @@ class LatentDiffusion(Model):
                 if lora.until < 1:
                     merged += self._from_a_time_on(lora, strength)
             self._learn(request)
-            with self.engine.changed(self._told_of(loras, request), self.denoiser):
-                yield
+            yield
         finally:
             for part in merged:
                 part.eject()
@@ -123,20 +128,12 @@ class LatentDiffusion(Model):
 
     def _from_a_time_on(self, lora: Lora, strength: float) -> list[Attached]:
         """A LoRA at work where the time, which falls from 1, is at most `until`; what hears it changes in all."""
-        now = [1.0]
-        watching = Attached(hooks=[self.denoiser.register_forward_pre_hook(lambda _, given: now.__setitem__(0, float(given[1].max())))])
-        found = [watching]
+        now = self.now
+        found = [Attached(hooks=[self.denoiser.register_forward_pre_hook(lambda _, given: now.__setitem__(0, float(given[1].max())))])]
         for name, network in self.networks.items():
             timed = strength if network is not self.denoiser else lambda: strength if now[0] <= lora.until else 0.0
             found.append(attach(network, lora.changes.get(name, {}), timed))
         return found
-
-    def _told_of(self, loras: list[tuple[Lora, float]], request: GenerateRequest) -> str | None:
-        """What LoRAs change of the networks, in words that no other change has; None where it changes from step to step."""
-        if any(lora.until < 1 for lora, _ in loras):
-            return None
-        files = [strength_of(f, request.prompt)[0] for f in request.lora]
-        return " ".join(f"lora {_hash_of(file)} {strength}" for file, (_, strength) in zip(files, loras, strict=True))
 
     def _learn(self, request: GenerateRequest) -> None:
         """Raises ValueError for vectors that are not of these text encoders."""
@@ -192,7 +189,13 @@ class LatentDiffusion(Model):
 
         function = sampler(request.sampler or self.usual["sampler"]).function
         extra = {"eta": request.eta} if function is sample_ddim and request.eta else {}
-        for step in function(self._denoise(rows, begun, streams, ts), x, ts, self.path, noise=noise, **extra):
+        denoise = self._denoise(rows, begun, streams, ts)
+
+        def timed(x: Tensor, t: Tensor) -> Tensor:
+            self.now[0] = float(t.max())
+            return denoise(x, t)
+
+        for step in function(timed, x, ts, self.path, noise=noise, **extra):
             for watch in self.watchers:
                 watch(step.i, step.x0)
             yield step.x
@@ -221,6 +224,15 @@ class LatentDiffusion(Model):
         return own if row.toward is None else replace(own, first=slerp(own.first, self._stream(row.toward, begun).first, row.share))
 
     def _denoise(self, rows: list[Row], begun: Begun | None, streams: list[Stream], ts: Tensor) -> Denoise:
+        """Where a LoRA is at work from a time on, its style is, too: what is drawn is decided before, in the style that is asked for."""
+        before, late = self._denoise_in(rows, begun), self._style_of_lora(rows[0].request)
+        if late is None or late[1] == 1:
+            return before
+        style, until = style_weights(late[0], self.styles), late[1]
+        after = self._denoise_in([replace(r, style=style, toward=r.toward and replace(r.toward, style=style)) for r in rows], begun)
+        return lambda x, t: (after if float(t.max()) <= until else before)(x, t)
+
+    def _denoise_in(self, rows: list[Row], begun: Begun | None) -> Denoise:
         request = rows[0].request
         cond, empty = self._sides(rows)
         post: list[Post] = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
@@ -250,11 +262,13 @@ class LatentDiffusion(Model):
 
     def _network(self, request: GenerateRequest) -> Callable[[Tensor, Tensor, Cond], Tensor]:
         """What computes the denoiser: whole at every step, or at some of them."""
-        nested = isinstance(self.denoiser, UNet)  # whose graphs are right for any shape
-        if (request.cache_interval or 1) == 1:
-            return self.engine.of(self.denoiser, dynamic=nested)
-        parts = (self.engine.of(self.denoiser, method, dynamic=nested) for method in ("whole", "shallow"))
-        return DeepCache(*parts, every=request.cache_interval)  # type: ignore[arg-type]
+        if not isinstance(self.denoiser, UNet):
+            return self.engine.of(self.denoiser)
+        every = request.cache_interval or 1
+        whole = self.engine.of(self.denoiser, "whole", dynamic=True)  # one graph for both ways, right for any shape
+        if every == 1:
+            return self.denoiser if self.engine.name == "eager" else lambda *args: whole(*args)[0]
+        return DeepCache(whole, self.engine.of(self.denoiser, "shallow", dynamic=True), every)
 
     def _changes(self, request: GenerateRequest, prediction: Prediction) -> list[Post]:
         """What a request does to guidance."""

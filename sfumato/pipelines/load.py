@@ -26,7 +26,6 @@ from sfumato.core.pack import load_pack
 from sfumato.core.request import Device
 from sfumato.diffusion.path import PathConfig, make_path
 from sfumato.metrics.judge import Judge
-from sfumato.nn.engine import LARGE as LARGE_NETWORK
 from sfumato.nn.engine import Engine, EngineName, choose_engine
 from sfumato.nn.layers import Unfilled
 from sfumato.nn.memory import keep_halves, keep_pages, moved
@@ -94,35 +93,30 @@ def load(
     kind = choose_dtype(dtype, where)
     keep_pages()
     stable = Stable(prediction=prediction, vae=None if vae is None else Path(vae), averaged=averaged, variant=variant)
-    halves = computes_halves(low_memory, engine, where, kind)
-    found = computed_by(engine, low_memory, _load(find(model), where, kind, stable, halves))
-    if low_memory and not isinstance(found, StableDiffusion):
-        raise ValueError("low_memory (=True) is for checkpoints of Stable Diffusion: leave it out")
-    if guide is None:
-        return found
-    return guided_by(found, computed_by(engine, low_memory, _load(find(guide, "guide"), where, kind, halves=halves)), guide)
+    computing = Computing(engine=engine, low_memory=low_memory)
+    found = _load(find(model), where, kind, stable, computing)
+    return (
+        found if guide is None else guided_by(found, _load(find(guide, "guide"), where, kind, computing=replace(computing, low_memory=False)), guide)
+    )
 
 
-def computes_halves(low_memory: bool, engine: EngineName, device: torch.device, kind: torch.dtype) -> bool:
-    """Whether weights of 16 bits of Stable Diffusion stay so, to compute in fp32: where memory is little, and where a graph is made of them. Raises
-    ValueError.
-    """
-    if low_memory and engine not in ("auto", "eager"):
-        raise ValueError(f"engine (={engine!r}) holds weights in 32 bits: leave it or low_memory out")
-    if low_memory and (device.type != "cpu" or kind != torch.float32):
-        raise ValueError("low_memory (=True) is for fp32 on a CPU: leave it out, or name --device cpu --dtype fp32")
-    return low_memory or choose_engine(engine, device, kind, LARGE_NETWORK) == "openvino"
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """How networks are to be computed; see `load`."""
 
+    engine: EngineName = "auto"
+    low_memory: bool = False
 
-def computed_by(asked: EngineName, low_memory: bool, model: Model) -> Model:
-    """The model with an engine. Raises ValueError where it cannot have that."""
-    if not isinstance(model, LatentDiffusion):
-        if asked not in ("auto", "eager"):
-            raise ValueError(f"engine (={asked!r}) is for models that draw by diffusion: leave it out")
-        return model
-    size = sum(p.numel() for p in model.denoiser.parameters())
-    name = choose_engine("eager" if low_memory else asked, model.device, model.dtype, size)
-    return replace(model, engine=Engine(name, f"{model.meta['hash']} {json.dumps(model.meta.get('with', {}), sort_keys=True)}"))
+    def name_for(self, denoiser: torch.nn.Module, device: torch.device, kind: torch.dtype) -> EngineName:
+        """The engine of a model. Raises ValueError for one that is not to be had."""
+        if self.low_memory and self.engine not in ("auto", "eager"):
+            raise ValueError(f"engine (={self.engine!r}) holds weights in 32 bits: leave it or low_memory out")
+        if self.low_memory and (device.type != "cpu" or kind != torch.float32):
+            raise ValueError("low_memory (=True) is for fp32 on a CPU: leave it out, or name --device cpu --dtype fp32")
+        return choose_engine("eager" if self.low_memory else self.engine, device, kind, sum(p.numel() for p in denoiser.parameters()))
+
+    def made(self, name: EngineName, *networks: torch.nn.Module) -> Engine:
+        return Engine(name, networks, willing=self.engine == "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +153,11 @@ def guided_by(model: Model, weaker: Model, named: str | Path) -> Model:
     return replace(model, guide=weaker, meta=model.meta | {"with": said})  # type: ignore[call-arg]
 
 
-def _load(path: Path, where: torch.device, kind: torch.dtype, stable: Stable = Stable(), halves: bool = False) -> Model:
+def _load(path: Path, where: torch.device, kind: torch.dtype, stable: Stable = Stable(), computing: Computing = Computing()) -> Model:
     if is_stable(path):
-        return load_stable(path, where, kind, stable, halves)
+        return load_stable(path, where, kind, stable, computing)
+    if computing.low_memory:
+        raise ValueError("low_memory (=True) is for checkpoints of Stable Diffusion: leave it out")
     if given := next(iter(stable.said.items()), None):
         raise ValueError(f"{given[0]} (={given[1]!r}) must be left out: it is for checkpoints of Stable Diffusion")
     tensors, meta = load_pack(path)
@@ -183,13 +179,16 @@ def _load(path: Path, where: torch.device, kind: torch.dtype, stable: Stable = S
         networks[name] = zoo.load_into(network, tensors, f"{name}.").to(where)
     networks[part].to(kind)
     common: dict[str, Any] = {"text": networks.get("text"), "meta": meta, "name": path.stem, "device": where, "dtype": kind}
+    if part != "denoiser" and computing.engine not in ("auto", "eager"):
+        print(translated(f"warning: engine {computing.engine} has no effect: it is for models that draw by diffusion"), file=sys.stderr)
     if part == "generator":
         return GANModel(generator=networks[part], **common)
     upscaler, digest = upscaler_for(networks["codec"])
     common |= {"codec": networks["codec"], "upscaler": None if upscaler is None else upscaler.to(where), "upscaler_hash": digest}
     if part == "prior":
         return CodesModel(prior=networks[part], **common)
-    return LatentDiffusion(denoiser=networks[part], path=make_path(from_json(PathConfig, meta["path"], "path")), **common)
+    engine = computing.made(computing.name_for(networks[part], where, kind), networks[part], networks["codec"])
+    return LatentDiffusion(denoiser=networks[part], engine=engine, path=make_path(from_json(PathConfig, meta["path"], "path")), **common)
 
 
 def is_stable(path: Path) -> bool:
@@ -200,8 +199,10 @@ def is_stable(path: Path) -> bool:
     return "hash" not in said or said.get("kind") == json.dumps(TUNED_KIND)
 
 
-def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stable, halves: bool = False) -> StableDiffusion:
-    """A checkpoint of Stable Diffusion, ready to draw; what is to be known of it goes to stderr. `halves`: see `computes_halves`."""
+def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stable, computing: Computing) -> StableDiffusion:
+    """A checkpoint of Stable Diffusion, ready to draw; what is to be known of it goes to stderr. Where memory is little, and where graphs are made of
+    them, weights of 16 bits stay so.
+    """
     found = read_checkpoint(path, prediction=asked.prediction, averaged=asked.averaged, variant=asked.variant, vae=asked.vae)
     said = asked.said | ({} if asked.vae is None else {"vae_hash": file_hash(asked.vae)})
     if found.codec.spec.latent_channels != found.unet.config.out_channels:
@@ -211,13 +212,16 @@ def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stab
         )
     for note in found.notes:
         print(translated(f"note: {note}"), file=sys.stderr)
+    engine = computing.name_for(found.unet, device, kind)
+    halves = computing.low_memory or engine == "openvino"
     place = (lambda network, kind: keep_halves(network)) if halves else (lambda network, kind: moved(network, device, kind))
     for ear in found.ears:
         place(ear.network, torch.float32)
     meta = {"kind": "stable-diffusion", "version": found.version, "size": found.size, "styles": [], "labels": [], "words": {}, "filler": [],
             "hash": file_hash(path), "prediction": found.scheduler.prediction, "with": said}  # fmt: skip
+    unet, codec = place(found.unet, kind), place(found.codec, torch.float32)
     return StableDiffusion(
-        denoiser=place(found.unet, kind), codec=place(found.codec, torch.float32), ears=found.ears, scheduler=found.scheduler,
+        denoiser=unet, codec=codec, engine=computing.made(engine, unet, codec), ears=found.ears, scheduler=found.scheduler,
         path=found.scheduler.made, inpaints=found.inpaints, quiet=found.quiet, text=None, meta=meta, device=device, dtype=kind,
         name=path.stem if path.is_file() else path.name,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -317,11 +317,7 @@ class StableDiffusion(LatentDiffusion):
     def changed(self, request: GenerateRequest) -> Iterator[None]:
         """See `LatentDiffusion`; where it is to be so, opposite edges fit together."""
         networks = [self.denoiser, self.codec, *([] if self.guide is None else [self.guide.denoiser])]
-        with ExitStack() as stack:
-            stack.enter_context(super().changed(request))
-            stack.enter_context(seamless(networks, request.tiling))
-            for engine in {self.engine, *([] if self.guide is None else [self.guide.engine])} if request.tiling else ():
-                stack.enter_context(engine.changed("tiling", *networks))
+        with super().changed(request), seamless(networks, request.tiling):
             yield
 
     def _drawn(self, rows: list[Row], progress: Progress | None) -> Iterator[Picture]:

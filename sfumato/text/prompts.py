@@ -159,7 +159,7 @@ class Ear:
         net, layer = self.network, self.layer + skip - 1
         if not 1 <= skip <= self.most_skip:
             raise ValueError(f"clip_skip (={skip}) must be from 1 to {self.most_skip}: the blocks of this text encoder")
-        states = net.hidden(F.embedding(ids, with_learned(net.embeddings.token_embedding.weight, self.learned)).float())
+        states = net.hidden(F.embedding(ids, with_learned(net.embeddings.token_embedding.weight.float(), self.learned)))
         chosen = states[len(states) - layer]
         chosen = net.final_layer_norm(chosen) if self.normed else chosen
         if bool((weights != 1).any()):

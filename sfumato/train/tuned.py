@@ -164,7 +164,7 @@ class Tuning(ABC):
     # --- the model and the pictures ---------------------------------------------------------------------------------------------------------------
 
     def _base(self, bf16: bool) -> LatentDiffusion:
-        model: Model = load(self.recipe.base, device=self.device.type, dtype="bf16" if bf16 else "fp32")  # type: ignore[arg-type]
+        model: Model = load(self.recipe.base, device=self.device.type, dtype="bf16" if bf16 else "fp32", engine="eager")  # type: ignore[arg-type]
         if not isinstance(model, LatentDiffusion):
             raise ValueError(f"base (={self.recipe.base!r}) must draw by diffusion: {model.way} models are trained with sfumato train")
         if getattr(model, "inpaints", False):

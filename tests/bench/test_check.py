@@ -24,13 +24,16 @@ def test_what_became_slower_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(check, "seconds", lambda work: work())
     monkeypatch.setattr(check, "fixed", lambda: lambda: 0.01)
     monkeypatch.setattr(check, "works", lambda: {"work": lambda: took[0]})
-    assert run(capsys)["holds"] is None, "nothing is known of this machine"
+    with pytest.raises(SystemExit, match="nothing is known of this kind of CPU"):
+        check.main([])
+    with pytest.raises(SystemExit, match="must be at least 9"):
+        check.main(["--pairs", "8"])
     run(capsys, "--write")
     assert run(capsys)["value"] == 1
     took[0] = 0.0208
     assert run(capsys)["holds"] is True
     took[0] = 0.0212
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="1"):
         check.main([])
 
 

@@ -79,3 +79,14 @@ def test_of_one_whole_step_each_nothing_is_left_out(net: UNet) -> None:
     cached, x, cond = DeepCache(net.whole, net.shallow, 1), torch.randn(1, 4, 8, 8), told(1)
     for t in (0.9, 0.5, 0.1):
         assert torch.equal(cached(x, torch.tensor([t]), cond), net(x, torch.tensor([t]), cond))
+
+
+def test_features_of_another_text_are_not_taken(net: UNet) -> None:
+    """As with guidance 0, where only what guidance leans on is asked for, and outside of its interval only the condition."""
+    counting, x = Counting(net), torch.randn(1, 4, 8, 8)
+    cached, other = DeepCache(counting.whole, counting.shallow, 4), Cond(text=torch.zeros(1, 5, 16))
+    for t, cond in ((0.9, other), (0.8, other), (0.7, told(1)), (0.6, told(1))):
+        out = cached(x, torch.tensor([t]), cond)
+        if t in (0.9, 0.7):
+            assert torch.equal(out, net(x, torch.tensor([t]), cond))
+    assert (counting.wholes, counting.shallows) == (2, 2)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from sfumato.core.seams import Cond
 from sfumato.diffusion.unet import TIMES, UNet, UNetConfig
 from sfumato.nn import engine as engines
 from sfumato.nn.engine import Engine, choose_engine
+from sfumato.nn.lora import Delta, merge
 
 pytest.importorskip("openvino")
 SMALL = UNetConfig(widths=(32, 64, 64), blocks=1, depths=(1, 1, 0), heads=(2, 2, 2), context=16, pooled=8, sizes=6, size_width=8)
@@ -44,7 +48,7 @@ def kept(folder: Path) -> list[Path]:
 @torch.no_grad()
 def test_one_graph_is_right_for_every_shape(own_cache: Path) -> None:
     net = unet()
-    run = Engine("openvino", "these").of(net, dynamic=True)
+    run = Engine("openvino", (net,)).of(net, dynamic=True)
     for rows, high, wide, tokens in ((1, 8, 8, 5), (2, 12, 20, 5), (3, 9, 7, 30), (2, 32, 40, 5), (1, 64, 64, 77)):
         x, t, cond = torch.randn(rows, 4, high, wide), torch.rand(rows), told(rows, tokens)
         torch.testing.assert_close(run(x, t, cond), net(x, t, cond), atol=1e-4, rtol=1e-4)
@@ -57,36 +61,95 @@ def test_one_graph_is_right_for_every_shape(own_cache: Path) -> None:
 @torch.no_grad()
 def test_several_results_and_what_the_disk_has() -> None:
     net, x, t, cond = unet(), torch.randn(2, 4, 8, 8), torch.rand(2), told(2, 5)
-    out, deep = Engine("openvino", "these").of(net, "whole", dynamic=True)(x, t, cond)
-    again = Engine("openvino", "these").of(net, "whole", dynamic=True)(x, t, cond)
+    out, deep = Engine("openvino", (net,)).of(net, "whole", dynamic=True)(x, t, cond)
+    again = Engine("openvino", (net,)).of(net, "whole", dynamic=True)(x, t, cond)
     torch.testing.assert_close(out, net(x, t, cond), atol=1e-4, rtol=1e-4)
     assert torch.equal(out, again[0])
     assert torch.equal(deep, again[1])
-    found = Engine("openvino", "these").of(net, "shallow", dynamic=True)(x, t, cond, deep)
+    found = Engine("openvino", (net,)).of(net, "shallow", dynamic=True)(x, t, cond, deep)
     torch.testing.assert_close(found, out, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_other_weights_have_other_graphs() -> None:
-    x, t, cond = torch.randn(1, 4, 8, 8), torch.rand(1), told(1, 5)
-    nets = {name: unet(i) for i, name in enumerate(("a", "b"))}
-    for _ in range(2):
-        for name, net in nets.items():
-            torch.testing.assert_close(Engine("openvino", name).of(net, dynamic=True)(x, t, cond), net(x, t, cond), atol=1e-4, rtol=1e-4)
-    engine, net = Engine("openvino", "a"), nets["a"]
-    before = engine.of(net, dynamic=True)(x, t, cond)
+def test_every_change_of_the_weights_has_a_graph_of_its_own(own_cache: Path) -> None:
+    """Also in another engine, and in the other order: what is on the disk is of what was there when it was made."""
+    x, t, cond, net = torch.randn(1, 4, 8, 8), torch.rand(1), told(1, 5), unet()
+    engine = Engine("openvino", (net,))
+
+    def same(engine: Engine) -> Tensor:
+        found = engine.of(net, dynamic=True)(x, t, cond)
+        torch.testing.assert_close(found, net(x, t, cond), atol=1e-4, rtol=1e-4)
+        return found
+
+    before, weight = same(engine), net.conv_out.weight
+    delta = Delta(torch.randn(2, 32, 3, 3), torch.randn(4, 2, 1, 1))
+    merged = merge(net, [({"conv_out": delta}, 0.5)])
+    assert not torch.allclose(same(engine), before, atol=1e-3)
+    same(Engine("openvino", (net,)))
+    merged.eject()
+    assert net.conv_out.weight is not weight
+    assert torch.equal(same(engine), before)
+    net.conv_in.padding_mode = "circular"
+    assert not torch.allclose(same(engine), before, atol=1e-4)
+    net.conv_in.padding_mode = "zeros"
+    assert torch.equal(same(Engine("openvino", (net,))), before)
+    assert len(kept(own_cache)) == 3
+
+
+@torch.no_grad()
+def test_what_comes_and_goes_and_copies_are_eager() -> None:
+    """Layers with hooks, such as those of a LoRA that learns, and averages of a network."""
+    net = unet()
+    engine, other = Engine("openvino", (net,)), copy.deepcopy(net)
+    assert engine.of(other) is other
+    hook = net.conv_out.register_forward_hook(lambda layer, given, out: out + 1)
+    assert engine.of(net) is net
+    hook.remove()
+    assert engine.of(net) is not net
+
+
+@torch.no_grad()
+def test_a_willing_engine_does_without(own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    x, t, cond, net = torch.randn(1, 4, 8, 8), torch.rand(1), told(1, 5), unet()
+    engine = Engine("openvino", (net,), willing=True)
     weight = net.conv_out.weight
     net.conv_out.weight = nn.Parameter(2 * weight, requires_grad=False)
-    with engine.changed("twice", net):
-        torch.testing.assert_close(engine.of(net, dynamic=True)(x, t, cond), net(x, t, cond), atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(net(x, t, cond), before, atol=1e-3)
-    with engine.changed(None, net):
-        assert engine.of(net, dynamic=True) is net
-        assert engine.of(nets["b"]) is not nets["b"], "another network is as it was"
-        with engine.changed("more", net):
-            assert engine.of(net) is net, "nobody knows what is more than what nobody knows"
+    assert torch.equal(engine.of(net, dynamic=True)(x, t, cond), net(x, t, cond)), "no graph is made of what was changed"
+    assert not own_cache.exists()
+    Engine("openvino", (net,)).of(net, dynamic=True)(x, t, cond)
+    found = engine.of(net, dynamic=True)
+    assert len(kept(own_cache)) == 1
+    engine.made.clear()
+    assert not torch.equal(engine.of(net, dynamic=True)(x, t, cond), net(x, t, cond)), "but one that is there is taken"
     net.conv_out.weight = weight
-    assert torch.equal(engine.of(net, dynamic=True)(x, t, cond), before)
+    monkeypatch.setattr(engines, "free_bytes", lambda path: 10)
+    found = engine.of(net, dynamic=True)
+    for _ in range(2):
+        assert torch.equal(found(x, t, cond), net(x, t, cond))
+    assert capsys.readouterr().err.count("has no room") == 1
+
+
+@torch.no_grad()
+def test_a_damaged_graph_is_made_anew(own_cache: Path) -> None:
+    net, x = Branching().requires_grad_(False), torch.randn(2, 4)
+    before = Engine("openvino", (net,)).of(net)(x)
+    (folder,) = kept(own_cache)
+    for damaged in (b"", (folder / "graph.xml").read_bytes()[:200]):
+        (folder / "graph.xml").write_bytes(damaged)
+        shutil.rmtree(folder / "compiled", ignore_errors=True)
+        assert torch.equal(Engine("openvino", (net,)).of(net)(x), before)
+
+
+@torch.no_grad()
+def test_threads_do_not_mix_their_numbers() -> None:
+    net = Branching().requires_grad_(False)
+    run = Engine("openvino", (net,)).of(net)
+    inputs = [torch.full((2, 4), float(i)) for i in range(8)]
+    expected = [net(x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(40):
+            for a, b in zip(pool.map(run, inputs), expected, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 class Branching(nn.Module):
@@ -103,7 +166,7 @@ class Branching(nn.Module):
 @torch.no_grad()
 def test_a_network_that_branches_has_a_graph_for_each_shape(own_cache: Path) -> None:
     net = Branching().requires_grad_(False)
-    run = Engine("openvino", "these").of(net)
+    run = Engine("openvino", (net,)).of(net)
     for rows in (1, 2, 3):
         x = torch.randn(rows, 4)
         torch.testing.assert_close(run(x), net(x), atol=1e-5, rtol=1e-5)
@@ -116,7 +179,7 @@ def test_a_graph_that_says_something_else_is_refused(own_cache: Path, monkeypatc
     traced = engines._Traced.forward
     monkeypatch.setattr(engines._Traced, "forward", lambda self, *tensors: traced(self, *tensors) * 1.01)
     with pytest.raises(FileError, match="computes another result than the network"):
-        Engine("openvino", "these").of(net)(x)
+        Engine("openvino", (net,)).of(net)(x)
     assert kept(own_cache) == []
 
 
@@ -129,36 +192,42 @@ class Foreign(nn.Module):
 
 @torch.no_grad()
 def test_what_no_graph_can_have_is_said_in_one_line(own_cache: Path) -> None:
+    foreign = Foreign()
     with pytest.raises(FileError, match="openvino cannot compute this network: take --engine eager"):
-        Engine("openvino", "these").of(Foreign())(torch.randn(2, 4))
+        Engine("openvino", (foreign,)).of(foreign)(torch.randn(2, 4))
     assert list(own_cache.iterdir()) == []
 
 
 @torch.no_grad()
 def test_graphs_that_were_not_used_for_longest_make_room(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = Branching().requires_grad_(False), torch.randn(2, 4)
-    Engine("openvino", "first").of(net)(x)
+
+    def another() -> None:
+        net.layer.bias += 1
+        Engine("openvino", (net,)).of(net)(x)
+
+    another()
     (first,) = kept(own_cache)
     monkeypatch.setattr(engines, "MOST_KEPT", engines.size_of(first) * 2)
-    for name in ("second", "third"):
-        Engine("openvino", name).of(net)(x)
+    another()
+    another()
     assert first not in kept(own_cache)
     assert kept(own_cache)
     left = own_cache / ".x.part"
     left.mkdir()
     os.utime(left, (0, 0))
-    Engine("openvino", "another").of(net)(x)
+    another()
     assert not left.exists(), "of a process that was killed"
     monkeypatch.setattr(engines, "free_bytes", lambda path: 10)
     with pytest.raises(FileError, match=r"no room for the .* take --engine eager"):
-        Engine("openvino", "fourth").of(net)(x)
+        another()
 
 
 @torch.no_grad()
 def test_few_graphs_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net = unet()
     monkeypatch.setattr(engines, "MOST_HELD", 1)
-    run: Any = Engine("openvino", "these").of(net, dynamic=True)
+    run: Any = Engine("openvino", (net,)).of(net, dynamic=True)
     for side in (8, 16, 8):
         x, t, cond = torch.randn(1, 4, side, side), torch.rand(1), told(1, 5)
         torch.testing.assert_close(run(x, t, cond), net(x, t, cond), atol=1e-4, rtol=1e-4)
@@ -189,9 +258,13 @@ def test_compiled_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the backend that traces as on a GPU and computes as written."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="aot_eager"))
-    net, x, engine = Branching().requires_grad_(False), torch.randn(3, 4), Engine("compile", "these")
+    net, x = Branching().requires_grad_(False), torch.randn(3, 4)
+    engine = Engine("compile", (net,))
     assert engine.of(net) is not net
     torch.testing.assert_close(engine.of(net)(x), net(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(engine.of(net)(x[:1]), net(x[:1]), atol=1e-5, rtol=1e-5)
     assert engine.of(net) is engine.of(net)
     assert engine.version == f"torch {torch.__version__}"
+    hook = net.layer.register_forward_hook(lambda layer, given, out: out + 1)
+    assert engine.of(net) is net, "what was compiled knows nothing of hooks that come later"
+    hook.remove()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sfumato.apps.cli import main
+from sfumato.convert.kohya import Lora, lora_tensors
 from sfumato.convert.stable import read_checkpoint, write_single
 from sfumato.core.request import GenerateRequest
-from sfumato.diffusion.unet import UNet
+from sfumato.diffusion.unet import UNet, UNetConfig
+from sfumato.nn.engine import Engine
+from sfumato.nn.lora import Delta
 from sfumato.pipelines.generate import Model
 from sfumato.pipelines.load import load
 from sfumato.pipelines.stable_diffusion import StableDiffusion
@@ -61,7 +66,8 @@ def test_a_picture_is_drawn_again_by_its_engine(openvino: Model, stable: Path, t
 
 def test_halves_stay_halves_and_draw_the_same(stable: Path, tmp_path: Path) -> None:
     write_single(read_checkpoint(stable / "sd15.safetensors"), tmp_path / "half.safetensors", half=True)
-    plain, low = (load(tmp_path / "half.safetensors", device="cpu", low_memory=low) for low in (False, True))
+    plain, low = (load(tmp_path / "half.safetensors", device="cpu", engine="eager", low_memory=low) for low in (False, True))
+    assert {p.dtype for p in plain.network.parameters()} == {torch.float32}
     request = replace(REQUEST, prompt="a (fox:1.3)", lora=(str(stable / "style.safetensors"),))
     assert np.array_equal(image(plain, REQUEST), image(low, REQUEST))
     assert np.array_equal(image(plain, request), image(low, request))
@@ -101,6 +107,41 @@ def test_fast_asks_the_whole_network_less_often(eager: Model) -> None:
     assert np.array_equal(image(eager, replace(request, cache_interval=1)), exact)
     (again,) = eager.pictures(picture.record["request"])
     assert again.png() == picture.png()
+
+
+def test_a_lora_from_a_time_on_is_at_work_in_the_fast_mode_too(smoke: Path, tmp_path: Path) -> None:
+    """On a UNet of our own kind of model, whose whole and shallow steps are asked for by name."""
+    ours = load(smoke / "diffusion", device="cpu")
+    denoiser = UNet(UNetConfig(channels=ours.codec.spec.latent_channels, out_channels=ours.codec.spec.latent_channels, widths=(32, 64), blocks=1,  # type: ignore[union-attr]
+                               depths=(1, 0), heads=(2, 2), context=ours.text.config.width))  # type: ignore[union-attr]  # fmt: skip
+    model = replace(ours, denoiser=denoiser.eval().requires_grad_(False))  # type: ignore[call-arg]
+    layer = "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q"
+    weight = denoiser.get_submodule(layer).weight
+    file = tmp_path / "late.safetensors"
+    tensors = lora_tensors(Lora({"denoiser": {layer: Delta(torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4))}}, {}), "kohya")
+    save_file(tensors, file, {"format": "pt", "until": "0.5"})
+    for change in ({}, {"cache_interval": 3}, {"fast": True}):
+        request = GenerateRequest(prompt="a cat", seed=3, steps=6, **change)  # type: ignore[arg-type]
+        assert np.abs(image(model, request) - image(model, replace(request, lora=(str(file),)))).max() > 1, change
+
+
+def test_what_is_drawn_at_once_with_something_else_leaves_nothing_behind(openvino: Model, eager: Model) -> None:
+    """Two generators, of which the one begun first ends first."""
+    first, second = openvino.pictures(REQUEST), openvino.pictures(replace(REQUEST, tiling=True, count=8))
+    next(first), next(second)
+    first.close()  # type: ignore[attr-defined]
+    list(second)
+    assert np.abs(image(openvino, REQUEST) - image(eager, REQUEST)).max() <= 1
+
+
+def test_averages_and_what_learns_are_eager(openvino: Model, stable: Path) -> None:
+    tuned = replace(openvino, denoiser=copy.deepcopy(openvino.network))  # type: ignore[call-arg]
+    with torch.no_grad():
+        for p in tuned.network.parameters():
+            p.mul_(0.5)
+    other = replace(tuned, engine=Engine())
+    assert np.array_equal(image(tuned, REQUEST), image(other, REQUEST))
+    assert not np.array_equal(image(tuned, REQUEST), image(openvino, REQUEST))
 
 
 def test_what_cannot_be(stable: Path, smoke: Path) -> None:
