@@ -70,11 +70,13 @@ class Engine:
         self.own = {id(n): fingerprint(n) for n in networks} if name == "openvino" else {id(n): "" for n in networks}
         self.networks = networks  # whose ids are nobody else's as long as they are
         self.made: dict[tuple[int, str], Any] = {}
+        self.asked: dict[tuple[int, str], Any] = {}  # the graphs of what was asked for last, None for what is as it is written
 
     def of(self, network: nn.Module, method: str = "forward", *, dynamic: bool = False) -> Callable[..., Any]:
         """What computes a method of a network that takes tensors and conditions. `dynamic`: one graph of it is right for any shape."""
         plain: Callable[..., Any] = network if method == "forward" else getattr(network, method)
         key = (id(network), method)
+        self.asked[key] = None
         if self.name == "eager" or id(network) not in self.own or hooked(network):
             return plain
         if self.name == "compile":
@@ -84,12 +86,19 @@ class Engine:
             self.made.pop(key, None)  # graphs of other weights are not held beside these
             changed = weights != self.own[id(network)]
             self.made[key] = Graphs(network, method, weights, dynamic, self.willing, makes=not (self.willing and changed))
+        self.asked[key] = self.made[key]
         return self.made[key]  # type: ignore[no-any-return]
 
     @property
     def version(self) -> str:
-        """As a picture's record says it."""
+        """What is to compute, with its version."""
         return f"openvino {importlib.metadata.version('openvino')}" if self.name == "openvino" else f"torch {torch.__version__}"
+
+    @property
+    def used(self) -> str:
+        """What did compute, as a picture's record says it: OpenVINO where a graph was there for any part."""
+        graphs = [g for g in self.asked.values() if g is not None]
+        return self.version if self.name != "openvino" or any(g.used for g in graphs) else f"torch {torch.__version__}"
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -153,6 +162,7 @@ class Graphs:
         self.willing, self.makes = willing, makes
         self.bytes = sum(p.numel() * 4 for p in network.parameters())
         self.compiled: dict[Any, Any] = {}
+        self.used = False
         self.lock = threading.Lock()
 
     @torch.no_grad()
@@ -173,6 +183,7 @@ class Graphs:
                     del self.compiled[next(iter(self.compiled))]
                 self.compiled[key] = self._graph(args, named)
             request = self.compiled[key]
+            self.used = request is not None
             if request is None:
                 return getattr(self.network, self.method)(*args)
             return _answer(request, named)

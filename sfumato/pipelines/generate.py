@@ -399,7 +399,7 @@ class Model(ABC):
             "seed": row.seed,
             "style": row.style,
             "model": {"name": self.name, "hash": self.meta["hash"]},
-            "engine": self.engine.version,
+            "engine": self.engine.used,
             "device": self.device.type,
             "dtype": DTYPES[self.dtype],
             "threads": torch.get_num_threads(),

@@ -37,6 +37,7 @@ def test_what_became_slower_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         check.main([])
 
 
+@pytest.mark.slow
 def test_quick_runs_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openvino")
     monkeypatch.setattr(check, "KNOWN", tmp_path / "check.json")

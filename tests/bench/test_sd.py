@@ -12,6 +12,7 @@ import sd
 pytest.importorskip("openvino")
 
 
+@pytest.mark.slow
 def test_quick_measures_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sd.main(["--quick", "--only", "steps,pictures,memory", "--out", str(tmp_path), "--threads", "1"])
     out = capsys.readouterr().out

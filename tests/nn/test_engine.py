@@ -115,12 +115,15 @@ def test_a_willing_engine_does_without(own_cache: Path, monkeypatch: pytest.Monk
     weight = net.conv_out.weight
     net.conv_out.weight = nn.Parameter(2 * weight, requires_grad=False)
     assert torch.equal(engine.of(net, dynamic=True)(x, t, cond), net(x, t, cond)), "no graph is made of what was changed"
+    assert engine.used == f"torch {torch.__version__}"
+    assert engine.version.startswith("openvino")
     assert not own_cache.exists()
     Engine("openvino", (net,)).of(net, dynamic=True)(x, t, cond)
     found = engine.of(net, dynamic=True)
     assert len(kept(own_cache)) == 1
     engine.made.clear()
     assert not torch.equal(engine.of(net, dynamic=True)(x, t, cond), net(x, t, cond)), "but one that is there is taken"
+    assert engine.used == engine.version
     net.conv_out.weight = weight
     monkeypatch.setattr(engines, "free_bytes", lambda path: 10)
     found = engine.of(net, dynamic=True)
