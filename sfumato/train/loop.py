@@ -39,6 +39,7 @@ from sfumato.core.request import Device
 from sfumato.core.rng import derive
 from sfumato.core.runlog import RunLog, is_out_of_memory
 from sfumato.nn.ema import ema_copy, ema_update
+from sfumato.nn.memory import keep_pages
 from sfumato.train.shards import Shards, whole
 
 BAD_STEPS_IN_A_ROW = 5
@@ -196,6 +197,7 @@ def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
     """Makes a task for the device of the run; the main process first, so that the others find the caches that it filled."""
     if loop.threads:
         torch.set_num_threads(loop.threads)
+    keep_pages()
     state = _processes(loop)
     if loop.device not in ("auto", state.device.type):
         raise ValueError(f"device (={loop.device!r}) is not available here: use auto or {state.device.type}")
