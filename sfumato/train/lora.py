@@ -46,7 +46,7 @@ class LoraRecipe(Tuned):
 
 
 def preset_style() -> tuple[LoraRecipe, LoopConfig]:
-    """How drawings look, from ten or more of them, for the bundled model or another of ours; 385 s of one busy core.
+    """How drawings look, from ten or more of them, for the bundled model or another of ours; some 400 s of one core.
 
     `sfumato train lora --data DIR --out runs/my-style`
     """
