@@ -135,7 +135,7 @@ class Generate:
     apg: float | None = None
     """How much of the guidance along the picture counts, which saturates colours: 0 to 1 (arXiv 2410.02416)."""
     fast: bool = False
-    """Twice as fast and a little different: guidance not in the last fifth of the time, and of models with a UNet every third step whole."""
+    """A little different and, of models with a UNet, twice as fast: every third step is whole (others: no guidance at the end of the time)."""
     cache_interval: int | None = None
     """Of models with a UNet: at every how many-th step the whole network is asked (1: all), else its outermost blocks (arXiv 2312.00858)."""
     vae: Path | None = None
@@ -444,7 +444,8 @@ def where(model: Model) -> str:
 
     from sfumato.pipelines.generate import DTYPES
 
-    return f"{model.name} on {model.device.type}, {DTYPES[model.dtype]}, {torch.get_num_threads()} threads"
+    by = "" if model.engine.name == "eager" else f" by {model.engine.name}"
+    return f"{model.name} on {model.device.type}{by}, {DTYPES[model.dtype]}, {torch.get_num_threads()} threads"
 
 
 def warn(model: Model, r: GenerateRequest) -> None:

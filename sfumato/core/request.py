@@ -38,8 +38,8 @@ class GenerateRequest:
     the noise is of variation_seed instead), hires (times the size in a second pass, of which hires_strength is drawn anew), and noise: streams of our
     "own", or those of "diffusers" and of "a1111" (AUTOMATIC1111's interface with a GPU). extend: pixels to draw to the left, above,
     to the right and below of the init picture. lora: files with strengths, "a.safetensors:0.8"; embedding: files of learned words.
-    fast: quicker and a little different: guidance_interval and cache_interval where they are not given; cache_interval: at every how many-th step
-    the whole network is asked, of models with a UNet (arXiv 2312.00858).
+    fast: quicker and a little different: cache_interval 3 of models with a UNet, guidance_interval (0.2, 1) of others, where they are not given;
+    cache_interval: at every how many-th step the whole UNet is asked (arXiv 2312.00858).
     apg: how much of the guidance along the picture counts, of any diffusion model (arXiv 2410.02416, eta); None is plain guidance.
     init: a picture to begin from, of which `strength` (0 little, 1 all) is drawn anew (SDEdit, arXiv 2108.01073). mask: a picture of the same
     size, white where init is to be redrawn; what is black there stays as it is, to the pixel.

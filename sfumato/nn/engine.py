@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import sfumato
 from sfumato.core.checkpoint import FileError, cache_folder, free_bytes, size_of
+from sfumato.core.config import nearest
 from sfumato.core.language import translated
 from sfumato.core.seams import Cond
 from sfumato.nn.memory import hand_back, hooked
@@ -46,6 +47,8 @@ def choose_engine(asked: EngineName, device: torch.device, dtype: torch.dtype, p
     have room in memory; else eager. Raises ValueError where what is asked for is not here.
     """
     there = importlib.util.find_spec("openvino") is not None
+    if asked not in get_args(EngineName):
+        raise ValueError(f"engine (={asked!r}) must be one of {', '.join(get_args(EngineName))}{nearest(str(asked), get_args(EngineName))}")
     match asked:
         case "auto":
             roomy = psutil.virtual_memory().available >= 8 * parameters
@@ -53,7 +56,9 @@ def choose_engine(asked: EngineName, device: torch.device, dtype: torch.dtype, p
         case "openvino" if not there:
             raise ValueError("engine (='openvino') needs the package openvino: pip install openvino, or take eager")
         case "openvino" if device.type != "cpu" or dtype != torch.float32:
-            raise ValueError(f"engine (='openvino') computes in fp32 on a CPU, not in {dtype} on {device.type}: take eager, or compile on a GPU")
+            raise ValueError(
+                f"engine (='openvino') computes in fp32 on a CPU, not in {str(dtype)[6:]} on {device.type}: take eager, or compile on a GPU"
+            )
         case "compile" if device.type != "cuda":
             raise ValueError("engine (='compile') is for GPUs: on a CPU it takes minutes to begin and is slower afterwards; take openvino or eager")
     return asked
@@ -71,6 +76,10 @@ class Engine:
         self.networks = networks  # whose ids are nobody else's as long as they are
         self.made: dict[tuple[int, str], Any] = {}
         self.asked: dict[tuple[int, str], Any] = {}  # the graphs of what was asked for last, None for what is as it is written
+
+    def __deepcopy__(self, memo: Any) -> Engine:
+        """A copy of a model is computed as it is written."""
+        return Engine()
 
     def of(self, network: nn.Module, method: str = "forward", *, dynamic: bool = False) -> Callable[..., Any]:
         """What computes a method of a network that takes tensors and conditions. `dynamic`: one graph of it is right for any shape."""

@@ -90,6 +90,12 @@ class _Widened:
         layer.register_forward_pre_hook(self.widen)
         layer.register_forward_hook(self.narrow, always_call=True)
 
+    def __deepcopy__(self, memo: Any) -> _Widened:
+        """For a copy of the layer, whose hooks are copied with it."""
+        copied = _Widened.__new__(_Widened)
+        copied.halves, copied.busy = {}, threading.Lock()
+        return copied
+
     def widen(self, layer: nn.Module, given: tuple[Any, ...]) -> None:
         self.busy.acquire()
         own = layer._parameters

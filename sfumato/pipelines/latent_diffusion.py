@@ -80,8 +80,13 @@ class LatentDiffusion(Model):
         """See `Model`; in the style that a LoRA is a change of, where no other is asked for and it is at work all the time."""
         request = super().complete(request)
         if request.fast:
-            caches = (request.cache_interval or FAST_EVERY) if isinstance(self.denoiser, UNet) else None
-            request = replace(request, guidance_interval=request.guidance_interval or FAST_GUIDANCE, cache_interval=caches)
+            nested = isinstance(self.denoiser, UNet)
+            found = (
+                {"cache_interval": request.cache_interval or FAST_EVERY}
+                if nested
+                else {"guidance_interval": request.guidance_interval or FAST_GUIDANCE}
+            )
+            request = replace(request, **found)  # type: ignore[arg-type]
         found = None if request.style else self._style_of_lora(request)
         return replace(request, style=found[0]) if found and found[1] == 1 else request
 

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tqdm import tqdm
@@ -57,7 +57,9 @@ def choose_device(device: Device) -> torch.device:
 
 
 def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """auto: fp32 on the CPU and on MPS, bf16 on cuda where the card has it."""
+    """auto: fp32 on the CPU and on MPS, bf16 on cuda where the card has it. Raises ValueError."""
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype (={dtype!r}) must be one of {', '.join(get_args(Dtype))}")
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if dtype == "fp16" and device.type == "cpu":

@@ -7,6 +7,7 @@ section 3.2) every other picture of a batch is one of what the model drew before
 from __future__ import annotations
 
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -130,9 +131,17 @@ class Tuning(ABC):
 
     def __init__(self, recipe: Tuned, seed: int, batch: int, run: Path, device: torch.device | str = "cpu", bf16: bool = False) -> None:
         self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
+        if recipe.prior_prompt and batch % 2:
+            raise ValueError(
+                f"batch_size (={batch}) must be even with prior_prompt, every other picture is one of the prior: --loop.batch-size {batch + 1}"
+            )
         self.model = self._base(bf16 and self.device.type == "cuda")
         self._same_base(run)
         found, of_prior = self._scanned(run)
+        if recipe.prompt and "{}" not in recipe.prompt and all(e.caption for e in found.entries):
+            print(
+                translated("note: every picture has a caption, so the prompt is not said of any: with {} in it, it is said of all"), file=sys.stderr
+            )
         held = {e.name for e in split(found.entries)[1]} if len(found.entries) >= FEW else set()
         own = [self._item(found, e) for e in found.entries if e.name not in held]
         apart = [self._item(found, e) for e in found.entries if e.name in held]
@@ -144,8 +153,6 @@ class Tuning(ABC):
         self.latents = {size: self._encoded(size, rows[size], run) for size in self.sizes}
         sizes = sorted({i.size for i in own})
         step = batch // 2 if before else batch
-        if before and batch % 2:
-            raise ValueError(f"batch_size (={batch}) must be even with prior_prompt: every other picture is one of the prior")
         self.order = BatchOrder([np.array([r for r, i in enumerate(own) if i.size == size]) for size in sizes], step, seed)
         first = len(own) + len(apart)
         self.befores = [np.array([first + r for r, i in enumerate(before) if i.size == size]) for size in sizes] if before else []
