@@ -318,7 +318,7 @@ def fast(options: Options) -> Part:
     things = [c for c in drawable() if c.index in set(told.known)]
     things = things[:: max(1, len(things) // options.names)][: options.names]
     ways: dict[str, dict[str, Any]] = {
-        "exact": {"steps": options.steps}, "fast": {"steps": options.steps, "fast": True}, 
+        "exact": {"steps": options.steps}, "fast": {"steps": options.steps, "fast": True},
         "fast, guidance from 0.2": {"steps": options.steps, "fast": True, "guidance_interval": (0.2, 1.0)},
         "ddim": {"steps": 50, "sampler": "ddim"}, "half the steps": {"steps": options.steps // 2},
     }  # fmt: skip
