@@ -30,10 +30,11 @@ def run_info(asked: Info) -> Iterator[str]:
     from sfumato.convert.kohya import said_of
 
     path = named_file(asked.file)
-    facts = about(path)
-    if facts["what"] != "LoRA":
-        raise FileError(f"{path} is no LoRA but {facts['what']}: sfumato info says what a file is")
-    if said_of(path, "kind") == "lora":
+    facts, kind = about(path), said_of(path, "kind")
+    what = facts["what"] if kind in (None, "lora") else kind  # networks of ours have layers that are called as parts of LoRAs are
+    if what != "LoRA":
+        raise FileError(f"{path} is no LoRA but {what}: sfumato info says what a file is")
+    if kind == "lora":
         facts |= {k: v for k in SHOWN if (v := said_of(path, k)) not in (None, "")}
     for name, value in facts.items():
         yield f"{name}: {value}"

@@ -85,11 +85,14 @@ class Engine:
         """What computes a method of a network that takes tensors and conditions. `dynamic`: one graph of it is right for any shape."""
         plain: Callable[..., Any] = network if method == "forward" else getattr(network, method)
         key = (id(network), method)
+        if self.name == "eager":
+            return plain
         self.asked[key] = None
-        if self.name == "eager" or id(network) not in self.own or hooked(network):
+        if id(network) not in self.own or hooked(network):
             return plain
         if self.name == "compile":
-            return self.made.setdefault(key, torch.compile(plain))  # type: ignore[no-any-return]
+            self.made[key] = self.made.get(key) or torch.compile(plain)
+            return self.made[key]  # type: ignore[no-any-return]
         weights = fingerprint(network)
         if key not in self.made or self.made[key].weights != weights:
             self.made.pop(key, None)  # graphs of other weights are not held beside these

@@ -193,10 +193,10 @@ class Tuning(ABC):
             if (name == "data" and not where) or (where and are_shards(where)):
                 raise ValueError(f"{name} (={where!r}) must be a folder or a zip of pictures")
         found = scan(self.recipe.data)
-        same_pictures(run, found, words=True)
         if not self.recipe.prompt and any(not e.caption for e in found.entries):
             unsaid = next(e.name for e in found.entries if not e.caption)
             raise ValueError(f"prompt (='') must say what pictures without a caption show: {unsaid} of {self.recipe.data} has none")
+        same_pictures(run, found, words=True)
         if not self.recipe.prior_data:
             return found, None
         of_prior = scan(self.recipe.prior_data)

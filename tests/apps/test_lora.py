@@ -118,3 +118,10 @@ def test_bad_input_is_one_line(
     assert why in said
     assert "Traceback" not in said
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_whole_model_is_no_lora(smoke: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though its layers are called as parts of LoRAs are."""
+    with pytest.raises(SystemExit):
+        main(["lora", "info", str(smoke / "diffusion")])
+    assert "is no LoRA but latent-diffusion" in capsys.readouterr().err
