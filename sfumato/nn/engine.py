@@ -91,7 +91,8 @@ class Engine:
         if id(network) not in self.own or hooked(network):
             return plain
         if self.name == "compile":
-            self.made[key] = self.made.get(key) or torch.compile(plain)
+            if key not in self.made:
+                self.made[key] = torch.compile(plain)
             return self.made[key]  # type: ignore[no-any-return]
         weights = fingerprint(network)
         if key not in self.made or self.made[key].weights != weights:
