@@ -23,8 +23,8 @@ import numpy as np
 import torch
 import tyro
 from common import ROOT, claim, emit, of_parts
-from stable import GUIDANCE, NEGATIVE, PROMPT, SEED
 from stable import Options as Written
+from stable import drawn_by_diffusers, drawn_by_ours
 from stable import write as write_folder
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ MOST_GIB = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Written):
     """Measures Stable Diffusion beside diffusers, and prints one JSON object."""
 
     only: str = "steps,pictures,starts,memory,fast,bundled"
@@ -50,23 +50,12 @@ class Options:
     pictures: int = 3
     """Whole pictures of each, by turns."""
     threads: int = 2
-    out: Path = ROOT / "runs" / "bench-stable"
-    """Where the checkpoint is kept."""
     bed: Path = ROOT / "runs" / "unet"
     """A run of `sfumato train diffusion --preset unet`, for the fast mode."""
     judge: Path = ROOT / "runs" / "judge"
     """Where bench/judge.py keeps its judges."""
     names: int = 400
     """Things that the fast mode draws."""
-    seed: int = 0
-    quick: bool = False
-    """A smoke run of seconds: its figures mean nothing."""
-    work: str = ""
-    """One side, in this process; used by the bench itself."""
-
-    @property
-    def folder(self) -> Path:
-        return self.out / "diffusers"
 
     @property
     def halves(self) -> Path:
@@ -89,7 +78,6 @@ def inputs(side: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def of_ours(options: Options, engine: str, path: Path, low_memory: bool = False) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-    from sfumato.core.request import GenerateRequest
     from sfumato.core.seams import Cond
     from sfumato.pipelines.load import load
 
@@ -99,25 +87,14 @@ def of_ours(options: Options, engine: str, path: Path, low_memory: bool = False)
     def unet(told: dict[str, Any]) -> dict[str, Any]:
         x, text = inputs(told["side"])
         text = text[:, :, : model.denoiser.config.context]
-        return timed(lambda: model.engine.of(model.denoiser, dynamic=True)(x, torch.tensor([0.5]), Cond(text=text)))
+        return timed(lambda: model.engine.of(model.denoiser, "whole", dynamic=True)(x, torch.tensor([0.5]), Cond(text=text)))
 
     @torch.no_grad()
     def vae(told: dict[str, Any]) -> dict[str, Any]:
         return timed(lambda: model.engine.of(model.codec, "decode", dynamic=True)(inputs(told["side"])[0]))
 
     def picture(told: dict[str, Any]) -> dict[str, Any]:
-        request = GenerateRequest(
-            prompt=PROMPT, negative=NEGATIVE, guidance=GUIDANCE, seed=SEED, steps=told["steps"], sampler="plms", schedule="leading",
-            noise="diffusers", width=told["side"], height=told["side"],
-        )  # fmt: skip
-
-        def draw() -> None:
-            with model.changed(request):
-                *_, last = model.latents(model._rows(request))
-                x = model.decode(last)
-            np.save(told["file"], ((x.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy())
-
-        return timed(draw)
+        return timed(lambda: np.save(told["file"], drawn_by_ours(model, told["steps"], told["side"])))
 
     return {"unet": unet, "vae": vae, "picture": picture}
 
@@ -144,14 +121,7 @@ def of_diffusers(options: Options, keeping: bool, path: Path) -> dict[str, Calla
         return timed(lambda: pipe.vae.decode(inputs(told["side"])[0]))
 
     def picture(told: dict[str, Any]) -> dict[str, Any]:
-        def draw() -> None:
-            images = pipe(
-                prompt=PROMPT, negative_prompt=NEGATIVE, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(SEED), output_type="np",
-                num_inference_steps=told["steps"], width=told["side"], height=told["side"],
-            ).images  # fmt: skip
-            np.save(told["file"], images)
-
-        return timed(draw)
+        return timed(lambda: np.save(told["file"], drawn_by_diffusers(pipe, told["steps"], told["side"])))
 
     return {"unet": unet, "vae": vae, "picture": picture}
 
@@ -217,7 +187,7 @@ def in_turns(names: tuple[str, ...], options: Options, repeats: int, do: str, **
 
 
 def ratios(what: str, found: dict[str, list[float]], goal: str | None) -> list[dict[str, Any]]:
-    """How many times as long diffusers takes, as it comes (which has the goal) and with pages kept; the lower end of the interval stands for it."""
+    """How many times as long diffusers takes, as it comes (which has the goal) and with pages kept: medians of pairs, with their intervals."""
     claims = []
     for theirs in (THEIRS, KEEPING):
         for ours in (OURS, EAGER):
@@ -232,7 +202,7 @@ def ratios(what: str, found: dict[str, list[float]], goal: str | None) -> list[d
 def written(options: Options) -> None:
     """The checkpoint, and one in 16 bits."""
     if not options.folder.exists():
-        write_folder(Written(out=options.out, quick=options.quick, seed=options.seed))
+        write_folder(options)
     if not options.halves.exists():
         from sfumato.convert.stable import read_checkpoint
         from sfumato.convert.stable import write_folder as export

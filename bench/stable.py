@@ -123,21 +123,32 @@ def export(options: Options) -> dict[str, Any]:
     return {}
 
 
-def ours(options: Options, path: Path) -> dict[str, Any]:
+def drawn_by_ours(model: Any, steps: int, side: int) -> np.ndarray:
+    """The picture "1 h w 3" in [0, 1] that diffusers draws of the same."""
     from sfumato.core.request import GenerateRequest
+
+    request = GenerateRequest(
+        prompt=PROMPT, negative=NEGATIVE, guidance=GUIDANCE, seed=SEED, steps=steps, sampler="plms", schedule="leading", noise="diffusers",
+        width=side, height=side,
+    )  # fmt: skip
+    *_, last = model.latents(model._rows(request))
+    return ((model.decode(last).clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()  # type: ignore[no-any-return]
+
+
+def drawn_by_diffusers(pipe: Any, steps: int, side: int) -> np.ndarray:
+    return pipe(  # type: ignore[no-any-return]
+        prompt=PROMPT, negative_prompt=NEGATIVE, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(SEED), output_type="np",
+        num_inference_steps=steps, width=side, height=side,
+    ).images  # fmt: skip
+
+
+def ours(options: Options, path: Path) -> dict[str, Any]:
     from sfumato.pipelines.load import load
 
     began = time.perf_counter()
     model = load(path, device="cpu")
     loaded = time.perf_counter()
-    request = GenerateRequest(
-        prompt=PROMPT, negative=NEGATIVE, guidance=GUIDANCE, seed=SEED, steps=options.steps, sampler="plms", schedule="leading", noise="diffusers",
-        width=options.side, height=options.side,
-    )  # fmt: skip
-    rows = model._rows(request)
-    *_, last = model.latents(rows)
-    x = model.decode(last)
-    np.save(options.out / "ours.npy", ((x.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy())
+    np.save(options.out / "ours.npy", drawn_by_ours(model, options.steps, options.side))
     return {"load": loaded - began, "draw": time.perf_counter() - loaded}
 
 
@@ -148,11 +159,7 @@ def diffusers(options: Options) -> dict[str, Any]:
     pipe = StableDiffusionPipeline.from_pretrained(options.folder, local_files_only=True)
     loaded = time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(
-        prompt=PROMPT, negative_prompt=NEGATIVE, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(SEED), output_type="np",
-        num_inference_steps=options.steps, width=options.side, height=options.side,
-    ).images  # fmt: skip
-    np.save(options.out / "diffusers.npy", images)
+    np.save(options.out / "diffusers.npy", drawn_by_diffusers(pipe, options.steps, options.side))
     return {"load": loaded - began, "draw": time.perf_counter() - loaded}
 
 

@@ -210,7 +210,7 @@ def style_of_lora(path: Path) -> str | None:
 
 def until_of_lora(path: Path) -> float:
     """The time from which on one of our files is at work; 1 of all others."""
-    return _number(said_of(path, "until"))
+    return _number(read_header(path)[1].get("until") if path.suffix == ".safetensors" else None)
 
 
 def write_lora(lora: Lora, path: Path, *, layout: str = "kohya") -> None:

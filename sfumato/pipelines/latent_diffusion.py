@@ -80,13 +80,10 @@ class LatentDiffusion(Model):
         """See `Model`; in the style that a LoRA is a change of, where no other is asked for and it is at work all the time."""
         request = super().complete(request)
         if request.fast:
-            nested = isinstance(self.denoiser, UNet)
-            found = (
-                {"cache_interval": request.cache_interval or FAST_EVERY}
-                if nested
-                else {"guidance_interval": request.guidance_interval or FAST_GUIDANCE}
-            )
-            request = replace(request, **found)  # type: ignore[arg-type]
+            if isinstance(self.denoiser, UNet):
+                request = replace(request, cache_interval=request.cache_interval or FAST_EVERY)
+            else:
+                request = replace(request, guidance_interval=request.guidance_interval or FAST_GUIDANCE)
         found = None if request.style else self._style_of_lora(request)
         return replace(request, style=found[0]) if found and found[1] == 1 else request
 

@@ -97,9 +97,10 @@ def load(
     stable = Stable(prediction=prediction, vae=None if vae is None else Path(vae), averaged=averaged, variant=variant)
     computing = Computing(engine=engine, low_memory=low_memory)
     found = _load(find(model), where, kind, stable, computing)
-    return (
-        found if guide is None else guided_by(found, _load(find(guide, "guide"), where, kind, computing=replace(computing, low_memory=False)), guide)
-    )
+    if guide is None:
+        return found
+    weaker = _load(find(guide, "guide"), where, kind, computing=replace(computing, low_memory=False))
+    return guided_by(found, weaker, guide)
 
 
 @dataclass(frozen=True, kw_only=True)
