@@ -214,7 +214,9 @@ def as_shown(tyro: Any, kind: type) -> type:
 
 
 def _field_helps(kind: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass; none where its source cannot be read."""
+    """The strings below the fields of a dataclass, or what it says of them itself; none where its source cannot be read."""
+    if said := vars(kind).get("helps"):
+        return said  # type: ignore[no-any-return]
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     except (OSError, TypeError, SyntaxError):

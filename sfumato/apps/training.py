@@ -19,6 +19,7 @@ import tyro
 from sfumato.apps.cli import say
 from sfumato.core.checkpoint import FileError, checkpoints, free_bytes
 from sfumato.core.config import from_json, nearest, to_json
+from sfumato.core.language import translated
 from sfumato.core.request import Device
 from sfumato.core.runlog import read_log
 
@@ -29,6 +30,44 @@ GENERATORS = ("diffusion", "prior")  # over the latents or codes of a codec
 LARGE = 24_000_000  # bytes that a bundled file may have
 EMOJI = "emoji"  # the embedded drawings, as --data
 LOOP_FLAGS = ("device", "dtype", "threads", "patience")  # of a loop's fields, those that have a short flag as well
+HELPS = {
+    "data": "emoji (the embedded drawings), or a folder or zip of pictures.",
+    "out": "The run folder: the log, samples, checkpoints, and what is made.",
+    "plan": "Only say what it would take.",
+    "device": "Where it computes; --loop.device says the same.",
+    "dtype": "auto: what this machine is faster in; --loop.dtype says the same.",
+    "threads": "Of the CPU; --loop.threads says the same.",
+    "patience": "End after so many looks without a better score; 0: never.",
+    "codec": "A run of train autoencoder, or its file.",
+    "text": "A run of train text, or its file.",
+    "init": "A run or file to begin with.",
+    "word": "The new word, as prompts will say it.",
+    "like": "What it begins as: words that are known.",
+    "kind": "How codes are guessed: gpt one by one, maskgit many at once.",
+}
+OF_TUNED = {
+    "data": "A folder or zip of pictures, with captions (x.txt beside x.png) or without.",
+    "base": "The model that is tuned: one of ours that draws by diffusion, or a checkpoint of Stable Diffusion; the bundled one without it.",
+    "prompt": "Said of pictures without a caption; with braces ({}) in it of all, their captions in that place.",
+}
+USAGE = """usage: sfumato train WHAT [--preset NAME] [--data DIR] [--out RUN] [--plan] ...
+
+From pictures to a model that draws (emoji, the embedded drawings, or a folder of one's own):
+  all          everything at once: a tokenizer and a generator on it
+  autoencoder  a tokenizer: VQGAN or KL-VAE
+  text         a text encoder for prompts in English and Chinese
+  diffusion    a generator over the latents of a KL-VAE
+  prior        a transformer over the codes of a VQGAN
+  gan          a generator and a discriminator against each other
+  upscaler     the enlargement of what a model draws
+  judge        a classifier that says what pictures show
+
+With a model that is there (the bundled one, your own, Stable Diffusion):
+  lora         a style or a subject, from ten pictures, as a small file
+  embedding    a new word for prompts
+  finetune     all of its weights, on many pictures
+
+sfumato train WHAT --help says more."""
 MOST_TIMED = 32  # steps
 PLAN_LIMIT = 24  # concepts that are read to time a few steps
 
@@ -37,7 +76,7 @@ def train(argv: list[str]) -> None:
     """`sfumato train WHAT --preset NAME --data emoji --out RUN [--plan] [--recipe.X ...] [--loop.Y ...]`."""
     from sfumato.apps.cli import asked_how, parse
 
-    if asked_how("train", WHAT, argv, f"usage: sfumato train {{{','.join(WHAT)}}} --preset NAME --out RUN ..."):
+    if asked_how("train", WHAT, argv, USAGE):
         return
     what = argv[0]
     if what == "all":
@@ -145,7 +184,8 @@ def _arguments(what: str, recipe: Any, loop: Any, presets: dict[str, Any], name:
         frozen=True,
     )
     first_line = (presets[name].__doc__ or "").splitlines()[0]
-    made.__doc__ = f"Trains: {first_line} Rerunning the same command goes on where it stopped; --plan only says what it would take."
+    made.__doc__ = f"Trains: {translated(first_line)} Rerunning the same command goes on where it stopped; --plan only says what it would take."
+    made.helps = HELPS | {"preset": f"Where all other flags begin: {', '.join(presets)}."} | (OF_TUNED if what in TUNED else {})  # type: ignore[attr-defined]
     return made
 
 

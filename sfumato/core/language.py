@@ -52,7 +52,9 @@ def translated(text: str) -> str:
     """`text` in the reader's language, as far as the catalogue has it."""
     if language() == "en" or len(text) > LONGEST:
         return text
-    return catalogue().get(text) or _chinese(text)
+    if known := catalogue().get(text):
+        return re.sub(r"\{\d\}", "{}", known)  # gaps that are said as they are
+    return _chinese(text)
 
 
 def _chinese(text: str) -> str:

@@ -21,16 +21,15 @@ from sfumato.train.tuned import Tuned, Tuning, tune
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingRecipe(Tuned):
-    """What decides what a word learns.
-
-    `word` is the new name, as prompts will say it; it must be a part of every caption: `prompt` puts it there ("a photo of {word}"). It begins as
-    `like`, words that are known ("toy"), and has `vectors` vectors of each text encoder.
-    """
+    """What decides what a word learns."""
 
     kind: str = "train-embedding"
     word: str = ""
+    """The new name, as prompts will say it; every caption must say it: --prompt puts it there ("a photo of my-dog")."""
     like: str = ""
+    """What it begins as: words that are known ("toy")."""
     vectors: int = 4
+    """So many of each text encoder; 1 to 8 are usual."""
     drop: float = 0.0
 
     def __post_init__(self) -> None:

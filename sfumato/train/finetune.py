@@ -23,10 +23,11 @@ from sfumato.train.tuned import Tuned, Tuning, tune
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(Tuned):
-    """What decides what a model learns anew. `text`: its text encoders learn, too."""
+    """What decides what a model learns anew."""
 
     kind: str = "train-finetune"
     text: bool = False
+    """The text encoders learn, too."""
 
 
 def preset_own() -> tuple[FinetuneRecipe, LoopConfig]:

@@ -64,44 +64,58 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long and how a run trains. Counts and periods are in images; `batch_size` is over all processes.
-
-    The learning rate rises over `warmup` images, stays, and falls linearly to zero over the last `decay` of the run. `ema` is the
-    half-life of the averaged weights as a fraction of the run. `accumulate` splits each batch into that many parts; a batch that does not fit
-    into memory is halved by itself, where one process trains and the loss does not compare the pictures of a batch (text does).
-    `clip` 0 clips nothing.
-    `dtype` auto is what this machine multiplies matrices faster in, measured once when the run begins (see `settled`).
-    `patience` ends a run after that many looks (`sample_every`) without a better score once all its parts work, 0 never. `auto` lets remedies
-    act: a run that is not finite goes back to its newest checkpoint with half the learning rate, and a task does what its doctor advises.
-    `shard`: several processes share weights, averages and the optimiser's memory (FSDP2, arXiv 2304.11277) instead of each having all of them; for
-    full fine-tuning of diffusion networks.
-    `compile` fuses the networks by torch.compile: a minute's start, then faster; rounding differs, so a resume is exact only with the same setting.
-    """
+    """How long and how a run trains. Counts and periods are in images."""
 
     images: int = 100_000
+    """How many are seen in all."""
     batch_size: int = 32
+    """Over all processes. One that does not fit into memory is halved by itself, where one process trains and the loss does not compare the pictures
+    of a batch (text does)."""
     accumulate: int = 1
+    """Split each batch into that many parts."""
     lr: float = 1e-3
+    """The learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
+    """Memory of Adam's averages."""
     weight_decay: float = 0.01
+    """Of AdamW."""
     clip: float = 1.0
+    """The norm to which gradients are clipped; 0 clips nothing."""
     warmup: int = 5_000
+    """Images over which the learning rate rises."""
     decay: float = 0.3
+    """The last share of the run, over which it falls linearly to zero."""
     ema: float = 0.05
+    """Half-life of the averaged weights, as a share of the run."""
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"
+    """auto: what this machine multiplies matrices faster in, measured once when the run begins."""
     seed: int = 0
+    """Of everything that is drawn by chance."""
     save_every: int = 50_000
+    """Images from one checkpoint to the next."""
     sample_every: int = 50_000
+    """Images from one sample grid to the next."""
     log_every: int = 2_000
+    """Images from one line of the log to the next."""
     keep: int = 3
+    """Newest checkpoints that are kept."""
     keep_every: int = 0
+    """Keep those at every so many images as well; 0: none."""
     trackers: tuple[str, ...] = ()
+    """Programs that are to hear the log too: tensorboard, wandb."""
     threads: int = 0
+    """Of the CPU; 0: as PyTorch has them."""
     compile: bool = False
+    """Fuse the networks by torch.compile: a minute's start, then faster. Rounding differs, so a resume is exact only with the same setting."""
     shard: bool = False
+    """Several processes share weights, averages and the optimiser's memory (FSDP2, arXiv 2304.11277); for full fine-tuning of diffusion networks."""
     patience: int = 0
+    """End after so many looks (sample_every) without a better score, once all parts work; 0: never."""
     auto: bool = False
+    """Let remedies act: a run that is not finite goes back to its newest checkpoint with half the learning rate, and a task does what its doctor
+    advises."""
     device: Device = "auto"
+    """Where it computes."""
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "accumulate", "save_every", "sample_every", "log_every", "keep"):

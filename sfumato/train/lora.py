@@ -21,19 +21,20 @@ from sfumato.train.tuned import Tuned, Tuning, tune
 
 @dataclass(frozen=True, kw_only=True)
 class LoraRecipe(Tuned):
-    """What decides what a LoRA learns.
-
-    `layers` of the denoiser: attention, linear (1x1 convolutions too), all (with convolutions), or a regular expression on their names. Changes have
-    the rank `rank` and count `alpha` / rank times (0: once). `text`: the attention of the text encoder learns, too. `until` is the time (1 noise, 0
-    clean) from which on a LoRA is at work: below 1 it learns how things are drawn and not which. Other programs know nothing of that.
-    """
+    """What decides what a LoRA learns."""
 
     kind: str = "train-lora"
     rank: int = 16
+    """Of the changes: more can say more, and needs more of a file."""
     alpha: float = 0.0
+    """Changes count alpha / rank times; 0: once."""
     layers: str = "attention"
+    """Of the denoiser: attention, linear (1x1 convolutions too), all (with convolutions), or a regular expression on their names."""
     text: bool = False
+    """The attention of the text encoder learns, too."""
     until: float = 1.0
+    """The time (1 noise, 0 clean) from which on it is at work: below 1 it learns how things are drawn and not which. Other programs know nothing
+    of that."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -57,38 +57,43 @@ AT_ONCE = 128 * 64 * 64  # pixels that the codec sees together
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What a recipe says of the model that is tuned, and of the pictures.
-
-    `base` is the model, one of ours that draws by diffusion or a checkpoint of Stable Diffusion; `data` a folder or zip of pictures with captions or
-    without. `prompt` is said of pictures without a caption; with "{}" in it of all, their captions in that place. `size` is the side of squares, 0
-    as the model has it; pictures of other shapes go into sizes with as many pixels whose sides are multiples of `bucket` (0: squares only; our own
-    models have one size). `flip`: mirrored pictures too. `each`, of models of one size: so many versions, moved, scaled and turned a little. `drop`
-    of the captions are withheld, for guidance to lean on.
-    `prior_prompt` names what pictures are of ("a dog" for those of one's own dog): `prior` pictures of it, drawn by the model before or those in
-    `prior_data`, are learned beside them with the weight `prior_weight`. `min_snr_gamma`: arXiv 2303.09556, 5 there. `offset_noise` adds so much
-    noise that is the same all over a channel (0.05 to 0.1: darker and brighter pictures). `checkpointing` keeps less for the backward pass and
-    computes it again. `style`, of models with styles: what is learned is a change of that one ("noto", or shares of several); "auto" is the one in
-    which the model already draws most like the pictures, "any" changes all of them. `previews` are prompts of the sample grids; without any the
-    first captions.
-    """
+    """What a recipe says of the model that is tuned, and of the pictures."""
 
     base: str = BUNDLED
+    """The model: one of ours that draws by diffusion, or a checkpoint of Stable Diffusion."""
     data: str = ""
+    """A folder or zip of pictures, with captions or without."""
     prompt: str = ""
+    """Said of pictures without a caption; with {} in it of all, their captions in that place."""
     size: int = 0
+    """Side of squares, 0 as the model has it. Pictures of other shapes go into sizes with as many pixels."""
     bucket: int = 64
+    """Their sides are multiples of this; 0: squares only. Our own models have one size."""
     flip: bool = False
+    """Learn mirrored pictures, too."""
     each: int = 1
+    """Of models of one size: so many versions of a picture, moved, scaled and turned a little."""
     drop: float = 0.1
+    """Share of the captions that are withheld, for guidance to lean on."""
     prior_prompt: str = ""
+    """What pictures are of ("a dog" for those of one's own dog): others of it are learned beside them, so that it is not forgotten."""
     prior: int = 100
+    """How many of those the model draws before."""
     prior_data: str = ""
+    """A folder of them, instead of drawn ones."""
     prior_weight: float = 1.0
+    """How much they count."""
     min_snr_gamma: float | None = None
+    """Weighs times by their noise (arXiv 2303.09556, where it is 5)."""
     offset_noise: float = 0.0
+    """So much noise that is the same all over a channel: 0.05 to 0.1 gives darker and brighter pictures."""
     checkpointing: bool = False
+    """Keep less for the backward pass and compute it again: less memory, slower."""
     style: str = "any"
+    """Of models with styles: what is learned is a change of that one ("noto", or shares of several). auto: the one in which the model already draws
+    most like the pictures; any: all of them."""
     previews: tuple[str, ...] = ()
+    """Prompts of the sample grids; the first captions without any."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:

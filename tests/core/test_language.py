@@ -77,7 +77,16 @@ def test_every_flag_and_command_is_explained() -> None:
         codecs.Doctor,
         *(kind for kind, _ in (*ask.QUESTIONS.values(), *lora.ACTIONS.values())),
     ]
-    texts = [cli.HELP, *(h for k in kinds for h in cli._field_helps(k).values()), *((k.__doc__ or "").split("\n\n")[0] for k in kinds)]
+    presets = [p.__doc__ or "" for what in training.WHAT[1:] for p in training._presets(what).values()]
+    texts = [
+        cli.HELP,
+        training.USAGE,
+        *training.HELPS.values(),
+        *training.OF_TUNED.values(),
+        *(p.splitlines()[0] for p in presets),
+        *(h for k in kinds for h in cli._field_helps(k).values()),
+        *((k.__doc__ or "").split("\n\n")[0] for k in kinds),
+    ]
     assert [t for t in texts if translated(t) == t] == []
 
 
