@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from sfumato.core.config import from_json, nearest, to_json
 from sfumato.core.language import translated
 from sfumato.core.request import Device
 from sfumato.core.runlog import read_log
+from sfumato.pipelines.find import BUNDLED
 
 WHAT = ("all", "autoencoder", "text", "diffusion", "prior", "gan", "upscaler", "judge", "lora", "embedding", "finetune")
 TUNED = ("lora", "embedding", "finetune")  # of models that are there
@@ -103,7 +105,21 @@ def train(argv: list[str]) -> None:
     if not trainer.accelerator.is_main_process:
         return
     say(f"{asked.out}: {trainer.counters['images']:,} images, {trainer.counters['skipped']} steps skipped")
+    if (command := _next(what, asked)) is not None:
+        say(f"draw with it: {command}")
     print(asked.out)
+
+
+def _next(what: str, asked: Any) -> str | None:
+    """The command that draws with what was trained, where that can."""
+    if what not in (*TUNED, *GENERATORS, "gan"):
+        return None
+    recipe, prompt = asked.recipe, "PROMPT"
+    if what in TUNED and (said := " ".join(recipe.prompt.replace("{}", prompt).split())):
+        prompt = said
+    flag = f"--{what}" if what in ("lora", "embedding") else "--model"
+    beside = ["--model", recipe.base] if flag != "--model" and recipe.base != BUNDLED else []
+    return shlex.join(["sfumato", "generate", prompt, *beside, flag, str(asked.out)])
 
 
 def _all(parse: Callable[..., Any], argv: list[str]) -> None:
@@ -211,11 +227,13 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
         seconds = loop.images * (recipe.perceptual_from / speed + (1 - recipe.perceptual_from) / later)
     data = _data_bytes(what, asked.recipe, trainer)
     encoding = _encoding_seconds(trainer.task, asked.recipe) if what in GENERATORS else 0.0
+    looking = _looking_seconds(trainer) * (loop.images // loop.sample_every) if what in TUNED else 0.0
     facts = {
         "parameters": _parameters(what, asked.recipe, trainer.task),
         "images_per_s": speed,
         "encoding_minutes": round(encoding / 60, 1),
-        "hours": round((seconds + encoding) / 3600, 2),
+        **({"samples_minutes": round(looking / 60, 1)} if looking else {}),
+        "hours": round((seconds + encoding + looking) / 3600, 2),
         "memory_GB": round((_peak_bytes() + data["memory"]) / 1e9, 2),
         "disk_GB": round((disk * (loop.keep + 1) + data["disk"]) / 1e9, 3),
         "free_disk_GB": round(free_bytes(asked.out) / 1e9, 1),
@@ -258,6 +276,14 @@ def _encoding_seconds(task: Any, recipe: Any) -> float:
     began = time.perf_counter()
     task.encode(np.arange(n)).cpu()  # what a GPU has been asked for is waited for
     return (time.perf_counter() - began) / n * whole * recipe.each
+
+
+def _looking_seconds(trainer: Any) -> float:
+    """What scores and samples take, each time."""
+    began = time.perf_counter()
+    trainer.task.evaluate(trainer.averages)
+    trainer.task.samples(trainer.averages)
+    return time.perf_counter() - began
 
 
 def _parameters(what: str, recipe: Any, task: Any) -> dict[str, int]:

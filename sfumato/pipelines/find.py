@@ -47,6 +47,12 @@ def find(model: str | Path | None, what: str = "model") -> Path:
     )
 
 
+def name_of(path: Path) -> str:
+    """What a model is called: of a run the folder, since all runs call their files alike."""
+    told = "report.json" if path.stem == "model" else "config.json" if path.stem.startswith("model-") else ""
+    return path.absolute().parent.name if told and (path.absolute().parent / told).exists() else path.stem if path.is_file() else path.name
+
+
 def strength_of(told: str, prompt: str | None = None) -> tuple[Path, float]:
     """ "a.safetensors:0.8" -> the file and 0.8; where nothing is said what the prompt says ("<lora:a:0.8>"), else 1. Raises ValueError."""
     name, colon, number = told.rpartition(":")

@@ -30,7 +30,7 @@ from sfumato.nn.engine import Engine, EngineName, choose_engine
 from sfumato.nn.layers import Unfilled
 from sfumato.nn.memory import keep_halves, keep_pages, moved
 from sfumato.pipelines.codes import CodesModel
-from sfumato.pipelines.find import bundled, find
+from sfumato.pipelines.find import bundled, find, name_of
 from sfumato.pipelines.gan import GANModel
 from sfumato.pipelines.generate import Model
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
@@ -181,7 +181,7 @@ def _load(path: Path, where: torch.device, kind: torch.dtype, stable: Stable = S
     for name, network in networks.items():
         networks[name] = zoo.load_into(network, tensors, f"{name}.").to(where)
     networks[part].to(kind)
-    common: dict[str, Any] = {"text": networks.get("text"), "meta": meta, "name": path.stem, "device": where, "dtype": kind}
+    common: dict[str, Any] = {"text": networks.get("text"), "meta": meta, "name": name_of(path), "device": where, "dtype": kind}
     if part != "denoiser" and computing.engine not in ("auto", "eager"):
         print(translated(f"warning: engine {computing.engine} has no effect: it is for models that draw by diffusion"), file=sys.stderr)
     if part == "generator":
@@ -217,6 +217,11 @@ def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stab
         print(translated(f"note: {note}"), file=sys.stderr)
     engine = computing.name_for(found.unet, device, kind)
     halves = computing.low_memory or engine == "openvino"
+    if computing.low_memory and all(p.element_size() > 2 for p in found.unet.parameters()):
+        print(
+            translated("warning: low_memory has no effect: the weights of this file have 32 bits; sfumato convert --half makes it one of 16"),
+            file=sys.stderr,
+        )
     place = (lambda network, kind: keep_halves(network)) if halves else (lambda network, kind: moved(network, device, kind))
     for ear in found.ears:
         place(ear.network, torch.float32)
@@ -226,7 +231,7 @@ def load_stable(path: Path, device: torch.device, kind: torch.dtype, asked: Stab
     return StableDiffusion(
         denoiser=unet, codec=codec, engine=computing.made(engine, unet, codec), ears=found.ears, scheduler=found.scheduler,
         path=found.scheduler.made, inpaints=found.inpaints, quiet=found.quiet, text=None, meta=meta, device=device, dtype=kind,
-        name=path.stem if path.is_file() else path.name,
+        name=name_of(path),
     )  # fmt: skip
 
 

@@ -482,6 +482,7 @@ class Trainer:
                 self._report(sums, clock, log, bar)
             stop = self._any(signalled["signum"])
             if not stop and (self._due(loop.sample_every) or images >= loop.images):
+                bar.set_postfix_str(translated("drawing samples"))
                 self._look(log)
             if self._due(loop.save_every) or images >= end or stop:
                 self.save()
@@ -729,11 +730,14 @@ def _no_denormals() -> Iterator[None]:
 def _signals() -> Iterator[dict[str, int]]:
     """Notes SIGTERM and SIGINT instead of dying; a second SIGINT interrupts at once."""
     noted = {"signum": 0}
+    said = translated("stopping: this step or these samples are finished first, then the state is saved; once more stops at once, saving nothing")
 
     def note(signum: int, frame: object) -> None:
         if noted["signum"] and signum == signal.SIGINT:
             raise KeyboardInterrupt
         noted["signum"] = signum
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{said}\n".encode())  # what was being written to stderr may not be begun anew in a handler
 
     if threading.current_thread() is not threading.main_thread():
         yield noted

@@ -142,6 +142,7 @@ class Tuning(ABC):
             )
         self.model = self._base(bf16 and self.device.type == "cuda")
         self._same_base(run)
+        self._say_what_is_idle()
         found, of_prior = self._scanned(run)
         if recipe.prompt and "{}" not in recipe.prompt and all(e.caption for e in found.entries):
             print(
@@ -191,6 +192,14 @@ class Tuning(ABC):
         if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("hash") != now["hash"]:
             raise ValueError(f"base (={self.recipe.base!r}) has changed since {run} was begun: put it back as it was, or name another --out")
         write_json(path, now)
+
+    def _say_what_is_idle(self) -> None:
+        """Settings that change nothing here."""
+        r = self.recipe
+        if r.style not in ("any", "auto") and not self.model.styles:
+            print(translated("warning: style has no effect: this model has no styles"), file=sys.stderr)
+        if not r.prior_prompt and (r.prior, r.prior_weight) != (Tuned.prior, Tuned.prior_weight):
+            print(translated("warning: prior and prior_weight have no effect without prior_prompt"), file=sys.stderr)
 
     def _scanned(self, run: Path) -> tuple[Scan, Scan | None]:
         for name in ("data", "prior_data"):
