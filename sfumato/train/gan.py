@@ -418,6 +418,7 @@ class GANTask(Lessons):
         real, fake = self._both(batch, cond)
         assert fake is not None
         of_real, of_fake, steep = self._steep(network, real, fake, cond) if slopes else (*self._scores(network, real, fake, cond), {})
+        batch["of_real"] = of_real.detach()
         loss = plain = discriminator_loss(r.loss, of_real, of_fake)
         found = self._noted(of_real.detach(), of_fake.detach()) | {"classification": plain.detach()}
         if r.augment == "ada" or r.adapt.penalty == "overfit":
@@ -442,21 +443,20 @@ class GANTask(Lessons):
         cond, discriminator = self.heard(batch), self.networks["discriminator"]
         fake = self.drawn(networks["generator"], batch["z"][:, 1], cond).float()
         with _resting(discriminator):
-            if self.recipe.loss == "relativistic":
-                real, fake = self.changed(torch.cat([batch["x"], fake])).chunk(2)
-                with torch.no_grad():  # which half of the way back is for
-                    of_real = discriminator(real, cond).float()
-                return generator_loss("relativistic", discriminator(fake, cond).float(), of_real), {}
-            return generator_loss(self.recipe.loss, discriminator(self.changed(fake), cond).float()), {}
+            of_real = batch.get("of_real") if self.recipe.loss == "relativistic" else None  # as it was told in this step
+            return generator_loss(self.recipe.loss, discriminator(self.changed(fake), cond).float(), of_real), {}
 
     @torch.no_grad()
     def _both(self, batch: Batch, cond: Cond, fakes: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Real and generated pictures as the discriminator sees them, without a way back."""
+        """Real and generated pictures as the discriminator sees them, without a way back; once a batch."""
+        if "both" in batch:
+            return batch["both"] if fakes else (batch["both"][0], None)  # type: ignore[no-any-return]
         x = batch["x"]
         if not fakes:
             return self.changed(x).detach(), None
         fake = self.drawn(self.networks["generator"], batch["z"][:, 0], cond).to(x)
-        return self.changed(torch.cat([x, fake])).chunk(2)  # type: ignore[return-value]
+        batch["both"] = self.changed(torch.cat([x, fake])).chunk(2)
+        return batch["both"]  # type: ignore[no-any-return]
 
     def _scores(self, network: nn.Module, real: Tensor, fake: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Of both together, but apart where statistics of a batch would tell them apart."""
@@ -472,11 +472,12 @@ class GANTask(Lessons):
             scores = network(x, concat_conds([cond, cond], len(real))).float()
             at_real, at_fake = squared_slopes(scores, x).chunk(2)
             return *scores.chunk(2), {"r1": at_real, "r2": at_fake}  # type: ignore[return-value]
-        real = real.requires_grad_(bool(p.r1 or p.r2))
+        real = real.detach().requires_grad_(bool(p.r1 or p.r2))
         of_real = of_fake = network(real, cond).float()
         steep = {"r1": squared_slopes(of_real, real)} if p.r1 or p.r2 else {}
         if fake is not None:
-            of_fake = network(fake.requires_grad_(bool(p.r2)), cond).float()
+            fake = fake.detach().requires_grad_(bool(p.r2))
+            of_fake = network(fake, cond).float()
             steep |= {"r2": squared_slopes(of_fake, fake)} if p.r2 else {}
         return of_real, of_fake, steep
 

@@ -118,7 +118,7 @@ def test_each_phase_teaches_its_own_network(loss: str, network: str, tmp_path: P
             if not bool(p.any()):  # what starts at nothing hides what is behind it
                 torch.nn.init.normal_(p, std=0.1)
     both = {name: dict(task.networks[name].named_parameters()) for name in ("generator", "discriminator")}
-    for mine, other, go in (("generator", "discriminator", task.fool), ("discriminator", "generator", task.judge)):
+    for mine, other, go in (("discriminator", "generator", task.judge), ("generator", "discriminator", task.fool)):  # as a step has them
         loss_of, _ = go(task.networks, batch, 0.0)
         nothing = torch.autograd.grad(loss_of, list(both[other].values()), allow_unused=True, retain_graph=True)
         assert all(g is None for g in nothing), other
