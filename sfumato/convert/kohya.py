@@ -31,6 +31,7 @@ OTHERS = {  # parts of names by which other methods are known
     "lora_mid": "a LoRA of Tucker's form", "glora": "a GLoRA",
 }  # fmt: skip
 PROCESSOR = re.compile(r"\.(?:processor\.)?(to_q|to_k|to_v|to_out)_lora$")
+MOST_ALONG = 4.0  # times what a LoRA changes
 KOHYA = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_": SECOND, "lora_denoiser_": "denoiser", "lora_text_": "text"}
 
 
@@ -40,6 +41,11 @@ class Lora:
 
     changes: dict[str, dict[str, Delta]]
     about: dict[str, str]
+
+    @property
+    def along(self) -> float:
+        """How far pictures go along what it changes at a strength of 1, where it is at work from a time on."""
+        return _number(self.about.get("along"), MOST_ALONG)
 
     @property
     def until(self) -> float:
@@ -89,9 +95,10 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> Lora:
     return Lora(changes, about)
 
 
-def _number(said: str | None) -> float:
+def _number(said: str | None, most: float = 1.0) -> float:
+    """From 0 to `most`; 1 where nothing is said."""
     try:
-        return min(1.0, max(0.0, float(said or 1.0)))
+        return min(most, max(0.0, float(said or 1.0)))
     except ValueError:
         return 1.0
 

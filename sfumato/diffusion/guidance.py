@@ -92,6 +92,14 @@ def autoguidance(
     return [first, (weaker, its_cond, rest)]
 
 
+def along(terms: list[Term], changed: Predict, scale: Weight) -> list[Term]:
+    """Some way along a change of the network: D + scale (changed - predict), both told what the first of the terms is told. What guidance leans on
+    stays what the network without the change knows (as arXiv 2311.12092 goes along a LoRA by its strength, here by what is predicted).
+    """
+    (predict, cond, weight), *others = terms
+    return [(predict, cond, _minus(weight, scale)), *others, (changed, cond, scale)]
+
+
 def _within(scale: Weight, low: float, high: float) -> Weight:
     if not 0 <= low <= high <= 1:
         raise ValueError(f"interval (=({low}, {high})) must satisfy 0 <= low <= high <= 1: times at which guidance acts, 1 is noise")

@@ -19,7 +19,7 @@ from sfumato.core.request import GenerateRequest, style_weights
 from sfumato.core.rng import torch_rng
 from sfumato.core.seams import Cond, Denoise, Predict
 from sfumato.diffusion.deepcache import DeepCache
-from sfumato.diffusion.guidance import Post, Term, apg, autoguidance, cfg, guided, inpaint, rescale, text_style
+from sfumato.diffusion.guidance import Post, Term, along, apg, autoguidance, cfg, guided, inpaint, rescale, text_style
 from sfumato.diffusion.path import Path, timesteps
 from sfumato.diffusion.precond import Precond, Prediction
 from sfumato.diffusion.samplers import sample_ddim, sampler
@@ -63,6 +63,32 @@ def _hash_of(file: Files) -> str:
     return _digest(file, file.stat().st_mtime_ns, file.stat().st_size)
 
 
+@dataclass
+class Late:
+    """A LoRA that is at work from the time `until` on: pictures go `strength` times along what it changes of what is predicted (of the weights more
+    than once would break what they hold together).
+    """
+
+    until: float
+    strength: float
+    at_work: bool = False
+
+    def on(self, predict: Predict) -> Predict:
+        """`predict` with it at work."""
+
+        def predicted(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            self.at_work = True
+            try:
+                return predict(x_t, t, cond)
+            finally:
+                self.at_work = False
+
+        return predicted
+
+    def weight(self, t: float) -> float:
+        return self.strength if t <= self.until else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentDiffusion(Model):
     """See `Model`."""
@@ -70,7 +96,7 @@ class LatentDiffusion(Model):
     denoiser: nn.Module
     path: Path
     watchers: list[Watch] = field(default_factory=list)  # are told after each step what the picture would be
-    now: list[float] = field(default_factory=lambda: [1.0])  # the time that the denoiser is asked at
+    late: list[Late] = field(default_factory=list)  # LoRAs of the request that is drawn
     guide: LatentDiffusion | None = None  # a weaker model of the same latents that guidance leans on
     way: ClassVar[str] = "diffusion"
     part: ClassVar[str] = "denoiser"
@@ -113,7 +139,7 @@ class LatentDiffusion(Model):
         """With a request's LoRAs merged into the networks and its learned words known; afterwards all is as it was, to the bit."""
         networks = self.networks
         loras = [(read_lora(path, networks), strength) for path, strength in (strength_of(f, request.prompt) for f in request.lora)]
-        merged, known = [], [dict(e.learned) for e in self.listeners]
+        merged, known, late = [], [dict(e.learned) for e in self.listeners], list(self.late)
         try:
             for name, network in networks.items() if loras else ():
                 merged.append(merge(network, [(lora.changes.get(name, {}), s) for lora, s in loras if lora.until == 1]))
@@ -123,19 +149,18 @@ class LatentDiffusion(Model):
             self._learn(request)
             yield
         finally:
+            self.late[:] = late
             for part in merged:
                 part.eject()
             for listener, before in zip(self.listeners, known, strict=True):
                 listener.learned = before
 
     def _from_a_time_on(self, lora: Lora, strength: float) -> list[Attached]:
-        """A LoRA at work where the time, which falls from 1, is at most `until`; what hears it changes in all."""
-        now = self.now
-        found = [Attached(hooks=[self.denoiser.register_forward_pre_hook(lambda _, given: now.__setitem__(0, float(given[1].max())))])]
-        for name, network in self.networks.items():
-            timed = strength if network is not self.denoiser else lambda: strength if now[0] <= lora.until else 0.0
-            found.append(attach(network, lora.changes.get(name, {}), timed))
-        return found
+        """A LoRA whose changes of the denoiser wait until they are asked for; what hears it changes in all."""
+        late = Late(lora.until, strength * lora.along)
+        self.late.append(late)
+        told = {name: (lambda: float(late.at_work)) if network is self.denoiser else strength for name, network in self.networks.items()}
+        return [attach(network, lora.changes.get(name, {}), told[name]) for name, network in self.networks.items()]
 
     def _learn(self, request: GenerateRequest) -> None:
         """Raises ValueError for vectors that are not of these text encoders."""
@@ -191,13 +216,7 @@ class LatentDiffusion(Model):
 
         function = sampler(request.sampler or self.usual["sampler"]).function
         extra = {"eta": request.eta} if function is sample_ddim and request.eta else {}
-        denoise = self._denoise(rows, begun, streams, ts)
-
-        def timed(x: Tensor, t: Tensor) -> Tensor:
-            self.now[0] = float(t.max())
-            return denoise(x, t)
-
-        for step in function(timed, x, ts, self.path, noise=noise, **extra):
+        for step in function(self._denoise(rows, begun, streams, ts), x, ts, self.path, noise=noise, **extra):
             for watch in self.watchers:
                 watch(step.i, step.x0)
             yield step.x
@@ -242,9 +261,16 @@ class LatentDiffusion(Model):
         if begun is not None and begun.mask is not None:
             post.append(inpaint(begun.z, begun.redraw()))
         if request.style_guidance is None or self.guide is not None:
-            return guided(self._terms(rows, cond, empty), post)
-        neither = self._neither(rows, empty)
-        return guided(text_style(self.predict(request), cond, empty, neither, self._scale(request), request.style_guidance), post)
+            terms = self._terms(rows, cond, empty)
+        else:
+            terms = text_style(self.predict(request), cond, empty, self._neither(rows, empty), self._scale(request), request.style_guidance)
+        return self._guided(request, terms, post)
+
+    def _guided(self, request: GenerateRequest, terms: list[Term], post: list[Post]) -> Denoise:
+        """All terms together, those of LoRAs that come late with them."""
+        for late in self.late:
+            terms = along(terms, late.on(self.predict(request)), late.weight)
+        return guided(terms, post, batched=True if self.late else None)
 
     def _scale(self, request: GenerateRequest) -> float:
         return self.usual["guidance"] if request.guidance is None else request.guidance

@@ -482,8 +482,10 @@ class Trainer:
                 self._report(sums, clock, log, bar)
             stop = self._any(signalled["signum"])
             if not stop and (self._due(loop.sample_every) or images >= loop.images):
+                said = bar.postfix or ""
                 bar.set_postfix_str(translated("drawing samples"))
                 self._look(log)
+                bar.set_postfix_str(said, refresh=False)
             if self._due(loop.save_every) or images >= end or stop:
                 self.save()
             if stop:

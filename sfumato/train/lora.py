@@ -5,14 +5,17 @@ What comes of it is one file, which other programs load too where the model is a
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from sfumato.convert.kohya import Lora, lora_tensors
+from sfumato.convert.kohya import MOST_ALONG, Lora, lora_tensors
+from sfumato.core.pack import save_pack
 from sfumato.nn.lora import LowRank, chosen
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer
@@ -36,8 +39,13 @@ class LoraRecipe(Tuned):
     """The time (1 noise, 0 clean) from which on it is at work: below 1 it learns how things are drawn and not which. Other programs know nothing
     of that."""
 
+    along: float = 1.0
+    """With until: how many times as far as it learned pictures go along what it changes; above 1 is more of the style and less of the thing."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.along <= MOST_ALONG:
+            raise ValueError(f"along (={self.along}) must be above 0 and at most {MOST_ALONG:g}: 1 is as it learned, 1.5 more of the style")
         if self.rank < 1:
             raise ValueError(f"rank (={self.rank}) must be at least 1: 4 to 64 are usual")
         if self.alpha < 0:
@@ -51,7 +59,7 @@ def preset_style() -> tuple[LoraRecipe, LoopConfig]:
 
     `sfumato train lora --data DIR --out runs/my-style`
     """
-    recipe = LoraRecipe(layers="linear", rank=64, until=0.4, each=100, flip=True, style="auto")
+    recipe = LoraRecipe(layers="linear", rank=64, until=0.4, along=1.5, each=100, flip=True, style="auto")
     return recipe, LoopConfig(
         images=24_000, batch_size=32, lr=3e-3, warmup=320, decay=0.5, ema=0.02, weight_decay=0.0, save_every=8_000, sample_every=8_000,
         log_every=1_600,
@@ -103,10 +111,20 @@ class LoraTask(Tuning):
         networks["lora"](lambda: None)
         return self.model
 
+    def samples(self, networks: dict[str, nn.Module]) -> Image.Image:
+        """See `Tuning`; what comes late is drawn by its file, as it will be."""
+        if self.until == 1:
+            return super().samples(networks)
+        networks["lora"].rest()  # type: ignore[operator]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "lora.safetensors"
+            save_pack(file, *self.pack(networks))
+            return self.drawn(self.model, lora=(str(file),))
+
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         lora = Lora(networks["lora"].deltas(), {})  # type: ignore[operator]
         said = {"kind": "lora", "ss_network_module": "networks.lora", "ss_network_dim": lora.rank, "ss_network_alpha": self.recipe.alpha or lora.rank}
-        return lora_tensors(lora), said | self.about() | ({"until": self.recipe.until} if self.recipe.until < 1 else {})
+        return lora_tensors(lora), said | self.about() | ({"until": self.recipe.until, "along": self.recipe.along} if self.recipe.until < 1 else {})
 
 
 def train(recipe: LoraRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:

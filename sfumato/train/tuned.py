@@ -425,10 +425,12 @@ class Tuning(ABC):
 
     def samples(self, networks: dict[str, nn.Module]) -> Image.Image:
         """The preview prompts with fixed seeds."""
-        model = self.used(networks)
-        prompts = self.previews if self.recipe.previews else self.previews * -(-PREVIEW_SIZE // len(self.previews))
         style = ",".join(f"{k}:{v:g}" for k, v in self.style.items()) if self.style else None
-        requests = [GenerateRequest(prompt=p, seed=i, style=style, **self._extent((self.side, self.side))) for i, p in enumerate(prompts)]
+        return self.drawn(self.used(networks), style=style)
+
+    def drawn(self, model: LatentDiffusion, **more: Any) -> Image.Image:
+        prompts = self.previews if self.recipe.previews else self.previews * -(-PREVIEW_SIZE // len(self.previews))
+        requests = [GenerateRequest(prompt=p, seed=i, **self._extent((self.side, self.side)), **more) for i, p in enumerate(prompts)]
         return grid([p.image for r in requests for p in model.pictures(r)])
 
     def about(self) -> dict[str, Any]:

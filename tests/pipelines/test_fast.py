@@ -118,7 +118,7 @@ def test_a_lora_from_a_time_on_is_at_work_in_the_fast_mode_too(smoke: Path, tmp_
     layer = "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q"
     weight = denoiser.get_submodule(layer).weight
     file = tmp_path / "late.safetensors"
-    tensors = lora_tensors(Lora({"denoiser": {layer: Delta(torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4))}}, {}), "kohya")
+    tensors = lora_tensors(Lora({"denoiser": {layer: Delta(torch.randn(4, weight.shape[1]), 3 * torch.randn(weight.shape[0], 4))}}, {}), "kohya")
     save_file(tensors, file, {"format": "pt", "until": "0.5"})
     for change in ({}, {"cache_interval": 3}, {"fast": True}):
         request = GenerateRequest(prompt="a cat", seed=3, steps=6, **change)  # type: ignore[arg-type]

@@ -17,12 +17,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sfumato.convert.kohya import read_embedding, read_lora
 from sfumato.core.checkpoint import FileError, read_metadata
 from sfumato.core.config import from_json, to_json
 from sfumato.core.request import GenerateRequest
 from sfumato.core.runlog import read_log
+from sfumato.nn.lora import merge
+from sfumato.pipelines.find import named_file
+from sfumato.pipelines.generate import Row
+from sfumato.pipelines.latent_diffusion import LatentDiffusion
 from sfumato.pipelines.load import load
 from sfumato.train import embedding, finetune, lora
 from sfumato.train.loop import LoopConfig
@@ -206,21 +211,32 @@ def test_a_near_style_is_chosen_once_and_drawn_in(smoke: Path, photos: Path, tmp
 
 
 def test_a_lora_from_a_time_on_is_at_work_below_it(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
-    """Of noise the network says what it said without the LoRA; later it says what it says with all of it."""
-    fit("lora", base, photos, tmp_path / "run", replace(LOOP, lr=0.05), until=0.4, text=False)
+    """Before, pictures are what they are without it; from then on they go along what it changes of what is said of the prompt."""
+    fit("lora", base, photos, tmp_path / "run", replace(LOOP, lr=0.05), until=0.4, along=1.5, text=False)
     model = load(base["base"], device="cpu")
-    request = GenerateRequest(prompt="thing 3", seed=1, steps=1, lora=(str(tmp_path / "run"),))
-    cond = model.told(["thing 3"], (64, 64))  # type: ignore[attr-defined]
-    channels = model.codec.spec.latent_channels  # type: ignore[union-attr]
-    x = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        plain = [model.denoiser(x, torch.tensor([t]), cond) for t in (0.8, 0.3)]  # type: ignore[attr-defined]
-        with model.changed(request):  # type: ignore[attr-defined]
-            late = [model.denoiser(x, torch.tensor([t]), cond) for t in (0.8, 0.3)]  # type: ignore[attr-defined]
-        after = model.denoiser(x, torch.tensor([0.3]), cond)  # type: ignore[attr-defined]
-    assert torch.equal(plain[0], late[0])
-    assert not torch.allclose(plain[1], late[1], atol=1e-4)
-    assert torch.equal(plain[1], after)
+    assert isinstance(model, LatentDiffusion)
+    sized = {"width": 64, "height": 64} if model.sized else {}
+    (row,) = model._rows(GenerateRequest(prompt="thing 3", seed=1, style="noto" if model.styles else None, **sized))  # type: ignore[arg-type]
+    told = replace(row.request, lora=(f"{tmp_path / 'run'}:0.8",))
+    x = torch.randn(1, model.codec.spec.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr]
+    changes = read_lora(named_file(tmp_path / "run"), model.networks)
+    assert (changes.until, changes.along) == (0.4, 1.5)
+
+    def says(row: Row, t: float) -> Tensor:
+        with torch.no_grad():
+            return model._denoise([row], None, [], torch.tensor([1.0, 0.0]))(x, torch.tensor([t]))  # type: ignore[union-attr]
+
+    alone = replace(row, request=replace(row.request, guidance=1.0))
+    plain, bare = ([says(r, t) for t in (0.8, 0.3)] for r in (row, alone))
+    merged = merge(model.denoiser, [(changes.changes["unet" if model.sized else "denoiser"], 1.0)])
+    whole = says(alone, 0.3)
+    merged.eject()
+    with model.changed(told):
+        found = [says(replace(row, request=told), t) for t in (0.8, 0.3)]
+    torch.testing.assert_close(found[0], plain[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1], plain[1] + 0.8 * 1.5 * (whole - bare[1]), atol=1e-4, rtol=0)
+    assert not torch.allclose(found[1], plain[1], atol=1e-3)
+    assert torch.equal(says(row, 0.3), plain[1])
 
 
 def test_offset_noise_is_the_same_all_over_a_channel(smoke: Path, photos: Path, tmp_path: Path) -> None:
