@@ -71,7 +71,8 @@ BLANK = 1e-8  # of a slope
 class PenaltyConfig:
     """Weights of the penalties on the discriminator, 0 is none: r1 at real and r2 at generated pictures (gamma of arXiv 1801.04406), gp between them
     (WGAN-GP, 1704.00028), dragan beside real ones (1705.07215), lecam on its scores (2104.03310). `one_sided` lets gp and dragan punish steep slopes
-    only. Of those on slopes there is one every `every` steps, as many times as heavy; more than 1 makes it a step of its own.
+    only. Of those on slopes there is one every `every` steps, as many times as heavy; more than 1 makes it a step of its own. Over the training their
+    weights fall to `end` times what they were, by a cosine (2501.05441, appendix): a discriminator that is smooth at first and sharp at last.
     """
 
     r1: float = 0.0
@@ -81,15 +82,24 @@ class PenaltyConfig:
     lecam: float = 0.0
     one_sided: bool = False
     every: int = 1
+    end: float = 1.0
 
     def __post_init__(self) -> None:
         at_least(0, **{f"penalty.{name}": getattr(self, name) for name in ("r1", "r2", "gp", "dragan", "lecam")})
+        if not 0 <= self.end <= 1:
+            raise ValueError(
+                f"penalty.end (={self.end}) must be between 0 and 1: the share of the weights that is left at the end, 1 leaves them alone"
+            )
         if self.every < 1:
             raise ValueError(f"penalty.every (={self.every}) must be at least 1: discriminator steps from one penalty to the next")
 
     @property
     def of_slopes(self) -> bool:
         return bool(self.r1 or self.r2 or self.gp or self.dragan)
+
+    def left(self, progress: float) -> float:
+        """The share of the weights that is left after this share of the training."""
+        return self.end + (1 - self.end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +221,7 @@ def preset_r3gan() -> tuple[GANRecipe, LoopConfig]:
     """
     network = R3GANConfig()
     recipe, loop = preset_own()
-    return replace(recipe, **_on(network)), replace(loop, lr=1.5e-3, batch_size=32)
+    return replace(recipe, **_on(network), penalty=replace(recipe.penalty, every=8, end=0.3)), replace(loop, lr=1.5e-3, batch_size=32)
 
 
 def preset_dcgan() -> tuple[GANRecipe, LoopConfig]:
@@ -427,7 +437,7 @@ class GANTask(Lessons):
             loss = loss + r.penalty.lecam * lecam_penalty(of_real, of_fake, self.balance.scores.clone())
         if slopes:
             penalty, more = self._slopes(network, real, fake, steep, cond)
-            loss, found = loss + penalty, found | more
+            loss, found = loss + penalty * r.penalty.left(progress), found | more
         return loss, found
 
     def smooth(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -436,7 +446,9 @@ class GANTask(Lessons):
         real, fake = self._both(batch, cond, fakes=bool(p.r2 or p.gp))
         of_real, _, steep = self._steep(network, real, fake if p.r2 else None, cond)
         penalty, found = self._slopes(network, real, fake, steep, cond)
-        return penalty * p.every + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
+        return penalty * p.every * p.left(
+            progress
+        ) + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
 
     def fool(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The generator's loss; nothing is left with the discriminator."""

@@ -144,6 +144,24 @@ def test_lazy_penalties_are_as_heavy_as_frequent_ones(tmp_path: Path) -> None:
     assert float(with_it) == pytest.approx(float(without) + float(found["penalty"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("every", [1, 4])
+def test_penalties_fall_to_their_end_by_a_cosine(every: int, tmp_path: Path) -> None:
+    falling, still = (task_of(of(penalty=PenaltyConfig(r1=2.0, every=every, end=e)), tmp_path / str(e)) for e in (0.3, 1.0))
+
+    def weight(task: Any, progress: float) -> float:
+        batch = task.batch(np.arange(8))
+        if every > 1:
+            return float(task.smooth(task.networks, batch, progress)[0].detach())
+        loss, found = task.judge(task.networks, batch, progress)
+        return float((loss - found["classification"]).detach())
+
+    for progress, share in ((0.0, 1.0), (0.5, 0.65), (1.0, 0.3)):
+        assert weight(falling, progress) == pytest.approx(share * weight(still, 0.0), rel=1e-4)
+        assert weight(still, progress) == pytest.approx(weight(still, 0.0), rel=1e-6)
+    with pytest.raises(ValueError, match=r"penalty.end \(=1.5\) must be between 0 and 1"):
+        PenaltyConfig(end=1.5)
+
+
 class Linear(nn.Module):
     """A discriminator a . x, whose slope is |a| everywhere."""
 
