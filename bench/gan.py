@@ -149,9 +149,11 @@ def pair_of(network: Any, options: Options) -> dict[str, Any]:
     return {"generator": GeneratorConfig(network=network, size=SIDE), "discriminator": DiscriminatorConfig(network=network, size=SIDE)}
 
 
-def loop_of(options: Options, images: int, seed: int, lr: float, batch: int = 32) -> LoopConfig:
+def loop_of(options: Options, images: int, seed: int, lr: float, own: LoopConfig | None = None) -> LoopConfig:
+    """`own` is that of a preset, which decides batches and averages."""
     _, loop = gan.preset_own()
-    batch = 16 if options.quick else batch
+    loop = replace(loop, batch_size=32) if own is None else replace(loop, batch_size=own.batch_size, ema=own.ema)
+    batch = 16 if options.quick else loop.batch_size
     images = max(images // batch, 2) * batch
     loop = replace(loop, images=images, batch_size=batch, warmup=min(loop.warmup, images // 10), seed=seed, lr=lr, dtype="fp32", keep=1)
     return replace(loop, save_every=images, sample_every=10 * images, log_every=max(images // 20, batch))
@@ -290,18 +292,18 @@ def rivals(options: Options, data: str) -> dict[str, GANRecipe]:
 def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     train, _ = folders(options)
     recipes = rivals(options, str(train))
-    batches = {name: preset()[1].batch_size for name, preset in RIVALS.items()}
-    images = paced(options, recipes, batches)
+    loops = {name: preset()[1] for name, preset in RIVALS.items()}
+    images = paced(options, recipes, loops)
     rates, others = {"ours": RIVALS["ours"]()[1].lr}, [name for name in RIVALS if name != "ours"]
     for name in others:
         tried = {
-            lr: outcome(options, f"race-{name}-{lr:g}-0", recipes[name], loop_of(options, images[name], 0, lr, batches[name]))
+            lr: outcome(options, f"race-{name}-{lr:g}-0", recipes[name], loop_of(options, images[name], 0, lr, loops[name]))
             for lr in (TRIED[1:2] if options.quick else TRIED)
         }
         rates[name] = min(tried, key=lambda lr: tried[lr].get("frechet, classifier", np.inf))  # kernel distances have come to their noise by then
     found = {
         name: [
-            outcome(options, f"race-{name}-{rates[name]:g}-{s}", recipe, loop_of(options, images[name], s, rates[name], batches[name]))
+            outcome(options, f"race-{name}-{rates[name]:g}-{s}", recipe, loop_of(options, images[name], s, rates[name], loops[name]))
             for s in range(seeds_of(options))
         ]
         for name, recipe in recipes.items()
@@ -327,16 +329,16 @@ def ratio_of(ours: list[float], theirs: list[float]) -> tuple[float, float, floa
     return float(np.exp(a.mean() - b.mean())), float(np.exp(found.low)), float(np.exp(found.high))
 
 
-def paced(options: Options, recipes: dict[str, GANRecipe], batches: dict[str, int]) -> dict[str, int]:
+def paced(options: Options, recipes: dict[str, GANRecipe], loops: dict[str, LoopConfig]) -> dict[str, int]:
     """Pictures that fit into the time of a race, from some steps of each, by turns: other work on the machine meets all alike."""
     if options.quick:
         return dict.fromkeys(recipes, 64)
     told = options.out / "cells" / f"pace-{options.minutes:g}.json"
-    settings = {name: settings_of(options, recipe, loop_of(options, 10**7, 0, RATE, batches[name])) for name, recipe in recipes.items()}
+    settings = {name: settings_of(options, recipe, loop_of(options, 10**7, 0, RATE, loops[name])) for name, recipe in recipes.items()}
     if not told.exists():
         for part in range(1, 4):
             for name, recipe in recipes.items():
-                loop = loop_of(options, 10**7, 0, RATE, batches[name])
+                loop = loop_of(options, 10**7, 0, RATE, loops[name])
                 run = options.out / "runs" / f"pace-{name}"
                 gan.train(recipe, replace(loop, log_every=5 * loop.batch_size), run, text=run, stop_at=30 * part * loop.batch_size)
         found = {name: pace(options.out / "runs" / f"pace-{name}" / "log.jsonl") for name in recipes}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
+RAMP = 0.05
 
 
 def ema_copy(network: M) -> M:
@@ -22,13 +23,13 @@ def _local(value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def ema_update(average: nn.Module, network: nn.Module, *, images: int, half_life: float, seen: int) -> None:
+def ema_update(average: nn.Module, network: nn.Module, *, images: int, half_life: float, seen: int, ramp: float = RAMP) -> None:
     """average += (1 - decay) (network - average), decay = 0.5 ** (images / half_life).
 
-    While less than half_life / 0.05 images were `seen`, the half-life is 5 % of them, so that early averages forget the random start
+    While less than half_life / `ramp` images were `seen`, the half-life is that share of them, so that early averages forget the random start
     (the ramp of arXiv 2006.06676). Buffers are copied.
     """
-    half_life = max(min(half_life, 0.05 * seen), 1e-8)
+    half_life = max(min(half_life, ramp * seen), 1e-8)
     decay = 0.5 ** (images / half_life)
     own, raw = ([_local(p.detach()) for p in n.parameters()] for n in (average, network))
     if own:

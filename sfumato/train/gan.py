@@ -221,7 +221,7 @@ def preset_r3gan() -> tuple[GANRecipe, LoopConfig]:
     """
     network = R3GANConfig()
     recipe, loop = preset_own()
-    return replace(recipe, **_on(network), penalty=replace(recipe.penalty, every=8, end=0.3)), replace(loop, lr=1.5e-3, batch_size=32)
+    return replace(recipe, **_on(network), penalty=replace(recipe.penalty, every=8, end=0.3)), replace(loop, lr=1.5e-3, batch_size=32, ema=0.1)
 
 
 def preset_dcgan() -> tuple[GANRecipe, LoopConfig]:

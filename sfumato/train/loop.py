@@ -38,7 +38,7 @@ from sfumato.core.pack import save_pack
 from sfumato.core.request import Device
 from sfumato.core.rng import derive
 from sfumato.core.runlog import RunLog, is_out_of_memory
-from sfumato.nn.ema import ema_copy, ema_update
+from sfumato.nn.ema import RAMP, ema_copy, ema_update
 from sfumato.nn.memory import keep_pages
 from sfumato.train.shards import Shards, whole
 
@@ -370,7 +370,8 @@ class Trainer:
         self.counters["images"] += self.loop.batch_size
         self.counters["steps"] += 1
         for name, average in self.averages.items():
-            ema_update(average, self.task.networks[name], images=self.loop.batch_size, half_life=self.loop.ema * self.loop.images, seen=seen)
+            ema, batch = self.loop.ema, self.loop.batch_size
+            ema_update(average, self.task.networks[name], images=batch, half_life=ema * self.loop.images, seen=seen, ramp=max(RAMP, ema))
         after = getattr(self.task, "after_step", None)
         return stats | (after(self.averages, self.counters["images"], finite) if after else {}) | {"lr": lr}
 
