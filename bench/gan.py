@@ -370,7 +370,7 @@ def step(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
     def one() -> None:
         ours.zero_grad()
-        task.judge(task.networks, batch, 0.0)[0].backward()
+        task.judge(task.networks, dict(batch), 0.0)[0].backward()  # nothing is kept from the last one
         ours.step()
 
     def textbook() -> None:

@@ -502,25 +502,25 @@ def warn(model: Model, r: GenerateRequest) -> None:
         say("note: the text encoders of Stable Diffusion learned from English: Chinese words mean little to them")
     if r.prompt and (shown := model.people(r.prompt)):
         say(f"note: this model draws no people and no faces: {shown!r} gives what goes with it at most")
-    taught = taught_words(r) if model.words else []
+    taught = taught_words(r) if model.words else set()
     for text in (r.prompt, r.negative):
         if text and model.too_long(text):
             say(f"warning: {text[:30]!r}... is longer than this model hears ({model.text.config.tokens} tokens): its end has no effect")  # type: ignore[union-attr]
         for word, near in model.unknown(text) if text else []:
-            if any(word in known for known in taught):
+            if word in taught:
                 continue
             say(f"note: {word!r} is not a word this model knows" + (f"; near: {', '.join(near)}" if near else ""))
 
 
-def taught_words(r: GenerateRequest) -> list[str]:
+def taught_words(r: GenerateRequest) -> set[str]:
     """What a request's learned words and LoRAs add to the words that its model knows."""
     from sfumato.convert.kohya import read_embedding, said_of
     from sfumato.pipelines.find import named_file, strength_of
-    from sfumato.text.words import normalise
+    from sfumato.text.words import normalise, strange_words
 
     words = [name for file in r.embedding for name in read_embedding(named_file(file))]
     words += [said_of(strength_of(file, r.prompt)[0], "prompt") or "" for file in r.lora]
-    return [normalise(w) for w in words]
+    return {part for w in words for part in strange_words(normalise(str(w)), ())}
 
 
 def _jobs(asked: Generate, requests: list[GenerateRequest], styles: list[str | None], only: int | None) -> list[Job]:

@@ -14,7 +14,7 @@ from sfumato.core.checkpoint import FileError
 from sfumato.core.language import translated
 from sfumato.pipelines.find import find, named_file, strength_of
 
-SHOWN = ("base", "prompt", "style", "until", "images")  # of what our files say of themselves
+SHOWN = ("base", "prompt", "style", "until", "along", "images")  # of what our files say of themselves
 
 
 @dataclass(frozen=True)

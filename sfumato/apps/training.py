@@ -105,21 +105,24 @@ def train(argv: list[str]) -> None:
     if not trainer.accelerator.is_main_process:
         return
     say(f"{asked.out}: {trainer.counters['images']:,} images, {trainer.counters['skipped']} steps skipped")
-    if (command := _next(what, asked)) is not None:
+    if (command := _next(what, asked, trainer.task)) is not None:
         say(f"draw with it: {command}")
     print(asked.out)
 
 
-def _next(what: str, asked: Any) -> str | None:
+def _next(what: str, asked: Any, task: Any) -> str | None:
     """The command that draws with what was trained, where that can."""
     if what not in (*TUNED, *GENERATORS, "gan"):
         return None
     recipe, prompt = asked.recipe, "PROMPT"
     if what in TUNED and (said := " ".join(recipe.prompt.replace("{}", prompt).split())):
         prompt = said
+    elif what == "embedding":
+        prompt = f"PROMPT {recipe.word}"
     flag = f"--{what}" if what in ("lora", "embedding") else "--model"
     beside = ["--model", recipe.base] if flag != "--model" and recipe.base != BUNDLED else []
-    return shlex.join(["sfumato", "generate", prompt, *beside, flag, str(asked.out)])
+    told = [prompt] if what in TUNED or task.text is not None else []
+    return shlex.join(["sfumato", "generate", *told, *beside, flag, str(asked.out)])
 
 
 def _all(parse: Callable[..., Any], argv: list[str]) -> None:
@@ -227,7 +230,7 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
         seconds = loop.images * (recipe.perceptual_from / speed + (1 - recipe.perceptual_from) / later)
     data = _data_bytes(what, asked.recipe, trainer)
     encoding = _encoding_seconds(trainer.task, asked.recipe) if what in GENERATORS else 0.0
-    looking = _looking_seconds(trainer) * (loop.images // loop.sample_every) if what in TUNED else 0.0
+    looking = _looking_seconds(trainer) * -(-loop.images // loop.sample_every) if what in TUNED else 0.0
     facts = {
         "parameters": _parameters(what, asked.recipe, trainer.task),
         "images_per_s": speed,
@@ -279,11 +282,11 @@ def _encoding_seconds(task: Any, recipe: Any) -> float:
 
 
 def _looking_seconds(trainer: Any) -> float:
-    """What scores and samples take, each time."""
+    """What a sample grid takes, from the time of one of its pictures."""
+    first, *others = trainer.task.looks()
     began = time.perf_counter()
-    trainer.task.evaluate(trainer.averages)
-    trainer.task.samples(trainer.averages)
-    return time.perf_counter() - began
+    next(trainer.task.model.pictures(first))
+    return (time.perf_counter() - began) * (1 + len(others))
 
 
 def _parameters(what: str, recipe: Any, task: Any) -> dict[str, int]:

@@ -92,14 +92,6 @@ def autoguidance(
     return [first, (weaker, its_cond, rest)]
 
 
-def along(terms: list[Term], changed: Predict, scale: Weight) -> list[Term]:
-    """Some way along a change of the network: D + scale (changed - predict), both told what the first of the terms is told. What guidance leans on
-    stays what the network without the change knows (as arXiv 2311.12092 goes along a LoRA by its strength, here by what is predicted).
-    """
-    (predict, cond, weight), *others = terms
-    return [(predict, cond, _minus(weight, scale)), *others, (changed, cond, scale)]
-
-
 def _within(scale: Weight, low: float, high: float) -> Weight:
     if not 0 <= low <= high <= 1:
         raise ValueError(f"interval (=({low}, {high})) must satisfy 0 <= low <= high <= 1: times at which guidance acts, 1 is noise")
@@ -173,6 +165,23 @@ def apg(eta: float = 0.0, norm_threshold: float = 0.0) -> Post:
         onto = F.normalize(first.flatten(1), dim=1)
         parallel = (push * onto).sum(1, keepdim=True) * onto
         return first + (push - (1 - eta) * parallel).reshape(x0.shape)
+
+    return post
+
+
+def along(changed: Predict, term: Term, scale: Weight) -> Post:
+    """Some way along a change of the network: D + scale (changed - predict), both told what the first of the terms, `term`, is told. Guidance and
+    what acts on it lean on what the network knows without the change. (arXiv 2311.12092 goes along a LoRA by its strength, here by its prediction.)
+
+    Belongs after all that acts on guidance.
+    """
+    predict, cond, _ = term
+
+    def post(x0: Float[Tensor, " b *rest"], x_t: Float[Tensor, " b *rest"], t: Float[Tensor, " b"], parts: list[Part]) -> Float[Tensor, " b *rest"]:
+        s, first = _at(scale, float(t.reshape(-1)[0])), parts[0][1]
+        if s == 0:
+            return x0
+        return x0 + s * (changed(x_t, t, cond) - (predict(x_t, t, cond) if first is None else first))
 
     return post
 

@@ -49,8 +49,9 @@ def find(model: str | Path | None, what: str = "model") -> Path:
 
 def name_of(path: Path) -> str:
     """What a model is called: of a run the folder, since all runs call their files alike."""
-    told = "report.json" if path.stem == "model" else "config.json" if path.stem.startswith("model-") else ""
-    return path.absolute().parent.name if told and (path.absolute().parent / told).exists() else path.stem if path.is_file() else path.name
+    told = "report.json" if path.stem == "model" else "config.json" if path.stem.startswith("model-") or path.stem == "packed" else ""
+    folder = path.resolve().parent
+    return folder.name if told and (folder / told).exists() else path.stem if path.is_file() else path.resolve().name
 
 
 def strength_of(told: str, prompt: str | None = None) -> tuple[Path, float]:

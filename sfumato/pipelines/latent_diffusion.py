@@ -30,6 +30,7 @@ from sfumato.pipelines.find import named_file, strength_of
 from sfumato.pipelines.generate import Begun, Model, Picture, Progress, Row
 
 USUAL_STEPS = 20
+EXACT = 1e-6  # of times in fp32
 FAST_EVERY, FAST_GUIDANCE = 3, (0.2, 1.0)  # of a request that is to be fast
 Watch = Callable[[int, Tensor], None]  # the step, and the latents "b c h w" of the denoised pictures
 
@@ -86,7 +87,7 @@ class Late:
         return predicted
 
     def weight(self, t: float) -> float:
-        return self.strength if t <= self.until else 0.0
+        return self.strength if t <= self.until + EXACT else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,26 +140,26 @@ class LatentDiffusion(Model):
         """With a request's LoRAs merged into the networks and its learned words known; afterwards all is as it was, to the bit."""
         networks = self.networks
         loras = [(read_lora(path, networks), strength) for path, strength in (strength_of(f, request.prompt) for f in request.lora)]
-        merged, known, late = [], [dict(e.learned) for e in self.listeners], list(self.late)
+        merged, known, late = [], [dict(e.learned) for e in self.listeners], []
         try:
             for name, network in networks.items() if loras else ():
                 merged.append(merge(network, [(lora.changes.get(name, {}), s) for lora, s in loras if lora.until == 1]))
             for lora, strength in loras:
                 if lora.until < 1:
-                    merged += self._from_a_time_on(lora, strength)
+                    late.append(Late(lora.until, strength * lora.along))
+                    self.late.append(late[-1])
+                    merged += self._from_a_time_on(lora, strength, late[-1])
             self._learn(request)
             yield
         finally:
-            self.late[:] = late
+            self.late[:] = [one for one in self.late if all(one is not mine for mine in late)]  # others may be drawing
             for part in merged:
                 part.eject()
             for listener, before in zip(self.listeners, known, strict=True):
                 listener.learned = before
 
-    def _from_a_time_on(self, lora: Lora, strength: float) -> list[Attached]:
+    def _from_a_time_on(self, lora: Lora, strength: float, late: Late) -> list[Attached]:
         """A LoRA whose changes of the denoiser wait until they are asked for; what hears it changes in all."""
-        late = Late(lora.until, strength * lora.along)
-        self.late.append(late)
         told = {name: (lambda: float(late.at_work)) if network is self.denoiser else strength for name, network in self.networks.items()}
         return [attach(network, lora.changes.get(name, {}), told[name]) for name, network in self.networks.items()]
 
@@ -251,26 +252,25 @@ class LatentDiffusion(Model):
             return before
         style, until = style_weights(late[0], self.styles), late[1]
         after = self._denoise_in([replace(r, style=style, toward=r.toward and replace(r.toward, style=style)) for r in rows], begun)
-        return lambda x, t: (after if float(t.max()) <= until else before)(x, t)
+        return lambda x, t: (after if float(t.max()) <= until + EXACT else before)(x, t)
 
     def _denoise_in(self, rows: list[Row], begun: Begun | None) -> Denoise:
         request = rows[0].request
         cond, empty = self._sides(rows)
-        post: list[Post] = [self._without_dead] if bool((self.codec.latent_std == 0).any()) else []
-        post += self._changes(request, self.meta["prediction"])
-        if begun is not None and begun.mask is not None:
-            post.append(inpaint(begun.z, begun.redraw()))
         if request.style_guidance is None or self.guide is not None:
             terms = self._terms(rows, cond, empty)
         else:
             terms = text_style(self.predict(request), cond, empty, self._neither(rows, empty), self._scale(request), request.style_guidance)
-        return self._guided(request, terms, post)
+        post = [*self._changes(request, self.meta["prediction"]), *self._late(terms)]
+        if bool((self.codec.latent_std == 0).any()):
+            post = [self._without_dead, *post, *([self._without_dead] if self.late else [])]
+        if begun is not None and begun.mask is not None:
+            post.append(inpaint(begun.z, begun.redraw()))
+        return guided(terms, post)
 
-    def _guided(self, request: GenerateRequest, terms: list[Term], post: list[Post]) -> Denoise:
-        """All terms together, those of LoRAs that come late with them."""
-        for late in self.late:
-            terms = along(terms, late.on(self.predict(request)), late.weight)
-        return guided(terms, post, batched=True if self.late else None)
+    def _late(self, terms: list[Term]) -> list[Post]:
+        """What LoRAs add that are at work from a time on."""
+        return [along(late.on(terms[0][0]), terms[0], late.weight) for late in self.late]
 
     def _scale(self, request: GenerateRequest) -> float:
         return self.usual["guidance"] if request.guidance is None else request.guidance

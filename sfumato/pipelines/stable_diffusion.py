@@ -20,7 +20,7 @@ from sfumato.core.rng import Philox
 from sfumato.core.seams import Cond, Denoise, Predict
 from sfumato.data.buckets import covering
 from sfumato.diffusion.discrete import OPEN, ROUNDED, SchedulerConfig
-from sfumato.diffusion.guidance import inpaint
+from sfumato.diffusion.guidance import guided, inpaint
 from sfumato.diffusion.precond import Precond
 from sfumato.diffusion.unet import TIMES
 from sfumato.nn.layers import slerp
@@ -237,10 +237,11 @@ class StableDiffusion(LatentDiffusion):
         if self.inpaints and begun is not None:
             shown = self._shown(begun, streams)
             cond, empty = (replace(c, concat=shown) for c in (cond, empty))
-        post = self._changes(request, self.scheduler.prediction)
+        terms = self._terms(rows, cond, empty)
+        post = [*self._changes(request, self.scheduler.prediction), *self._late(terms)]
         if begun is not None and begun.mask is not None and not self.inpaints:
             post.append(inpaint(self._begun(begun, streams), begun.redraw()))
-        denoise = self._guided(request, self._terms(rows, cond, empty), post)
+        denoise = guided(terms, post)
         if isinstance(begun, Loose) and begun.mask is not None and not self.inpaints:
             start = self._start(rows, streams, ts, begun) if request.strength == 1 else None
             return self._beside(denoise, begun, streams, float(ts[0]), start)

@@ -437,7 +437,8 @@ class GANTask(Lessons):
             loss = loss + r.penalty.lecam * lecam_penalty(of_real, of_fake, self.balance.scores.clone())
         if slopes:
             penalty, more = self._slopes(network, real, fake, steep, cond)
-            loss, found = loss + penalty * r.penalty.left(progress), found | more
+            left = r.penalty.left(progress)
+            loss, found = loss + penalty * left, found | more | {"penalty": more["penalty"] * left}
         return loss, found
 
     def smooth(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -446,9 +447,9 @@ class GANTask(Lessons):
         real, fake = self._both(batch, cond, fakes=bool(p.r2 or p.gp))
         of_real, _, steep = self._steep(network, real, fake if p.r2 else None, cond)
         penalty, found = self._slopes(network, real, fake, steep, cond)
-        return penalty * p.every * p.left(
-            progress
-        ) + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
+        left = p.left(progress)
+        found["penalty"] = found["penalty"] * left
+        return penalty * p.every * left + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
 
     def fool(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The generator's loss; nothing is left with the discriminator."""
@@ -665,6 +666,7 @@ def without_effect(recipe: GANRecipe, loop: LoopConfig) -> list[str]:
         "loop.betas": (loop.betas != LoopConfig().betas, "a pair has recipe.betas"),
         "discriminator.text_width, styles or labels": (bool(d.text_width or d.styles or d.labels), "they are the generator's"),
         "penalty.one_sided": (p.one_sided and not (p.gp or p.dragan), "it is of gp and dragan"),
+        "penalty.end": (p.end < 1 and not p.of_slopes, "no penalty on slopes is above 0"),
         "penalty.every": (p.every > 1 and not p.of_slopes, "no penalty on slopes is above 0"),
         "adapt.target": (a.target != usual.target and not follows, "augment ada or adapt.penalty overfit follow it"),
         "adapt.images": (a.images != usual.images and recipe.augment != "ada" and a.penalty == "none", "augment ada and adapt.penalty take them"),

@@ -483,7 +483,7 @@ class Trainer:
                 self._report(sums, clock, log, bar)
             stop = self._any(signalled["signum"])
             if not stop and (self._due(loop.sample_every) or images >= loop.images):
-                said = bar.postfix or ""
+                said = getattr(bar, "postfix", None) or ""
                 bar.set_postfix_str(translated("drawing samples"))
                 self._look(log)
                 bar.set_postfix_str(said, refresh=False)
@@ -740,7 +740,8 @@ def _signals() -> Iterator[dict[str, int]]:
             raise KeyboardInterrupt
         noted["signum"] = signum
         with contextlib.suppress(OSError):
-            os.write(2, f"\n{said}\n".encode())  # what was being written to stderr may not be begun anew in a handler
+            if signum == signal.SIGINT:
+                os.write(2, f"\n{said}\n".encode())  # what was being written to stderr may not be begun anew in a handler
 
     if threading.current_thread() is not threading.main_thread():
         yield noted

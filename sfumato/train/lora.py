@@ -59,7 +59,7 @@ def preset_style() -> tuple[LoraRecipe, LoopConfig]:
 
     `sfumato train lora --data DIR --out runs/my-style`
     """
-    recipe = LoraRecipe(layers="linear", rank=64, until=0.3, along=2.25, each=100, flip=True, style="auto")
+    recipe = LoraRecipe(layers="linear", rank=64, until=0.3, along=2.0, each=100, flip=True, style="auto")
     return recipe, LoopConfig(
         images=24_000, batch_size=32, lr=3e-3, warmup=320, decay=0.5, ema=0.02, weight_decay=0.0, save_every=8_000, sample_every=8_000,
         log_every=1_600,
@@ -72,7 +72,7 @@ def preset_subject() -> tuple[LoraRecipe, LoopConfig]:
     `sfumato train lora --preset subject --data DIR --prompt "my-dog" --out runs/my-dog`
     """
     recipe, loop = preset_style()
-    return replace(recipe, until=1.0, style="any", rank=16, layers="attention"), replace(loop, images=8_000, lr=5e-4)
+    return replace(recipe, until=1.0, along=1.0, style="any", rank=16, layers="attention"), replace(loop, images=8_000, lr=5e-4)
 
 
 def preset_stable() -> tuple[LoraRecipe, LoopConfig]:

@@ -198,6 +198,8 @@ class Tuning(ABC):
         r = self.recipe
         if r.style not in ("any", "auto") and not self.model.styles:
             print(translated("warning: style has no effect: this model has no styles"), file=sys.stderr)
+        if getattr(r, "along", 1.0) != 1 and getattr(r, "until", 1.0) == 1:
+            print(translated("warning: along has no effect without until"), file=sys.stderr)
         if not r.prior_prompt and (r.prior, r.prior_weight) != (Tuned.prior, Tuned.prior_weight):
             print(translated("warning: prior and prior_weight have no effect without prior_prompt"), file=sys.stderr)
 
@@ -429,9 +431,12 @@ class Tuning(ABC):
         return self.drawn(self.used(networks), style=style)
 
     def drawn(self, model: LatentDiffusion, **more: Any) -> Image.Image:
+        return grid([p.image for r in self.looks(**more) for p in model.pictures(r)])
+
+    def looks(self, **more: Any) -> list[GenerateRequest]:
+        """What a sample grid asks for."""
         prompts = self.previews if self.recipe.previews else self.previews * -(-PREVIEW_SIZE // len(self.previews))
-        requests = [GenerateRequest(prompt=p, seed=i, **self._extent((self.side, self.side)), **more) for i, p in enumerate(prompts)]
-        return grid([p.image for r in requests for p in model.pictures(r)])
+        return [GenerateRequest(prompt=p, seed=i, **self._extent((self.side, self.side)), **more) for i, p in enumerate(prompts)]
 
     def about(self) -> dict[str, Any]:
         """What a file of what was learned says of itself."""

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sfumato.core.seams import Cond
 from sfumato.diffusion.dit import DiT, DiTConfig
-from sfumato.diffusion.guidance import apg, autoguidance, cfg, guided, inpaint, mixture, rescale, text_style
+from sfumato.diffusion.guidance import along, apg, autoguidance, cfg, guided, inpaint, mixture, rescale, text_style
 from sfumato.diffusion.path import PathConfig, make_path, timesteps
 from sfumato.diffusion.precond import Precond, from_x0
 from sfumato.diffusion.samplers import SAMPLERS, sample_heun
@@ -54,6 +54,19 @@ def test_scale_one_is_the_identity_in_one_call(x, rf, post):
     got = guided(cfg(net, cond, Cond(), 1.0), posts)(x, T)
     assert net.rows == [2]
     assert torch.equal(got, net(x, T, cond))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 3.0])
+@pytest.mark.parametrize("post", ["none", "rescale", "apg"])
+def test_what_is_along_a_change_is_the_same_whatever_guidance_does(x, rf, post, scale):
+    """Added to what is guided, at any scale; nothing of it where its weight is 0."""
+    net, cond = Net(), texts(4)
+    terms = cfg(net, cond, Cond(), scale)
+    posts = {"none": [], "rescale": [rescale(0.7, "flow", rf)], "apg": [apg(0.0, 1.0)]}[post]
+    change = lambda x, t, c: net(x, t, c) + 0.3 * x  # noqa: E731
+    plain = guided(terms, posts)(x, T)
+    assert torch.equal(guided(terms, [*posts, along(change, terms[0], lambda t: 2.0 if t < 0.4 else 0.0)])(x, T), plain)
+    torch.testing.assert_close(guided(terms, [*posts, along(change, terms[0], 2.0)])(x, T), plain + 0.6 * x)
 
 
 def test_scale_zero_is_the_unconditional_in_one_call(x):

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfumato.convert.kohya import read_embedding, read_lora
-from sfumato.core.checkpoint import FileError, read_metadata
+from sfumato.core.checkpoint import FileError, read_metadata, thousands
 from sfumato.core.config import from_json, to_json
+from sfumato.core.images import grid
 from sfumato.core.request import GenerateRequest
 from sfumato.core.runlog import read_log
 from sfumato.nn.lora import merge
@@ -237,6 +238,32 @@ def test_a_lora_from_a_time_on_is_at_work_below_it(base: dict[str, Any], photos:
     torch.testing.assert_close(found[1], plain[1] + 0.8 * 1.5 * (whole - bare[1]), atol=1e-4, rtol=0)
     assert not torch.allclose(found[1], plain[1], atol=1e-3)
     assert torch.equal(says(row, 0.3), plain[1])
+
+
+def test_late_loras_of_generators_that_end_crosswise_are_their_own(photos: Path, smoke: Path, tmp_path: Path) -> None:
+    fit("lora", {"base": str(smoke / "diffusion")}, photos, tmp_path / "run", replace(LOOP, lr=0.05), until=0.6, along=2.0, text=False)
+    model = load(smoke / "diffusion", device="cpu")
+    assert isinstance(model, LatentDiffusion)
+    asked = GenerateRequest(prompt="thing 3", seed=1, steps=2, size=model.size, count=20, lora=(str(tmp_path / "run"),))
+    whole = [p.png() for p in model.pictures(asked)]
+    first, second = model.pictures(replace(asked, count=17)), model.pictures(asked)
+    next(first)
+    drawn = [next(second).png()]
+    first.close()  # type: ignore[attr-defined]
+    drawn += [p.png() for p in second]
+    assert drawn[17:] == whole[17:], "what began while another drew and went on after it"
+    assert model.late == []
+
+
+def test_samples_of_a_lora_from_a_time_on_are_what_it_draws(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    fit("lora", base, photos, tmp_path / "run", replace(LOOP, lr=0.05), until=0.6, along=2.0, text=False)
+    model = load(base["base"], device="cpu")
+    sized = {"width": 64, "height": 64} if model.sized else {"size": model.size}
+    (image,) = model.generate("thing zkq", seed=0, lora=(str(tmp_path / "run"),), **sized)
+    (plain,) = model.generate("thing zkq", seed=0, **sized)
+    with Image.open(tmp_path / "run" / "samples" / f"{thousands(16)}.png") as sample:
+        assert np.array_equal(np.asarray(sample.convert("RGBA")), np.asarray(grid([image]).convert("RGBA")))
+        assert not np.array_equal(np.asarray(sample.convert("RGBA")), np.asarray(grid([plain]).convert("RGBA")))
 
 
 def test_offset_noise_is_the_same_all_over_a_channel(smoke: Path, photos: Path, tmp_path: Path) -> None:
