@@ -55,7 +55,7 @@ class LoraRecipe(Tuned):
 
 
 def preset_style() -> tuple[LoraRecipe, LoopConfig]:
-    """How drawings look, from ten or more of them, for the bundled model or another of ours; some 400 s of one core.
+    """How drawings look, from ten or more of them, for the bundled model or another of ours; some 4 minutes of two cores.
 
     `sfumato train lora --data DIR --out runs/my-style`
     """
