@@ -142,6 +142,8 @@ def paths(asked: Paths) -> Iterator[str]:
         yield f"removed\t{size:.1f} MB\t{len(kept)} files of {cache_folder()}, and graphs"
         return
     yield f"cache\t{size:.1f} MB\t{cache_folder()}"
+    if graphs.exists():
+        yield f"graphs\t{size_of(graphs) / 1e6:.1f} MB\t{graphs}"
     yield f"pictures\t\t{OUT.absolute()}"
     for name, path in bundled().items():
         yield f"model {name}\t{path.stat().st_size / 1e6:.1f} MB\t{path}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from sfumato.apps.cli import main
@@ -125,3 +128,31 @@ def test_a_whole_model_is_no_lora(smoke: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main(["lora", "info", str(smoke / "diffusion")])
     assert "is no LoRA but latent-diffusion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding", "finetune"])
+def test_a_training_says_how_to_draw_with_what_it_made(
+    kind: str, smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that it ends with draws, and knows the words that were learned; the plan before it says what samples take."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 90, 0)).save(tmp_path / "photos" / f"{i}.png")
+    base, run = str(smoke / "diffusion"), f"runs/my {kind}"
+    loop = ["--loop.images", "8", "--loop.batch-size", "4", "--loop.warmup", "0", "--loop.decay", "0", "--recipe.each", "1", "--device", "cpu"]
+    word = ["--word", "zkq", "--prompt", "a zkq"] if kind == "embedding" else ["--prompt", "a zkq"]
+    argv = ["train", kind, "--base", base, "--data", "photos", "--out", run, *loop, *word]
+    if kind == "lora":
+        argv += ["--recipe.style", "any", "--recipe.rank", "2"]
+    main([*argv, "--plan"])
+    assert "samples_minutes" in json.loads(capsys.readouterr().out)["plan"]
+    main(argv)
+    err = capsys.readouterr().err
+    command = shlex.split(next(line for line in err.splitlines() if line.startswith("draw with it: ")).removeprefix("draw with it: "))
+    assert command[:3] == ["sfumato", "generate", "a zkq"]
+    main([*command[1:], "--steps", "2", "--seed", "1", "--out", "a.png"])
+    err = capsys.readouterr().err
+    assert (tmp_path / "a.png").exists()
+    assert ("is not a word this model knows" in err) == (kind == "finetune"), "what all weights have learned, nobody has written down"
+    assert (f"my {kind} on cpu" in err) == (kind == "finetune")

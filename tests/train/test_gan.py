@@ -541,7 +541,8 @@ def test_from_folder_to_picture_by_commands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main(["train", "gan", "--preset", "smoke", "--data", str(own_folder), "--out", "runs/gan", "--loop.images", "96", "--device", "cpu"])
-    main(["generate", "--model", "runs/gan", "--truncation", "0.7", "--seed", "1", "--out", "a.png"])
+    said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("draw with it: sfumato "))
+    main([*said.split()[4:], "--truncation", "0.7", "--seed", "1", "--out", "a.png"])
     assert (tmp_path / "a.png").exists()
     main(["pack", "runs/gan"])
     tensors, meta = load_pack(Path("runs/gan/packed.safetensors"))
