@@ -134,7 +134,8 @@ def credits(asked: Credits) -> Iterator[str]:
 def paths(asked: Paths) -> Iterator[str]:
     kept = [p for p in sorted(cache_folder().glob("*")) if p.is_file() and OURS.fullmatch(p.name)]
     graphs = cache_folder() / "engine"
-    size = (sum(p.stat().st_size for p in kept) + size_of(graphs)) / 1e6
+    of_graphs = size_of(graphs) / 1e6
+    size = sum(p.stat().st_size for p in kept) / 1e6 + of_graphs
     if asked.clean:
         for p in kept:
             p.unlink()
@@ -143,7 +144,7 @@ def paths(asked: Paths) -> Iterator[str]:
         return
     yield f"cache\t{size:.1f} MB\t{cache_folder()}"
     if graphs.exists():
-        yield f"graphs\t{size_of(graphs) / 1e6:.1f} MB\t{graphs}"
+        yield f"graphs\t{of_graphs:.1f} MB\t{graphs}"
     yield f"pictures\t\t{OUT.absolute()}"
     for name, path in bundled().items():
         yield f"model {name}\t{path.stat().st_size / 1e6:.1f} MB\t{path}"

@@ -436,9 +436,8 @@ class GANTask(Lessons):
         if r.penalty.lecam:
             loss = loss + r.penalty.lecam * lecam_penalty(of_real, of_fake, self.balance.scores.clone())
         if slopes:
-            penalty, more = self._slopes(network, real, fake, steep, cond)
-            left = r.penalty.left(progress)
-            loss, found = loss + penalty * left, found | more | {"penalty": more["penalty"] * left}
+            penalty, more = self._slopes(network, real, fake, steep, cond, progress)
+            loss, found = loss + penalty, found | more
         return loss, found
 
     def smooth(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -446,10 +445,8 @@ class GANTask(Lessons):
         cond, p, network = self.heard(batch), self.recipe.penalty, networks["discriminator"]
         real, fake = self._both(batch, cond, fakes=bool(p.r2 or p.gp))
         of_real, _, steep = self._steep(network, real, fake if p.r2 else None, cond)
-        penalty, found = self._slopes(network, real, fake, steep, cond)
-        left = p.left(progress)
-        found["penalty"] = found["penalty"] * left
-        return penalty * p.every * left + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
+        penalty, found = self._slopes(network, real, fake, steep, cond, progress)
+        return penalty * p.every + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
 
     def fool(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The generator's loss; nothing is left with the discriminator."""
@@ -495,7 +492,7 @@ class GANTask(Lessons):
         return of_real, of_fake, steep
 
     def _slopes(
-        self, network: nn.Module, real: Tensor, fake: Tensor | None, steep: dict[str, Tensor], cond: Cond
+        self, network: nn.Module, real: Tensor, fake: Tensor | None, steep: dict[str, Tensor], cond: Cond, progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """All penalties on slopes, weighed, and how steep the discriminator is: at real pictures where R1 or R2 look, else where the others do."""
         p, total = self.recipe.penalty, real.new_zeros(())
@@ -506,7 +503,7 @@ class GANTask(Lessons):
             steep["dragan"] = self._squared(network, beside(real.detach(), torch.rand_like(real), torch.rand_like(real[:, 0, 0, 0])), cond)
         for name, squared in steep.items():
             size = squared.mean() / 2 if name in ("r1", "r2") else towards(squared, one_sided=p.one_sided)
-            total = total + getattr(p, name) * size
+            total = total + p.left(progress) * getattr(p, name) * size
         slope = (next(iter(steep.values())).detach() + BLANK).sqrt().mean()
         self.seen["slope"].append(mean_of_processes(slope.clone()))
         return total * self.balance.louder, {"slope": slope, "penalty": total.detach()}
