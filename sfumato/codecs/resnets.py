@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.nn.layers import Activation, Norm, activation_of, norm_of
+from sfumato.nn.winograd import Conv3x3
 
 GROUPS, EPS = 32, 1e-6
 
@@ -64,8 +65,8 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, config: ResnetConfig, cin: int, cout: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = config.normed(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = config.normed(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.conv1 = config.normed(cin), Conv3x3(cin, cout)
+        self.norm2, self.conv2 = config.normed(cout), Conv3x3(cout, cout)
         self.act, self.dropout = activation_of(config.activation), config.dropout
         if cin != cout:
             self.nin_shortcut = nn.Conv2d(cin, cout, 1)
@@ -107,7 +108,7 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = Conv3x3(width, width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

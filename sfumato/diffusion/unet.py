@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sfumato.core.config import at_least
 from sfumato.core.seams import Cond
 from sfumato.nn.embeddings import sinusoidal
+from sfumato.nn.winograd import Conv3x3
 
 TIMES = "time_ids"  # in Cond.extra: original height and width, crop from above and left, wanted height and width (arXiv 2307.01952, section 2.2)
 
@@ -79,9 +80,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, cin: int, cout: int, time: int, groups: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, cin, eps=1e-5), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, cin, eps=1e-5), Conv3x3(cin, cout)
         self.time_emb_proj = nn.Linear(time, cout)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, cout, eps=1e-5), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, cout, eps=1e-5), Conv3x3(cout, cout)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b d"]) -> Float[Tensor, "b c2 h w"]:
@@ -170,7 +171,7 @@ class Resampled(nn.Module):
 
     def __init__(self, width: int, down: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2 if down else 1, padding=1)
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1) if down else Conv3x3(width, width)
 
     def forward(self, x: Float[Tensor, "b c h w"], size: Sequence[int] | None = None) -> Float[Tensor, "b c h2 w2"]:
         return self.conv(x if size is None else F.interpolate(x, size=tuple(size), mode="nearest"))

@@ -30,9 +30,11 @@ from sfumato.core.checkpoint import FileError, cache_folder, free_bytes, size_of
 from sfumato.core.config import nearest
 from sfumato.core.language import translated
 from sfumato.core.seams import Cond
+from sfumato.nn import winograd
 from sfumato.nn.memory import hand_back, hooked
 
 EngineName = Literal["auto", "eager", "openvino", "compile"]
+ROOM = 10  # bytes of memory for each parameter: its page of the file, and what is computed with
 LARGE = 10**8  # parameters from which on the time of tracing comes back within a few pictures
 MOST_HELD, MOST_KEPT = 2**31, 20 * 2**30  # bytes of graphs for several shapes in memory, and of all graphs on the disk
 ALONE = 1024  # cells of latents from which on rows one by one are no slower than together: one graph for any number of them
@@ -43,15 +45,15 @@ TRACE_SIDE = 16  # cells of the latents that a graph for any shape is traced wit
 
 
 def choose_engine(asked: EngineName, device: torch.device, dtype: torch.dtype, parameters: int) -> EngineName:
-    """The engine for a network of so many parameters. auto: OpenVINO for large networks on a CPU, where it is installed and two copies of the weights
-    have room in memory; else eager. Raises ValueError where what is asked for is not here.
+    """The engine for a network of so many parameters. auto: OpenVINO for large networks on a CPU, where it is installed and has room in memory; else
+    eager. Raises ValueError where what is asked for is not here.
     """
     there = importlib.util.find_spec("openvino") is not None
     if asked not in get_args(EngineName):
         raise ValueError(f"engine (={asked!r}) must be one of {', '.join(get_args(EngineName))}{nearest(str(asked), get_args(EngineName))}")
     match asked:
         case "auto":
-            roomy = psutil.virtual_memory().available >= 8 * parameters
+            roomy = psutil.virtual_memory().available >= ROOM * parameters
             return "openvino" if there and device.type == "cpu" and dtype == torch.float32 and parameters >= LARGE and roomy else "eager"
         case "openvino" if not there:
             raise ValueError("engine (='openvino') needs the package openvino: pip install openvino, or take eager")
@@ -173,7 +175,7 @@ class Graphs:
     def __init__(self, network: nn.Module, method: str, weights: str, dynamic: bool, willing: bool = False, makes: bool = True) -> None:
         self.network, self.method, self.weights, self.dynamic = network, method, weights, dynamic
         self.willing, self.makes = willing, makes
-        self.bytes = sum(p.numel() * 4 for p in network.parameters())
+        self.bytes = 4 * (sum(p.numel() for p in network.parameters()) + winograd.numbers(network))
         self.compiled: dict[Any, Any] = {}
         self.used = False
         self.lock = threading.Lock()
@@ -275,7 +277,7 @@ class Graphs:
         example, learning = self._small(args) if self.dynamic else args, self.network.training
         inputs = tuple(v for _, v in _leaves(example))
         try:
-            with _silent():  # by the frontend: openvino.convert_model tells others that it was called
+            with _silent(), winograd.given(self.network):  # by the frontend: openvino.convert_model tells others that it was called
                 decoder = TorchScriptPythonDecoder(
                     _Traced(self.network, self.method, example).eval(), example_input=inputs, trace_kwargs={"check_trace": False}
                 )
