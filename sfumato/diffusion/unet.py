@@ -162,7 +162,7 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, context, mask)
         h = self.proj_out(h) if self.linear else h
-        h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
+        h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]).contiguous()  # or the layers that follow would put channels last, which is slower
         return x + (h if self.linear else self.proj_out(h))
 
 

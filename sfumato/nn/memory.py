@@ -13,20 +13,21 @@ import torch
 from torch import nn
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
-LARGEST_KEPT = (
-    2**25
-)  # bytes; what is larger would leave gaps that nothing fits into (a picture of 512 x 512 takes 1.3 GiB more to decode), and is rare
+ROOM = 3 * 2**27  # bytes that larger tensors find free: three of those that a wide convolution of Stable Diffusion takes
+LARGEST_KEPT = 2**25  # bytes; of what is larger, all would leave gaps that nothing fits into (1.3 GiB more to decode a picture of 512 x 512)
 DONTNEED = 4  # of madvise(2)
 MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*)")  # a line of /proc/self/smaps that begins a file's mapping: from, to, path
 
 
 def keep_pages() -> None:
-    """What is freed stays with the process and is used again, up to tensors of 32 MiB. Otherwise the C library (glibc) gives each of them back to the
-    system, which fills its pages with zeros for the next one: a fifth of a UNet's step. Elsewhere nothing happens.
+    """What is freed stays with the process and is used again: tensors up to 32 MiB, and one after the other larger ones (weights in another order for
+    one convolution) where 384 MiB have room for them. Otherwise the C library (glibc) gives each of them back to the system, which fills its pages
+    with zeros for the next one: a fifth of a UNet's step. Elsewhere nothing happens.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         for option, value in ((MMAP_THRESHOLD, LARGEST_KEPT), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 2**26)):
             library.mallopt(option, value)
+        _room = [torch.empty(LARGEST_KEPT // 2, dtype=torch.uint8) for _ in range(2 * ROOM // LARGEST_KEPT)]  # and is free again at once
 
 
 def hand_back(network: nn.Module, file: Path | None = None) -> int:

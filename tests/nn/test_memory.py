@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,30 @@ def from_file(path: Path, n: int = 2048) -> tuple[nn.Linear, torch.Tensor]:
         net = nn.Linear(n, n, bias=False)
     net.load_state_dict(load_file(path), assign=True)
     return net.requires_grad_(False), weight
+
+
+@linux
+@pytest.mark.parametrize("mib", [20, 120])
+def test_what_was_freed_is_used_again(mib: int) -> None:
+    """Without new pages from the system (of 4 KiB): large tensors, too, which PyTorch's convolutions of wide layers need at every call."""
+    script = f"""
+import resource, sys
+from sfumato.nn.memory import keep_pages
+if sys.argv[1] == "kept":
+    keep_pages()
+import torch
+pages = []
+for _ in range(6):
+    torch.ones({mib} * 2**18)
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(pages[-1] - pages[2])
+"""
+    kept, usual = (
+        int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout) for how in ("kept", "")
+    )
+    assert kept < 300
+    if mib > 32:  # below, glibc learns to keep them by itself
+        assert usual > 3 * mib * 200
 
 
 @linux
