@@ -85,8 +85,8 @@ class Conv3x3(nn.Conv2d):
         return HERE and min(cin, cout) >= NARROWEST and cin * cout <= WIDEST and self.padding_mode == "zeros"
 
     def _worth(self, x: Tensor) -> bool:
-        of_cpu = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
-        return of_cpu and self.fits and not torch.is_grad_enabled() and x.shape[0] * x.shape[2] * x.shape[3] >= FEWEST * SIDE**2
+        whole = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return whole and self.fits and not torch.is_grad_enabled() and x.shape[0] * x.shape[2] * x.shape[3] >= FEWEST * SIDE**2
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
         by = self.by

@@ -90,6 +90,8 @@ def test_where_tiles_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), atol=2e-3, rtol=1e-4)
         assert len(taken) == 2
         layer(x[..., :60]), filled(128, 256)(x[:, :128]), filled(1280, 1280)(torch.randn(1, 1280, 8, 8)), layer.half()(x.half())
+        with torch.autocast("cpu", torch.bfloat16):
+            filled(256, 256)(x)
         other = filled(256, 256)
         other.padding_mode = "circular"
         other(x)
