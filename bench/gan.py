@@ -64,6 +64,7 @@ COLLAPSED = 0.3  # diversity of the real pictures', by either net, below which a
 RATE = 2e-4  # of the study
 TRIED = (5e-5, 2e-4, 8e-4)  # learning rates of the baselines
 RIVALS = {"ours": gan.preset_r3gan, "dcgan": gan.preset_dcgan, "wgan-gp": gan.preset_wgan_gp}
+COLOURED = "dcgan with colours"  # of its pictures, as ours has them, at its own rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +287,12 @@ def rivals(options: Options, data: str) -> dict[str, GANRecipe]:
         "wgan-gp": DCGANConfig(width=32, most=128, norm="group"),
     }
     whole = {"data": data, "labels": "none", "variety": replace(STILL, flip=0.0), "augment": "none"}
-    return {name: replace(preset()[0], **whole, **pair_of(pairs[name], options)) for name, preset in RIVALS.items()}  # type: ignore[arg-type]
+    made = {name: replace(preset()[0], **whole, **pair_of(pairs[name], options)) for name, preset in RIVALS.items()}  # type: ignore[arg-type]
+    return made | {"ours": with_colours(made["ours"])}
+
+
+def with_colours(recipe: GANRecipe) -> GANRecipe:
+    return replace(recipe, generator=replace(recipe.generator, colours=True))
 
 
 def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -308,8 +314,13 @@ def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         ]
         for name, recipe in recipes.items()
     }
+    coloured, loop = with_colours(recipes["dcgan"]), loops["dcgan"]
+    found[COLOURED] = [
+        outcome(options, f"race-{COLOURED}-{rates['dcgan']:g}-{s}", coloured, loop_of(options, images["dcgan"], s, rates["dcgan"], loop))
+        for s in range(seeds_of(options))
+    ]
     claims = []
-    for name in others:
+    for name in (*others, COLOURED):
         for what, key in (("Frechet", "frechet"), ("kernel", "kid")):
             for eye in ("classifier", net_of(options).name):
                 ours, theirs = ([c.get(f"{key}, {eye}", np.nan) for c in found[n]] for n in ("ours", name))

@@ -45,10 +45,12 @@ class Options(Written):
     side: int = 256
     """Pixels of whole pictures."""
     steps: int = 20
-    repeats: int = 5
-    """Of each, by turns."""
-    pictures: int = 3
-    """Whole pictures of each, by turns."""
+    processes: int = 3
+    """Of each side, one after the other: two that do the same differ by up to a tenth."""
+    repeats: int = 3
+    """Of each process, by turns."""
+    pictures: int = 1
+    """Whole pictures of each process, by turns."""
     threads: int = 2
     bed: Path = ROOT / "runs" / "unet"
     """A run of `sfumato train diffusion --preset unet`, for the fast mode."""
@@ -174,15 +176,18 @@ class Side:
 
 
 def in_turns(names: tuple[str, ...], options: Options, repeats: int, do: str, **told: Any) -> dict[str, list[float]]:
-    """Seconds of each side, by turns, after one that is not counted."""
-    sides = {name: Side(name, options) for name in names}
+    """Seconds of each side, by turns, in some processes of each; after one in each that is not counted."""
     found: dict[str, list[float]] = {name: [] for name in names}
-    for i in tqdm(range(repeats + 1), desc=f"{do} {told.get('side', '')}", file=sys.stderr):
-        for name, side in sides.items():
-            seconds = side.ask(do, **told, **({"file": str(options.out / f"{name}.npy")} if do == "picture" else {}))["seconds"]
-            found[name] += [seconds] if i else []
-    for side in sides.values():
-        side.end()
+    with tqdm(total=options.processes * (repeats + 1), desc=f"{do} {told.get('side', '')}", file=sys.stderr) as bar:
+        for _ in range(options.processes):
+            sides = {name: Side(name, options) for name in names}
+            for i in range(repeats + 1):
+                for name, side in sides.items():
+                    seconds = side.ask(do, **told, **({"file": str(options.out / f"{name}.npy")} if do == "picture" else {}))["seconds"]
+                    found[name] += [seconds] if i else []
+                bar.update()
+            for side in sides.values():
+                side.end()
     return found
 
 
@@ -242,11 +247,11 @@ def starts(options: Options) -> Part:
     ready: dict[str, list[float]] = {}
     drawn: dict[str, list[float]] = {}
     told = {"side": options.side, "steps": options.steps}
-    for i in tqdm(range(options.repeats), desc="cold starts", file=sys.stderr):
+    for i in tqdm(range(2 * options.processes - 1), desc="cold starts", file=sys.stderr):
         for name in (OURS, THEIRS):
             side = Side(name, options)
             ready.setdefault(name, []).append(side.ready)
-            if i < options.pictures:
+            if i < options.processes:
                 side.ask("picture", **told, file=str(options.out / "cold.npy"))
                 drawn.setdefault(name, []).append(time.perf_counter() - side.began)
             side.end()
@@ -324,14 +329,14 @@ def bundled(options: Options) -> Part:
 
     command, out = [sys.executable, "-m", "sfumato.apps.cli", "generate", "a red fox", "--seed", "1", "--force"], options.out / "cold.png"
     cold = []
-    for _ in range(1 if options.quick else options.repeats):
+    for _ in range(1 if options.quick else 5):
         began = time.perf_counter()
         subprocess.run([*command, "--out", str(out), "--threads", str(options.threads)], check=True, capture_output=True, cwd=ROOT)
         cold.append(time.perf_counter() - began)
     found: dict[str, Any] = {"cold": cold}
     models = {name: load(device="cpu", threads=options.threads, engine=name) for name in ("eager", "openvino")}  # type: ignore[arg-type]
     for count in (1, 16):
-        for i in range(1 + (1 if options.quick else options.repeats)):
+        for i in range(1 + (1 if options.quick else 5)):
             for name, model in models.items():
                 seconds = timed(lambda: model.generate("a red fox", seed=1, count=count))["seconds"]  # noqa: B023
                 found.setdefault(f"{name}, {count}", []).extend([seconds] if i else [])
@@ -352,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
         serve(options)
         return
     if options.quick:
-        few = {"sides": (64,), "side": 64, "steps": 2, "repeats": 1, "pictures": 1}
+        few = {"sides": (64,), "side": 64, "steps": 2, "processes": 1, "repeats": 1}
         options = Options(**asdict(options) | few)
     options.out.mkdir(parents=True, exist_ok=True)
     written(options)

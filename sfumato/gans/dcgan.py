@@ -46,11 +46,12 @@ class DCGANGenerator(nn.Module):
         rest: list[nn.Module] = []
         for a, b in itertools.pairwise(widths):
             rest += [nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        self.rest = nn.Sequential(*rest, nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh())
+        self.rest = nn.Sequential(*rest, nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1))
+        self.colours: nn.Module = nn.Identity()
         _begin(self)
 
     def forward(self, v: Float[Tensor, "b d"]) -> Float[Tensor, "b c size size"]:
-        return self.rest(self.first(v[:, :, None, None]))
+        return self.colours(self.rest(self.first(v[:, :, None, None]))).tanh()
 
 
 class DCGANDiscriminator(nn.Module):

@@ -77,12 +77,13 @@ class R3GANGenerator(nn.Module):
         self.blocks = nn.ModuleList(nn.Sequential(*(GroupedBlock(w, config, depth) for _ in range(config.blocks))) for w in widths)
         self.wide = nn.ModuleList(_between(a, b) for a, b in itertools.pairwise(widths))
         self.last = _painted(widths[-1], channels, config.patch)
+        self.colours: nn.Module = nn.Identity()
 
     def forward(self, v: Float[Tensor, "b d"]) -> Float[Tensor, "b c size size"]:
         x = self.blocks[0](self.base * self.first(v)[:, :, None, None])
         for widen, blocks in zip(self.wide, self.blocks[1:], strict=True):
             x = blocks(F.interpolate(widen(x), scale_factor=2, mode="bilinear", align_corners=False))
-        return self.last(x)
+        return self.colours(self.last(x))
 
 
 class R3GANDiscriminator(nn.Module):

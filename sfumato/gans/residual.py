@@ -73,11 +73,12 @@ class ResidualGenerator(nn.Module):
         widths = channels_at(config.width, config.most, size)[::-1]
         self.first = nn.Linear(vector, 16 * widths[0])
         self.blocks = nn.Sequential(*(UpBlock(a, b, config.norm) for a, b in itertools.pairwise(widths)))
-        self.last = nn.Sequential(norm_of(config.norm, widths[-1]), nn.ReLU(), nn.Conv2d(widths[-1], channels, 3, padding=1), nn.Tanh())
+        self.last = nn.Sequential(norm_of(config.norm, widths[-1]), nn.ReLU(), nn.Conv2d(widths[-1], channels, 3, padding=1))
+        self.colours: nn.Module = nn.Identity()
         _begin(self)
 
     def forward(self, v: Float[Tensor, "b d"]) -> Float[Tensor, "b c size size"]:
-        return self.last(self.blocks(self.first(v).unflatten(1, (-1, 4, 4))))
+        return self.colours(self.last(self.blocks(self.first(v).unflatten(1, (-1, 4, 4))))).tanh()
 
 
 class ResidualDiscriminator(nn.Module):

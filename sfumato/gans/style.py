@@ -104,6 +104,7 @@ class StyleGenerator(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.to_style = nn.ModuleList(EqualLinear(s, w, start=1.0) for w in widths)
         self.to_image = nn.ModuleList(EqualConv(w, channels, 1) for w in widths)
+        self.colours: nn.Module = nn.Identity()
 
     @property
     def noises(self) -> int:
@@ -126,7 +127,7 @@ class StyleGenerator(nn.Module):
                 seen = self.to_image[k](x * self.to_style[k](w)[:, :, None, None])
                 image = seen if image is None else F.interpolate(image, scale_factor=2, mode="bilinear", align_corners=False) + seen
         assert image is not None
-        return image
+        return self.colours(image)
 
 
 class StyleDiscriminator(nn.Module):

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfumato.nn.winograd import as_written
+
 REAL_TIME = 24.0  # pictures a second, as film has them
 AT_ONCE = 0.1  # seconds within which an answer feels immediate (Miller 1968)
 
@@ -25,9 +27,10 @@ def parameters(networks: Mapping[str, nn.Module]) -> dict[str, int]:
 def flops(function: Callable[[], Any]) -> int:
     """Floating-point operations of one call, counted by PyTorch from the shapes of matrix products, convolutions and attention.
 
-    Attention is computed without its fused kernels for this: PyTorch does not count that of the CPU.
+    Attention is computed without its fused kernels for this, which PyTorch does not count on a CPU, and convolutions as they are
+    written, on every machine.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), as_written():
         function()
     return int(counter.get_total_flops())
 

@@ -175,7 +175,8 @@ class Graphs:
     def __init__(self, network: nn.Module, method: str, weights: str, dynamic: bool, willing: bool = False, makes: bool = True) -> None:
         self.network, self.method, self.weights, self.dynamic = network, method, weights, dynamic
         self.willing, self.makes = willing, makes
-        self.bytes = 4 * (sum(p.numel() for p in network.parameters()) + winograd.numbers(network))
+        self.part: nn.Module = getattr(network, "decoder", network) if method == "decode" else network  # what computes it
+        self.bytes = 4 * (sum(p.numel() for p in self.part.parameters()) + winograd.numbers(self.part))
         self.compiled: dict[Any, Any] = {}
         self.used = False
         self.lock = threading.Lock()
@@ -235,7 +236,7 @@ class Graphs:
         return request
 
     def _digest(self, named: list[tuple[str, Tensor]]) -> str:
-        made_by = [f"{p} {importlib.metadata.version(p)}" for p in ("openvino", "torch")] + [f"sfumato {sfumato.__version__}"]
+        made_by = [f"{p} {importlib.metadata.version(p)}" for p in ("openvino", "torch")] + [f"sfumato {sfumato.__version__}", winograd.MADE]
         shapes = [[name, v.ndim if self.dynamic else list(v.shape), str(v.dtype)] for name, v in named]
         return hashlib.sha256(json.dumps([self.weights, self.method, shapes, made_by]).encode()).hexdigest()[:32]
 
@@ -277,7 +278,7 @@ class Graphs:
         example, learning = self._small(args) if self.dynamic else args, self.network.training
         inputs = tuple(v for _, v in _leaves(example))
         try:
-            with _silent(), winograd.given(self.network):  # by the frontend: openvino.convert_model tells others that it was called
+            with _silent(), winograd.given(self.part):  # by the frontend: openvino.convert_model tells others that it was called
                 decoder = TorchScriptPythonDecoder(
                     _Traced(self.network, self.method, example).eval(), example_input=inputs, trace_kwargs={"check_trace": False}
                 )
@@ -298,7 +299,9 @@ class Graphs:
 
     def _check(self, request: Any, args: tuple[Any, ...], named: list[tuple[str, Tensor]]) -> None:
         """Raises FileError where a new graph does not say what the network says."""
-        expected, found = getattr(self.network, self.method)(*args), _answer(request, named)
+        with winograd.as_written():
+            expected = getattr(self.network, self.method)(*args)
+        found = _answer(request, named)
         for a, b in zip(*((v,) if isinstance(v, Tensor) else v for v in (expected, found)), strict=True):
             gap = float((a - b).abs().max() / a.abs().max().clamp_min(1e-6))
             if bool(a.isfinite().all()) and not gap <= FURTHEST:  # else the picture says that it is not finite

@@ -7,8 +7,10 @@ are four times as large as the weights; to begin and to end with, tiles are mult
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import numpy as np
@@ -21,9 +23,12 @@ from torch.nn import functional as F
 SIDE, TILE = 4, 6  # results of a tile, and numbers that they are made of
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)  # and infinity: of few digits, of which errors stay small (arXiv 1803.10986)
 NARROWEST, WIDEST = 256, 640 * 1280  # channels below which constants cost more than products save; in x out above which matrices take too much memory
-FEWEST = 16 * 16  # tiles from which on matrices are worth making for one picture
+FEWEST = 16 * 16  # tiles from which on matrices are worth making for one call
 BAND = 2**25  # bytes of tiles at a time, which the process keeps when they are freed
 HERE = platform.machine() in ("x86_64", "AMD64")  # where it was measured
+MADE = f"tiles of {SIDE} at {POINTS}, {NARROWEST} to {WIDEST}" if HERE else "no tiles"  # what a graph has of them
+WRITTEN: ContextVar[bool] = ContextVar("written", default=False)
+_GIVING = threading.Lock()
 
 
 @cache
@@ -50,12 +55,12 @@ def convolved(x: Float[Tensor, "b cin h w"], by: Float[Tensor, "36 cin cout"], b
     rows, columns = -(-height // SIDE), -(-width // SIDE)
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, columns * SIDE + 1 - width, 1, rows * SIDE + 1 - height))
     if torch.jit.is_tracing():
-        y = _tiled(x, by, rows, columns)
+        y = _tiled(x, by, rows, columns) + bias
     else:
         band = max(1, BAND // (4 * TILE**2 * max(by.shape[1:]) * columns * len(x)))
         parts = [(top, min(band, rows - top)) for top in range(0, rows, band)]
-        y = torch.cat([_tiled(x[:, SIDE * top : SIDE * (top + n) + 2], by, n, columns) for top, n in parts], dim=1)
-    return (y[:, :height, :width] + bias).permute(0, 3, 1, 2)
+        y = torch.cat([_tiled(x[:, SIDE * top : SIDE * (top + n) + 2], by, n, columns) for top, n in parts], dim=1).add_(bias)
+    return y[:, :height, :width].permute(0, 3, 1, 2)
 
 
 def _tiled(x: Float[Tensor, "b high wide cin"], by: Float[Tensor, "36 cin cout"], rows: int, columns: int) -> Float[Tensor, "b h2 w2 cout"]:
@@ -85,6 +90,8 @@ class Conv3x3(nn.Conv2d):
         return HERE and min(cin, cout) >= NARROWEST and cin * cout <= WIDEST and self.padding_mode == "zeros"
 
     def _worth(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or WRITTEN.get():
+            return False
         whole = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         return whole and self.fits and not torch.is_grad_enabled() and x.shape[0] * x.shape[2] * x.shape[3] >= FEWEST * SIDE**2
 
@@ -97,15 +104,26 @@ class Conv3x3(nn.Conv2d):
 
 @contextmanager
 def given(network: nn.Module) -> Iterator[None]:
-    """With matrices for all convolutions of a network that they fit."""
+    """With matrices for all convolutions of a network that they fit; one thread after the other."""
     fit = [m for m in network.modules() if isinstance(m, Conv3x3) and m.fits]
+    with _GIVING:
+        try:
+            for m in fit:
+                m.by = matrices(m.weight).contiguous()
+            yield
+        finally:
+            for m in fit:
+                m.by = None
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Without tiles: convolutions as they are counted everywhere, and what tiles are compared with."""
+    token = WRITTEN.set(True)
     try:
-        for m in fit:
-            m.by = matrices(m.weight).contiguous()
         yield
     finally:
-        for m in fit:
-            m.by = None
+        WRITTEN.reset(token)
 
 
 def numbers(network: nn.Module) -> int:

@@ -93,10 +93,10 @@ def load(
         torch.set_num_threads(threads)
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    keep_pages()
     stable = Stable(prediction=prediction, vae=None if vae is None else Path(vae), averaged=averaged, variant=variant)
     computing = Computing(engine=engine, low_memory=low_memory)
     found = _load(find(model), where, kind, stable, computing)
+    keep_pages()  # after the weights, which would take the room
     if guide is None:
         return found
     weaker = _load(find(guide, "guide"), where, kind, computing=replace(computing, low_memory=False))

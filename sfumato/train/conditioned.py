@@ -37,7 +37,7 @@ GENTLE = Variety(place=0.25, scale=(0.75, 1.0), angle=10.0, recolour=0.12, count
 STEADY = replace(GENTLE, place=0.08, flip=0.06, recolour=0.08, count=0.01, pair=0.01, scene=0.03)
 CLOSE = Variety(place=0.5, scale=(1.0, 1.1), angle=0.0, flip=0.0, recolour=0.0)  # what a generator of one's own pictures may learn besides
 MOST_THINGS = 4096  # different captions that a memory keeps
-OF_DATA = ("text_width", "styles", "labels", "memory")  # of a network: as many as the data has
+OF_DATA = ("text_width", "styles", "labels", "memory", "colours")  # of a network: as many as the data has
 Net = TypeVar("Net", bound=Any)
 
 
@@ -352,8 +352,8 @@ def check_begun(recipe: Taught, net: Any, part: str = "") -> None:
     meta = read_metadata(pack)
     part = part or recipe.part
     found = meta.get(part)
-    apart = OF_DATA if recipe.data != EMOJI else ()
-    if not isinstance(found, dict) or any(found.get(k) != v for k, v in to_json(net).items() if k not in apart):
+    apart, usual = OF_DATA if recipe.data != EMOJI else (), to_json(type(net)())  # what an older version did not know
+    if not isinstance(found, dict) or any(found.get(k, usual[k]) != v for k, v in to_json(net).items() if k not in apart):
         raise ValueError(f"init (={recipe.init!r}) must hold a {part} of the recipe's shape: {pack} has {found or 'none'}")
     if missing := [k for k in ("styles", "labels", "words", "filler") if k not in meta]:
         raise FileError(f"{pack} lacks {', '.join(missing)} in its metadata: it was not written whole, or not by sfumato")

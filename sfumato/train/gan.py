@@ -219,9 +219,9 @@ def preset_r3gan() -> tuple[GANRecipe, LoopConfig]:
 
     `sfumato train gan --preset r3gan --data DIR --out runs/r3gan`
     """
-    network = R3GANConfig()
     recipe, loop = preset_own()
-    return replace(recipe, **_on(network), penalty=replace(recipe.penalty, every=8, end=0.3)), replace(loop, lr=1.5e-3, batch_size=32, ema=0.1)
+    recipe = replace(recipe, **_on(R3GANConfig()), penalty=replace(recipe.penalty, every=8, end=0.3))
+    return replace(recipe, generator=replace(recipe.generator, colours=True)), replace(loop, lr=2.5e-3, batch_size=32, ema=0.1)
 
 
 def preset_dcgan() -> tuple[GANRecipe, LoopConfig]:
@@ -356,6 +356,8 @@ class GANTask(Lessons):
         self.networks: dict[str, nn.Module] = {
             "generator": self.begun(generator), "discriminator": self.begun(discriminator, "discriminator"), "balance": self.balance,
         }  # fmt: skip
+        if generator.config.colours:
+            generator.network.colours.learn(self.looked_at["x"])  # type: ignore[union-attr, operator]
         if recipe.freeze and not recipe.init:
             raise ValueError(f"freeze (={recipe.freeze}) needs --init: what is frozen is to have learned before")
         parts = discriminator.network.parts

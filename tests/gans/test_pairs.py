@@ -14,7 +14,7 @@ from sfumato.core.config import from_json, to_json
 from sfumato.core.seams import Cond
 from sfumato.gans.augment import _move, _scale, _tinted, _turn, ada, diffaugment
 from sfumato.gans.dcgan import DCGANConfig
-from sfumato.gans.pair import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, NetworkConfig
+from sfumato.gans.pair import RAREST, Colours, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, NetworkConfig
 from sfumato.gans.r3gan import GroupedBlock, R3GANConfig
 from sfumato.gans.residual import ResidualConfig
 from sfumato.gans.style import StyleConfig, Styled, spread_of
@@ -53,6 +53,45 @@ def test_a_pair_fits_together(network: NetworkConfig, size: int, channels: int) 
     assert all(p.grad is not None for p in discriminator.parameters())
     used = {n for n, p in generator.named_parameters() if p.grad is not None}
     assert used == {n for n, _ in generator.named_parameters()}
+
+
+def test_colours_hang_together_as_those_of_pictures() -> None:
+    """What is mixed of independent channels has the correlations that were learned, and the deviations that it had."""
+    root = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.5, -0.2, 0.1]])
+    noise = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.einsum("ij,bjhw->bihw", root, noise) * torch.tensor([0.5, 2.0, 1.0])[:, None, None] + 0.3
+    colours = Colours(3)
+    torch.testing.assert_close(colours(x), x)
+    colours.learn(x)
+    wanted = torch.corrcoef(x.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(colours.mix @ colours.mix.T, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(colours.mix, colours.mix.T)
+
+
+def test_what_no_picture_has_is_rare_and_not_impossible() -> None:
+    grey = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    colours = Colours(4)
+    colours.learn(torch.cat([grey.expand(-1, 3, -1, -1), torch.ones_like(grey)], dim=1))  # alpha tells nothing
+    torch.testing.assert_close(colours.mix[3], torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    of_grey = torch.linalg.eigvalsh(colours.mix[:3, :3])
+    torch.testing.assert_close(of_grey, torch.tensor([RAREST, RAREST, 3**0.5]), atol=1e-5, rtol=1e-3)
+    drawn = colours(torch.randn(2, 4, 16, 16))
+    assert float((drawn[:, 0] - drawn[:, 1]).std()) < 2 * RAREST
+    assert 0.9 < float(drawn[:, :3].std()) < 1.1
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.kind)
+def test_every_pair_can_have_colours_of_its_pictures(network: NetworkConfig) -> None:
+    config = GeneratorConfig(z=12, network=network, size=16, colours=True)
+    plain, other = Generator(replace(config, colours=False)).eval(), Generator(config).eval()
+    assert set(other.state_dict()) - set(plain.state_dict()) == {"network.colours.mix"}
+    other.load_state_dict(plain.state_dict() | {"network.colours.mix": torch.eye(3)})
+    z = torch.randn(5, 12)
+    torch.testing.assert_close(other(z, Cond()), plain(z, Cond()))
+    other.network.colours.mix.fill_(1 / 3)  # type: ignore[union-attr, operator]
+    x = other(z, Cond())
+    torch.testing.assert_close(x[:, 0], x[:, 2])
+    assert float(x.detach().std()) > 0
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.kind)

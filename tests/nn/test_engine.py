@@ -18,8 +18,10 @@ from sfumato.core.checkpoint import FileError
 from sfumato.core.seams import Cond
 from sfumato.diffusion.unet import TIMES, UNet, UNetConfig
 from sfumato.nn import engine as engines
+from sfumato.nn import winograd
 from sfumato.nn.engine import Engine, choose_engine
 from sfumato.nn.lora import Delta, merge
+from sfumato.nn.winograd import Conv3x3
 
 pytest.importorskip("openvino")
 SMALL = UNetConfig(widths=(32, 64, 64), blocks=1, depths=(1, 1, 0), heads=(2, 2, 2), context=16, pooled=8, sizes=6, size_width=8)
@@ -195,6 +197,42 @@ def test_a_graph_that_says_something_else_is_refused(own_cache: Path, monkeypatc
     monkeypatch.setattr(engines._Traced, "forward", lambda self, *tensors: traced(self, *tensors) * 1.01)
     with pytest.raises(FileError, match="computes another result than the network"):
         Engine("openvino", (net,)).of(net)(x)
+    assert kept(own_cache) == []
+
+
+class Tiled(nn.Module):
+    """A layer that is computed by tiles in graphs, and in large pictures without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(4, 256, 1), Conv3x3(256, 256), nn.Conv2d(256, 4, 1)).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@torch.no_grad()
+def test_graphs_have_tiles_that_are_right_at_every_size(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "HERE", True)
+    net = Tiled()
+    run = Engine("openvino", (net,)).of(net, dynamic=True)
+    for rows, high, wide in ((1, 16, 16), (2, 13, 22), (3, 1, 50), (1, 1, 1), (1, 70, 66)):
+        x = torch.randn(rows, 4, high, wide)
+        with torch.enable_grad():  # as it is written
+            torch.testing.assert_close(run(x), net(x), atol=1e-4, rtol=1e-4)
+    (folder,) = kept(own_cache)
+    assert (folder / "graph.bin").stat().st_size > 4 * 36 * 256 * 256
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [8, 64])
+def test_wrong_tiles_are_refused_where_the_network_has_them_too(side: int, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "HERE", True)
+    right = winograd.convolved
+    monkeypatch.setattr(winograd, "convolved", lambda *args: 1.01 * right(*args))
+    net = Tiled()
+    with pytest.raises(FileError, match="computes another result than the network"):
+        Engine("openvino", (net,)).of(net, dynamic=True)(torch.randn(1, 4, side, side))
     assert kept(own_cache) == []
 
 

@@ -32,11 +32,14 @@ def from_file(path: Path, n: int = 2048) -> tuple[nn.Linear, torch.Tensor]:
 
 @linux
 def test_what_was_freed_is_used_again() -> None:
-    """Without new pages from the system: 120 MiB, too, which PyTorch's convolutions of wide layers need at every call (else some 30,000 a call)."""
+    """Without new pages from the system: 120 MiB, too, which PyTorch's convolutions of wide layers need at every call (else 30,000 each, or 60 of the
+    huge ones).
+    """
     script = """
-import resource
+import resource, sys
 from sfumato.nn.memory import keep_pages
-keep_pages()
+if sys.argv[1:]:
+    keep_pages()
 import torch
 pages = []
 for _ in range(6):
@@ -44,7 +47,8 @@ for _ in range(6):
     pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(pages[-1] - pages[2])
 """
-    assert int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout) < 300
+    faults = lambda *args: int(subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=True).stdout)  # noqa: E731
+    assert faults("kept") < min(300, faults() / 5)
 
 
 @linux

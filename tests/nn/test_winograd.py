@@ -41,10 +41,11 @@ def test_every_size(rows: int, cin: int, cout: int, high: int, wide: int, last: 
 
 
 def test_errors_are_those_of_rounding() -> None:
-    """Beside exact numbers, with as many channels as there are: a few times those of a plain convolution."""
+    """Beside exact numbers, with as many channels as there are: within thirty times those of a plain convolution."""
     x, w, b = torch.randn(1, 640, 32, 32), torch.randn(320, 640, 3, 3) / (9 * 640) ** 0.5, torch.zeros(320)
     exact = F.conv2d(x.double(), w.double(), b.double(), padding=1)
-    assert float((convolved(x, matrices(w), b) - exact).abs().max()) < 2e-5 * float(exact.abs().max())
+    off, plain = (float((y - exact).abs().max()) for y in (convolved(x, matrices(w), b), F.conv2d(x, w, b, padding=1)))
+    assert off < min(30 * plain, 2e-5 * float(exact.abs().max()))
 
 
 def test_bands_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,12 +90,14 @@ def test_where_tiles_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             layer.weight += change
             torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), atol=2e-3, rtol=1e-4)
         assert len(taken) == 2
-        layer(x[..., :60]), filled(128, 256)(x[:, :128]), filled(1280, 1280)(torch.randn(1, 1280, 8, 8)), layer.half()(x.half())
+        layer(x[..., :60]), filled(128, 256)(x[:, :128]), filled(1024, 1024)(torch.randn(1, 1024, 64, 64)), layer.half()(x.half())
         with torch.autocast("cpu", torch.bfloat16):
             filled(256, 256)(x)
         other = filled(256, 256)
         other.padding_mode = "circular"
         other(x)
+        with winograd.as_written():
+            filled(256, 256)(x)
         monkeypatch.setattr(winograd, "HERE", False)
         filled(256, 256)(x)
     monkeypatch.setattr(winograd, "HERE", True)
