@@ -68,7 +68,7 @@ def run_merge(asked: Merge) -> Iterator[str]:
         raise ValueError("lora (=none) must be named: sfumato lora merge MODEL LORA:0.8 --out FILE")
     _check_target(asked.out, asked.force)
     model = _loaded(asked.model)
-    networks = model.networks
+    networks = model.changeable
     for told in asked.loras:
         path, strength = strength_of(told)
         lora = read_lora(path, networks)

@@ -225,9 +225,9 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
         recipe = replace(recipe, each=1)
     speed, trainer, disk = _timed(what, recipe, loop, asked)
     seconds = loop.images / speed
-    if what in ("autoencoder", "upscaler") and recipe.perceptual and recipe.perceptual_from < 1:
+    if (share := _slower_from(what, recipe)) < 1:
         later, _, _ = _timed(what, _whole(recipe), loop, asked)
-        seconds = loop.images * (recipe.perceptual_from / speed + (1 - recipe.perceptual_from) / later)
+        seconds = loop.images * (share / speed + (1 - share) / later)
     data = _data_bytes(what, asked.recipe, trainer)
     encoding = _encoding_seconds(trainer.task, asked.recipe) if what in GENERATORS else 0.0
     looking = _looking_seconds(trainer) * -(-loop.images // loop.sample_every) if what in TUNED else 0.0
@@ -246,8 +246,17 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
     return {"plan": facts, "recipe": to_json(asked.recipe), "loop": to_json(loop)}
 
 
+def _slower_from(what: str, recipe: Any) -> float:
+    """The share of a training from which on its steps have all their parts; 1 where they have them from the start."""
+    if what == "lora" and recipe.decoder:
+        return recipe.decoder_from  # type: ignore[no-any-return]
+    return recipe.perceptual_from if what in ("autoencoder", "upscaler") and recipe.perceptual else 1.0
+
+
 def _whole(recipe: Any) -> Any:
     """The recipe with all of its parts from the first step on, as the last ones are."""
+    if getattr(recipe, "decoder_from", None) is not None:
+        return replace(recipe, decoder_from=0.0)
     if getattr(recipe, "adversary", None) is not None:
         recipe = replace(recipe, adversary=replace(recipe.adversary, begins=0.0, joins=0.0, ramp=0.0))
     return replace(recipe, perceptual_from=0.0)

@@ -32,7 +32,15 @@ OTHERS = {  # parts of names by which other methods are known
 }  # fmt: skip
 PROCESSOR = re.compile(r"\.(?:processor\.)?(to_q|to_k|to_v|to_out)_lora$")
 MOST_ALONG = 4.0  # times what a LoRA changes
-KOHYA = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_": SECOND, "lora_denoiser_": "denoiser", "lora_text_": "text"}
+KOHYA = {
+    "lora_unet_": UNET,
+    "lora_te_": TEXT,
+    "lora_te1_": TEXT,
+    "lora_te2_": SECOND,
+    "lora_denoiser_": "denoiser",
+    "lora_text_": "text",
+    "lora_decoder_": "decoder",
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,8 @@ class Lora:
 
 
 def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> Lora:
-    """A LoRA for these networks ("unet", "text_encoder", "text_encoder_2", or "denoiser" and "text" of our own models). Raises FileError where it is
-    none, or of another model.
+    """A LoRA for these networks ("unet", "text_encoder", "text_encoder_2", or "denoiser", "text" and "decoder" of our own models). Raises FileError
+    where it is none, or of another model.
     """
     tensors = read_tensors(path)
     about = read_header(path)[1] if path.suffix == ".safetensors" else {}

@@ -105,7 +105,7 @@ class Told(nn.Module):
 
 class Colours(nn.Module):
     """Channels that hang together as those of pictures do: mixed by the root of their correlations, so that each has the deviation that it would have
-    alone. Colours that no picture has are then as rare from the start on: nobody has to learn that photographs are mostly of grey, or drawings of ink.
+    alone. What no picture has is rare from the start on: a generator of grey pictures need not learn that they are grey.
     """
 
     mix: Tensor

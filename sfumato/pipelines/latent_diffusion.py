@@ -121,8 +121,13 @@ class LatentDiffusion(Model):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """What a LoRA may change, by the names that its files have for them."""
+        """What draws, by the names that files of LoRAs have for it."""
         return {"denoiser": self.denoiser} | ({} if self.text is None else {"text": self.text})
+
+    @property
+    def changeable(self) -> dict[str, nn.Module]:
+        """What a LoRA may change: what draws, and what paints it."""
+        return self.networks | {"decoder": self.codec.decoder}  # type: ignore[dict-item]
 
     @property
     def listeners(self) -> list[Any]:
@@ -138,7 +143,7 @@ class LatentDiffusion(Model):
     @contextmanager
     def changed(self, request: GenerateRequest) -> Iterator[None]:
         """With a request's LoRAs merged into the networks and its learned words known; afterwards all is as it was, to the bit."""
-        networks = self.networks
+        networks = self.changeable
         loras = [(read_lora(path, networks), strength) for path, strength in (strength_of(f, request.prompt) for f in request.lora)]
         merged, known, late = [], [dict(e.learned) for e in self.listeners], []
         try:
@@ -159,9 +164,9 @@ class LatentDiffusion(Model):
                 listener.learned = before
 
     def _from_a_time_on(self, lora: Lora, strength: float, late: Late) -> list[Attached]:
-        """A LoRA whose changes of the denoiser wait until they are asked for; what hears it changes in all."""
-        told = {name: (lambda: float(late.at_work)) if network is self.denoiser else strength for name, network in self.networks.items()}
-        return [attach(network, lora.changes.get(name, {}), told[name]) for name, network in self.networks.items()]
+        """A LoRA whose changes of the denoiser wait until they are asked for; what hears and what paints it changes in all."""
+        told = {name: (lambda: float(late.at_work)) if network is self.denoiser else strength for name, network in self.changeable.items()}
+        return [attach(network, lora.changes.get(name, {}), told[name]) for name, network in self.changeable.items()]
 
     def _learn(self, request: GenerateRequest) -> None:
         """Raises ValueError for vectors that are not of these text encoders."""

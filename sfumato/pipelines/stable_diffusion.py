@@ -62,6 +62,11 @@ class StableDiffusion(LatentDiffusion):
         return {"unet": self.denoiser} | {f"text_encoder{e}": ear.network for e, ear in zip(("", "_2"), self.ears, strict=False)}
 
     @property
+    def changeable(self) -> dict[str, nn.Module]:
+        """As other programs have it."""
+        return self.networks
+
+    @property
     def listeners(self) -> list[Any]:
         return list(self.ears)
 

@@ -221,7 +221,7 @@ def preset_r3gan() -> tuple[GANRecipe, LoopConfig]:
     """
     recipe, loop = preset_own()
     recipe = replace(recipe, **_on(R3GANConfig()), penalty=replace(recipe.penalty, every=8, end=0.3))
-    return replace(recipe, generator=replace(recipe.generator, colours=True)), replace(loop, lr=2.5e-3, batch_size=32, ema=0.1)
+    return replace(recipe, generator=replace(recipe.generator, colours=True)), replace(loop, lr=1.5e-3, batch_size=32, ema=0.1)
 
 
 def preset_dcgan() -> tuple[GANRecipe, LoopConfig]:

@@ -6,6 +6,8 @@ What comes of it is one file, which other programs load too where the model is a
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,17 @@ from torch import Tensor, nn
 
 from sfumato.convert.kohya import MOST_ALONG, Lora, lora_tensors
 from sfumato.core.pack import save_pack
+from sfumato.core.request import GenerateRequest
+from sfumato.core.rng import derive, numpy_rng
 from sfumato.nn.lora import LowRank, chosen
+from sfumato.pipelines.generate import Begun, Row
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
+from sfumato.pipelines.stable_diffusion import StableDiffusion
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer
 from sfumato.train.tuned import Tuned, Tuning, tune
+
+EVERY, MOST = 2, 16  # the decoder learns in every second step, of so many pictures of a batch
+AGAIN, STEPS = (2, 3, 4), 10  # steps, of so many, by which pictures are drawn again for that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +51,20 @@ class LoraRecipe(Tuned):
     along: float = 1.0
     """With until: how many times as far as it learned pictures go along what it changes; above 1 is more of the style and less of the thing."""
 
+    decoder: int = 0
+    """Of our own models: rank of what their decoder learns, which is how to paint what the LoRA draws. Pictures are drawn again for that, from
+    themselves with some noise; 0: nothing."""
+    decoder_from: float = 0.4
+    """The share of the training from which on the decoder learns: a LoRA that draws something comes first."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.along <= MOST_ALONG:
             raise ValueError(f"along (={self.along}) must be above 0 and at most {MOST_ALONG:g}: 1 is as it learned, 1.5 more of the style")
+        if self.decoder < 0:
+            raise ValueError(f"decoder (={self.decoder}) must be at least 0: the rank of what the decoder learns, 0 leaves it alone")
+        if not 0 <= self.decoder_from < 1:
+            raise ValueError(f"decoder_from (={self.decoder_from}) must be at least 0 and below 1: the share of the training before it learns")
         if self.rank < 1:
             raise ValueError(f"rank (={self.rank}) must be at least 1: 4 to 64 are usual")
         if self.alpha < 0:
@@ -59,9 +78,9 @@ def preset_style() -> tuple[LoraRecipe, LoopConfig]:
 
     `sfumato train lora --data DIR --out runs/my-style`
     """
-    recipe = LoraRecipe(layers="linear", rank=64, until=0.3, along=2.0, each=100, flip=True, style="auto")
+    recipe = LoraRecipe(layers="linear", rank=64, until=0.3, along=1.75, decoder=16, each=100, flip=True, style="auto")
     return recipe, LoopConfig(
-        images=24_000, batch_size=32, lr=3e-3, warmup=320, decay=0.5, ema=0.02, weight_decay=0.0, save_every=8_000, sample_every=8_000,
+        images=16_000, batch_size=32, lr=3e-3, warmup=320, decay=0.5, ema=0.02, weight_decay=0.0, save_every=8_000, sample_every=8_000,
         log_every=1_600,
     )  # fmt: skip
 
@@ -72,7 +91,7 @@ def preset_subject() -> tuple[LoraRecipe, LoopConfig]:
     `sfumato train lora --preset subject --data DIR --prompt "my-dog" --out runs/my-dog`
     """
     recipe, loop = preset_style()
-    return replace(recipe, until=1.0, along=1.0, style="any", rank=16, layers="attention"), replace(loop, images=8_000, lr=5e-4)
+    return replace(recipe, until=1.0, along=1.0, decoder=0, style="any", rank=16, layers="attention"), replace(loop, images=8_000, lr=5e-4)
 
 
 def preset_stable() -> tuple[LoraRecipe, LoopConfig]:
@@ -103,26 +122,65 @@ class LoraTask(Tuning):
         self.hears_anew, self.until = recipe.text, recipe.until
         self.networks = {"lora": LowRank(layers, recipe.rank, recipe.alpha or None)}
         self.phases = [Phase("lora", ("lora",), self.loss)]
+        if recipe.decoder:
+            if isinstance(self.model, StableDiffusion):
+                raise ValueError(f"decoder (={recipe.decoder}) must be 0 for checkpoints of Stable Diffusion: only our own models know such changes")
+            decoder = {"decoder": chosen(self.model.codec.decoder, "all")}  # type: ignore[arg-type]
+            self.networks["decoder"] = LowRank(decoder, recipe.decoder)
+            self.phases.append(Phase("decoder", ("decoder",), self.painted, every=EVERY, begins=recipe.decoder_from))
 
     def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         return networks["lora"](self.loss_of, self.model.denoiser, batch)
 
+    def painted(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The decoder's loss: what the LoRA draws of pictures with some noise, painted, is to be the pictures. In latents it cannot be told how it
+        errs; here it is seen, and how to paint over it is learned from few pictures.
+        """
+        own = [i for i, (_, row, _) in enumerate(batch["of"]) if not self.items[row].prior][:MOST]
+        z = self._drawn_again(batch, own)
+        x = networks["decoder"](self.model.codec.decode, z)
+        self.networks["decoder"].rest()  # type: ignore[operator]
+        pictures = torch.cat([self.pixels(self.items[row], version) for _, row, version in (batch["of"][i] for i in own)])
+        return (x - pictures.to(x)).abs().mean(), {}
+
+    def _drawn_again(self, batch: Batch, own: list[int]) -> Tensor:
+        """Latents of some pictures of a batch, noised and drawn from there as they will be with the file."""
+        first = batch["of"][0][0]
+        steps = AGAIN[int(numpy_rng(self.seed, "train/again", first).integers(len(AGAIN)))]
+        with self._file(self.networks) as file:
+            asked = self.model.complete(GenerateRequest(lora=(file,), steps=STEPS, strength=steps / STEPS, size=self.model.size))
+            seeds = [derive(self.seed, "train/again", batch["of"][i][0]) >> 1 for i in own]
+            said = [replace(asked, prompt=batch["captions"][i]) for i in own]
+            rows = [Row(one, k, seed, self.model._style_of(one, seed)) for k, (one, seed) in enumerate(zip(said, seeds, strict=True))]
+            x0 = batch["x0"][own]
+            with self.model.changed(rows[0].request):
+                *_, z = self.model.latents(rows, Begun(x0, x0, None, ""))
+        return z
+
     def used(self, networks: dict[str, nn.Module]) -> LatentDiffusion:
-        networks["lora"](lambda: None)
+        for network in networks.values():
+            network(lambda: None)
         return self.model
 
     def samples(self, networks: dict[str, nn.Module]) -> Image.Image:
         """See `Tuning`; what comes late is drawn by its file, as it will be."""
         if self.until == 1:
             return super().samples(networks)
-        networks["lora"].rest()  # type: ignore[operator]
+        with self._file(networks) as file:
+            return self.drawn(self.model, lora=(file,))
+
+    @contextmanager
+    def _file(self, networks: dict[str, nn.Module]) -> Iterator[str]:
+        """A file of what was learned, beside a model that is as it was."""
+        for network in self.networks.values():
+            network.rest()  # type: ignore[operator]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "lora.safetensors"
             save_pack(file, *self.pack(networks))
-            return self.drawn(self.model, lora=(str(file),))
+            yield str(file)
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        lora = Lora(networks["lora"].deltas(), {})  # type: ignore[operator]
+        lora = Lora({k: v for network in networks.values() for k, v in network.deltas().items()}, {})  # type: ignore[operator]
         said = {"kind": "lora", "ss_network_module": "networks.lora", "ss_network_dim": lora.rank, "ss_network_alpha": self.recipe.alpha or lora.rank}
         return lora_tensors(lora), said | self.about() | ({"until": self.recipe.until, "along": self.recipe.along} if self.recipe.until < 1 else {})
 

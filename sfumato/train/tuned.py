@@ -312,16 +312,17 @@ class Tuning(ABC):
     # --- batches ------------------------------------------------------------------------------------------------------------------------------------
 
     def batch(self, positions: np.ndarray) -> Batch:
-        """Latents, noise, times and what is said, at positions of one batch."""
+        """Latents, noise, times and what is said, at positions of one batch; and of which version of which picture."""
         rows = self._rows(positions)
         size = self.items[rows[0]].size
         variants = self.variants
-        x0, noise, u, captions, styles = [], [], [], [], []
+        x0, noise, u, captions, styles, of = [], [], [], [], [], []
         for position, row in zip(positions, rows, strict=True):
             rng = numpy_rng(self.seed, "train/said", int(position))
             draws = rng.random(5)
             u.append(draws[:2])
-            x0.append(self.latents[size][self.place[row] * variants + int(draws[2] * variants)].float())
+            of.append((int(position), row, int(draws[2] * variants)))
+            x0.append(self.latents[size][self.place[row] * variants + of[-1][2]].float())
             noise.append(self._noise(size, "train/noise", int(position)))
             captions.append(None if draws[3] < self.recipe.drop else self.items[row].caption)
             styles.append({} if draws[4] < self.recipe.drop else self._style(int(position)))
@@ -329,7 +330,7 @@ class Tuning(ABC):
         weight = [self.recipe.prior_weight if self.items[r].prior else 1.0 for r in rows]
         return {
             "x0": torch.stack(x0), "noise": torch.stack(noise), "t": self._times(at[:, 0].clamp(1e-6, 1 - 1e-6), at[:, 1]),
-            "captions": captions, "styles": styles, "weight": torch.tensor(weight),
+            "captions": captions, "styles": styles, "weight": torch.tensor(weight), "of": of,
         }  # fmt: skip
 
     def _rows(self, positions: np.ndarray) -> list[int]:

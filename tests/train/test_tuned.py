@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sfumato.apps.cli import main
+from sfumato.convert.header import read_header
 from sfumato.convert.kohya import read_embedding, read_lora
 from sfumato.core.checkpoint import FileError, read_metadata, thousands
 from sfumato.core.config import from_json, to_json
@@ -255,6 +257,63 @@ def test_late_loras_of_generators_that_end_crosswise_are_their_own(photos: Path,
     assert model.late == []
 
 
+@pytest.mark.parametrize("until", [0.6, 1.0])
+def test_a_decoder_learns_to_paint_what_the_lora_draws(
+    until: float, smoke: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop changes nothing; one file draws as the training does, and without its part for the decoder the same is painted in another way."""
+    monkeypatch.setattr(lora, "EVERY", 1)
+    own, run = {"base": str(smoke / "diffusion")}, tmp_path / "whole"
+    more = {"decoder": 2, "until": until, "text": False}
+    loop = replace(LOOP, lr=0.05)
+    trainer = fit("lora", own, photos, run, loop, **more)
+    fit("lora", own, photos, tmp_path / "halves", loop, stop_at=12, **more)
+    fit("lora", own, photos, tmp_path / "halves", loop, **more)
+    whole, halves = (load_file(p / "state-000000.016k.safetensors") for p in (run, tmp_path / "halves"))
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(whole[k], halves[k]) for k in whole)
+    model = load(own["base"], device="cpu")
+    assert isinstance(model, LatentDiffusion)
+    file = run / "model-000000.016k.safetensors"
+    assert set(read_lora(file, model.changeable).changes) == {"denoiser", "decoder"}
+    tensors = {k: torch.zeros_like(v) if k.startswith("lora_decoder_") and "lora_up" in k else v for k, v in load_file(file).items()}
+    save_file(tensors, tmp_path / "unpainted.safetensors", read_header(file)[1])
+    latents: list[Tensor] = []
+    decode = LatentDiffusion.decode
+    monkeypatch.setattr(LatentDiffusion, "decode", lambda self, z: (latents.append(z), decode(self, z))[1])
+    before, after, unpainted = (drawn(own, **m) for m in ({}, {"lora": (str(run),)}, {"lora": (str(tmp_path / "unpainted.safetensors"),)}))
+    monkeypatch.undo()
+    assert np.abs(before - after).max() > 1
+    assert np.abs(unpainted - after).max() > 1
+    assert torch.equal(latents[1], latents[2])
+    assert not torch.equal(latents[0], latents[1])
+    assert np.array_equal(drawn(own), before), "and the model is as it was"
+    with Image.open(run / "samples" / f"{thousands(16)}.png") as sample:
+        image = model.generate("thing zkq", seed=0, size=model.size, lora=(str(run),))[0]
+        assert np.abs(np.asarray(sample.convert("RGB")).astype(int) - np.asarray(grid([image]).convert("RGB"))).max() <= 1
+    assert trainer.task.model.late == []
+    if until == 1:
+        main(["lora", "merge", own["base"], str(run), "--out", str(tmp_path / "merged.safetensors")])
+        assert np.abs(drawn(own, tmp_path / "merged.safetensors") - after).max() <= 1
+
+
+def test_the_decoder_comes_nearer_to_the_pictures_and_nothing_else_learns_from_that(smoke: Path, photos: Path, tmp_path: Path) -> None:
+    made = task(photos, tmp_path, {"base": str(smoke / "diffusion")}, decoder=4, until=0.5, prior_prompt="a thing", prior=2)
+    batch = made.batch(np.arange(4))
+    optimiser, losses = torch.optim.Adam(made.networks["decoder"].parameters(), lr=3e-3), []
+    for _ in range(40):
+        loss, _ = made.painted(made.networks, batch, 1.0)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.grad is None for p in made.networks["lora"].parameters())
+    assert all(p.grad is None for p in made.model.codec.parameters())
+    x = made.model.codec.decode(batch["x0"])
+    torch.testing.assert_close(x, load(str(smoke / "diffusion"), device="cpu").codec.decode(batch["x0"]), msg="its own changes rest")  # type: ignore[union-attr]
+
+
 def test_samples_of_a_lora_from_a_time_on_are_what_it_draws(base: dict[str, Any], photos: Path, tmp_path: Path) -> None:
     fit("lora", base, photos, tmp_path / "run", replace(LOOP, lr=0.05), until=0.6, along=2.0, text=False)
     model = load(base["base"], device="cpu")
@@ -331,8 +390,11 @@ def test_bad_input_is_named(smoke: Path, stable: Path, photos: Path, tmp_path: P
         task(photos, tmp_path / "g", {"base": str(tmp_path / "nowhere")})
     with pytest.raises(ValueError, match=r"batch_size \(=3\) must be even"):
         task(photos, tmp_path / "h", own, batch=3, prior_prompt="a thing", prior=2)
-    with pytest.raises(ValueError, match=r"rank \(=0\)"):
-        lora.LoraRecipe(rank=0)
+    with pytest.raises(ValueError, match=r"decoder \(=2\) must be 0 for checkpoints of Stable Diffusion"):
+        task(photos, tmp_path / "i", {"base": str(stable / "sd15.safetensors"), "size": 64, "bucket": 16}, decoder=2)
+    for name, wrong in (("rank", 0), ("decoder", -1), ("decoder_from", 1.0)):
+        with pytest.raises(ValueError, match=rf"{name} \(={wrong}\)"):
+            lora.LoraRecipe(**{name: wrong})  # type: ignore[arg-type]
 
 
 def test_another_model_of_the_same_name_is_not_gone_on_with(smoke: Path, photos: Path, tmp_path: Path) -> None:
