@@ -111,14 +111,15 @@ def run_extract(asked: Extract) -> Iterator[str]:
     if asked.rank < 1:
         raise ValueError(f"rank (={asked.rank}) must be at least 1: 4 to 128 are usual")
     _check_target(asked.out, asked.force)
-    tuned, base = (_loaded(m).networks for m in (asked.tuned, asked.base))
+    tuned, base = (_loaded(m).changeable for m in (asked.tuned, asked.base))
     if tuned.keys() != base.keys():
         raise ValueError(f"tuned (={asked.tuned!r}) and base (={asked.base!r}) must be models of the same kind")
     changes: dict[str, Any] = {}
     kept = left = 0.0
     for name in base:
         try:
-            found, (of, rest) = difference(tuned[name], base[name], asked.layers, asked.rank)
+            layers = "all" if name == "decoder" else asked.layers  # which has no attention
+            found, (of, rest) = difference(tuned[name], base[name], layers, asked.rank)
         except RuntimeError:
             raise ValueError(f"tuned (={asked.tuned!r}) and base (={asked.base!r}) must be models of the same kind") from None
         kept, left = kept + of, left + rest

@@ -58,7 +58,7 @@ class _PairConfig:
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig(_PairConfig):
     """`z` unit Gaussian numbers; `told` numbers of what is said, where there is something (`text_width`, `styles`, `labels`). With
-    `colours` channels hang together as they do in the pictures to learn from.
+    `colours` channels hang together as they do in the pictures to learn from, or as in the pair that it begins from.
     """
 
     kind: str = "generator"
@@ -117,7 +117,7 @@ class Colours(nn.Module):
     @torch.no_grad()
     def learn(self, x: Float[Tensor, "b c h w"]) -> None:
         """From pictures. No direction is closed: the least of them has a hundredth of its deviation."""
-        flat = x.double().transpose(0, 1).flatten(1)
+        flat = x.cpu().double().transpose(0, 1).flatten(1)
         flat = flat - flat.mean(1, keepdim=True)
         spread = flat.square().mean(1).sqrt()
         flat = flat / spread.clamp_min(1e-6)[:, None]

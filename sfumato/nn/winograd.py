@@ -96,7 +96,7 @@ class Conv3x3(nn.Conv2d):
         return whole and self.fits and not torch.is_grad_enabled() and x.shape[0] * x.shape[2] * x.shape[3] >= FEWEST * SIDE**2
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
-        by = self.by
+        by = None if self.by is not None and WRITTEN.get() else self.by
         if by is None and self._worth(x):
             by = matrices(self.weight)
         return super().forward(x) if by is None else convolved(x, by, self.bias)  # type: ignore[arg-type]

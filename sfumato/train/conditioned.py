@@ -37,7 +37,7 @@ GENTLE = Variety(place=0.25, scale=(0.75, 1.0), angle=10.0, recolour=0.12, count
 STEADY = replace(GENTLE, place=0.08, flip=0.06, recolour=0.08, count=0.01, pair=0.01, scene=0.03)
 CLOSE = Variety(place=0.5, scale=(1.0, 1.1), angle=0.0, flip=0.0, recolour=0.0)  # what a generator of one's own pictures may learn besides
 MOST_THINGS = 4096  # different captions that a memory keeps
-OF_DATA = ("text_width", "styles", "labels", "memory", "colours")  # of a network: as many as the data has
+OF_DATA = ("text_width", "styles", "labels", "memory")  # of a network: as many as the data has
 Net = TypeVar("Net", bound=Any)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from sfumato.core.checkpoint import read_metadata
 from sfumato.core.config import at_least, to_json
 from sfumato.core.images import grid, to_pil
 from sfumato.core.language import translated
@@ -56,7 +57,7 @@ from sfumato.metrics.features import feature_net, look
 from sfumato.nn.backbones import over
 from sfumato.nn.conditions import concat_conds
 from sfumato.train.adversary import MEMORY, mean_of_processes
-from sfumato.train.conditioned import Lessons, Taught
+from sfumato.train.conditioned import Lessons, Taught, begun_from
 from sfumato.train.doctor import Doctor
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
 
@@ -220,7 +221,7 @@ def preset_r3gan() -> tuple[GANRecipe, LoopConfig]:
     `sfumato train gan --preset r3gan --data DIR --out runs/r3gan`
     """
     recipe, loop = preset_own()
-    recipe = replace(recipe, **_on(R3GANConfig()), penalty=replace(recipe.penalty, every=8, end=0.3))
+    recipe = replace(recipe, **_on(R3GANConfig()), penalty=replace(recipe.penalty, r1=3.0, r2=3.0, every=8, end=0.3))
     return replace(recipe, generator=replace(recipe.generator, colours=True)), replace(loop, lr=1.5e-3, batch_size=32, ema=0.1)
 
 
@@ -349,6 +350,9 @@ class GANTask(Lessons):
         for name, what in (("text_width", "captions"), ("styles", "styles"), ("labels", "classes")):
             if getattr(recipe.generator, name) and not of_data[name]:
                 tqdm.write(translated(f"warning: generator.{name} has no effect: these pictures have no {what}"), file=sys.stderr)
+        if recipe.init:  # whose weights were learned with its colours, or without
+            theirs = read_metadata(begun_from(recipe.init)).get("generator")
+            self.net = replace(self.net, colours=isinstance(theirs, dict) and bool(theirs.get("colours")))
         self.of_discriminator = replace(recipe.discriminator, **of_data)
         torch.manual_seed(seed)
         generator, discriminator = Generator(self.net), Discriminator(self.of_discriminator)
@@ -356,7 +360,7 @@ class GANTask(Lessons):
         self.networks: dict[str, nn.Module] = {
             "generator": self.begun(generator), "discriminator": self.begun(discriminator, "discriminator"), "balance": self.balance,
         }  # fmt: skip
-        if generator.config.colours:
+        if generator.config.colours and not recipe.init:
             generator.network.colours.learn(self.looked_at["x"])  # type: ignore[union-attr, operator]
         if recipe.freeze and not recipe.init:
             raise ValueError(f"freeze (={recipe.freeze}) needs --init: what is frozen is to have learned before")

@@ -27,7 +27,7 @@ from sfumato.pipelines.stable_diffusion import StableDiffusion
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer
 from sfumato.train.tuned import Tuned, Tuning, tune
 
-EVERY, MOST = 2, 16  # the decoder learns in every second step, of so many pictures of a batch
+EVERY = 2  # steps from one of the decoder to the next
 AGAIN, STEPS = (2, 3, 4), 10  # steps, of so many, by which pictures are drawn again for that
 
 
@@ -39,7 +39,7 @@ class LoraRecipe(Tuned):
     rank: int = 16
     """Of the changes: more can say more, and needs more of a file."""
     alpha: float = 0.0
-    """Changes count alpha / rank times; 0: once."""
+    """Changes count alpha / rank times, but those of the decoder; 0: once."""
     layers: str = "attention"
     """Of the denoiser: attention, linear (1x1 convolutions too), all (with convolutions), or a regular expression on their names."""
     text: bool = False
@@ -119,40 +119,51 @@ class LoraTask(Tuning):
         layers = {name: chosen(n, recipe.layers) for name, n in networks.items() if n is self.model.denoiser}
         if recipe.text:
             layers |= {name: chosen(n, "attention") for name, n in networks.items() if n is not self.model.denoiser}
-        self.hears_anew, self.until = recipe.text, recipe.until
+        self.hears_anew, self.until, self.batch_size = recipe.text, recipe.until, batch
         self.networks = {"lora": LowRank(layers, recipe.rank, recipe.alpha or None)}
         self.phases = [Phase("lora", ("lora",), self.loss)]
         if recipe.decoder:
-            if isinstance(self.model, StableDiffusion):
-                raise ValueError(f"decoder (={recipe.decoder}) must be 0 for checkpoints of Stable Diffusion: only our own models know such changes")
             decoder = {"decoder": chosen(self.model.codec.decoder, "all")}  # type: ignore[arg-type]
             self.networks["decoder"] = LowRank(decoder, recipe.decoder)
             self.phases.append(Phase("decoder", ("decoder",), self.painted, every=EVERY, begins=recipe.decoder_from))
+
+    def _base(self, bf16: bool) -> LatentDiffusion:
+        model = super()._base(bf16)
+        if self.recipe.decoder and isinstance(model, StableDiffusion):
+            raise ValueError(f"decoder (={self.recipe.decoder}) must be 0 for checkpoints of Stable Diffusion: only our own models know such changes")
+        return model
+
+    @property
+    def complete_from(self) -> float:
+        """The progress from which on all that is learned learns."""
+        return self.recipe.decoder_from if self.recipe.decoder else 0.0
 
     def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         return networks["lora"](self.loss_of, self.model.denoiser, batch)
 
     def painted(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The decoder's loss: what the LoRA draws of pictures with some noise, painted, is to be the pictures. In latents it cannot be told how it
-        errs; here it is seen, and how to paint over it is learned from few pictures.
+        errs; here it is seen, and how to paint over it is learned from few pictures: of each batch a half.
         """
-        own = [i for i, (_, row, _) in enumerate(batch["of"]) if not self.items[row].prior][:MOST]
-        z = self._drawn_again(batch, own)
-        x = networks["decoder"](self.model.codec.decode, z)
+        some = [i for i, (position, _, _) in enumerate(batch["versions"]) if position // 2 % 2 == 0]
+        if not some:  # in this part of a batch; other processes wait for a gradient
+            return sum((0.0 * p.sum() for p in networks["decoder"].parameters()), torch.zeros(())), {}
+        x = networks["decoder"](self.model.codec.decode, self._drawn_again(batch, some))
         self.networks["decoder"].rest()  # type: ignore[operator]
-        pictures = torch.cat([self.pixels(self.items[row], version) for _, row, version in (batch["of"][i] for i in own)])
-        return (x - pictures.to(x)).abs().mean(), {}
+        pictures = torch.cat([self.pixels(self.items[row], version) for _, row, version in (batch["versions"][i] for i in some)])
+        off = (x - pictures.to(x)).abs().flatten(1).mean(1) * batch["weight"][some].to(x)
+        return off.sum() / (len(batch["versions"]) / 2), {}
 
-    def _drawn_again(self, batch: Batch, own: list[int]) -> Tensor:
+    def _drawn_again(self, batch: Batch, some: list[int]) -> Tensor:
         """Latents of some pictures of a batch, noised and drawn from there as they will be with the file."""
-        first = batch["of"][0][0]
-        steps = AGAIN[int(numpy_rng(self.seed, "train/again", first).integers(len(AGAIN)))]
+        number = batch["versions"][0][0] // self.batch_size
+        steps = AGAIN[int(numpy_rng(self.seed, "train/again", number).integers(len(AGAIN)))]
         with self._file(self.networks) as file:
             asked = self.model.complete(GenerateRequest(lora=(file,), steps=STEPS, strength=steps / STEPS, size=self.model.size))
-            seeds = [derive(self.seed, "train/again", batch["of"][i][0]) >> 1 for i in own]
-            said = [replace(asked, prompt=batch["captions"][i]) for i in own]
+            seeds = [derive(self.seed, "train/again", batch["versions"][i][0]) >> 1 for i in some]
+            said = [replace(asked, prompt=batch["captions"][i]) for i in some]
             rows = [Row(one, k, seed, self.model._style_of(one, seed)) for k, (one, seed) in enumerate(zip(said, seeds, strict=True))]
-            x0 = batch["x0"][own]
+            x0 = batch["x0"][some]
             with self.model.changed(rows[0].request):
                 *_, z = self.model.latents(rows, Begun(x0, x0, None, ""))
         return z
@@ -180,9 +191,10 @@ class LoraTask(Tuning):
             yield str(file)
 
     def pack(self, networks: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        lora = Lora({k: v for network in networks.values() for k, v in network.deltas().items()}, {})  # type: ignore[operator]
-        said = {"kind": "lora", "ss_network_module": "networks.lora", "ss_network_dim": lora.rank, "ss_network_alpha": self.recipe.alpha or lora.rank}
-        return lora_tensors(lora), said | self.about() | ({"until": self.recipe.until, "along": self.recipe.along} if self.recipe.until < 1 else {})
+        r, changes = self.recipe, {k: v for network in networks.values() for k, v in network.deltas().items()}  # type: ignore[operator]
+        said = {"kind": "lora", "ss_network_module": "networks.lora", "ss_network_dim": r.rank, "ss_network_alpha": r.alpha or r.rank}
+        late = {"until": r.until, "along": r.along} if r.until < 1 else {}
+        return lora_tensors(Lora(changes, {})), said | self.about() | late
 
 
 def train(recipe: LoraRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:

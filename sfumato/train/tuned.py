@@ -200,6 +200,8 @@ class Tuning(ABC):
             print(translated("warning: style has no effect: this model has no styles"), file=sys.stderr)
         if getattr(r, "along", 1.0) != 1 and getattr(r, "until", 1.0) == 1:
             print(translated("warning: along has no effect without until"), file=sys.stderr)
+        if getattr(r, "decoder", 1) == 0 and r.decoder_from != type(r).decoder_from:  # type: ignore[attr-defined]
+            print(translated("warning: decoder_from has no effect without decoder"), file=sys.stderr)
         if not r.prior_prompt and (r.prior, r.prior_weight) != (Tuned.prior, Tuned.prior_weight):
             print(translated("warning: prior and prior_weight have no effect without prior_prompt"), file=sys.stderr)
 
@@ -312,17 +314,17 @@ class Tuning(ABC):
     # --- batches ------------------------------------------------------------------------------------------------------------------------------------
 
     def batch(self, positions: np.ndarray) -> Batch:
-        """Latents, noise, times and what is said, at positions of one batch; and of which version of which picture."""
+        """Latents, noise, times and what is said, at positions of one batch; `versions`: (position, row, version) of each."""
         rows = self._rows(positions)
         size = self.items[rows[0]].size
         variants = self.variants
-        x0, noise, u, captions, styles, of = [], [], [], [], [], []
+        x0, noise, u, captions, styles, versions = [], [], [], [], [], []
         for position, row in zip(positions, rows, strict=True):
             rng = numpy_rng(self.seed, "train/said", int(position))
             draws = rng.random(5)
             u.append(draws[:2])
-            of.append((int(position), row, int(draws[2] * variants)))
-            x0.append(self.latents[size][self.place[row] * variants + of[-1][2]].float())
+            versions.append((int(position), row, int(draws[2] * variants)))
+            x0.append(self.latents[size][self.place[row] * variants + versions[-1][2]].float())
             noise.append(self._noise(size, "train/noise", int(position)))
             captions.append(None if draws[3] < self.recipe.drop else self.items[row].caption)
             styles.append({} if draws[4] < self.recipe.drop else self._style(int(position)))
@@ -330,7 +332,7 @@ class Tuning(ABC):
         weight = [self.recipe.prior_weight if self.items[r].prior else 1.0 for r in rows]
         return {
             "x0": torch.stack(x0), "noise": torch.stack(noise), "t": self._times(at[:, 0].clamp(1e-6, 1 - 1e-6), at[:, 1]),
-            "captions": captions, "styles": styles, "weight": torch.tensor(weight), "of": of,
+            "captions": captions, "styles": styles, "weight": torch.tensor(weight), "versions": versions,
         }  # fmt: skip
 
     def _rows(self, positions: np.ndarray) -> list[int]:

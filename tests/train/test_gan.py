@@ -319,15 +319,13 @@ def test_mirroring_doubles_the_pictures(own_folder: Path, tmp_path: Path) -> Non
     assert np.mean([len(v) == 2 for v in seen.values()]) > 0.5, "pictures that are their own mirror image have one"
 
 
-@pytest.mark.parametrize("init", [False, True])
-def test_grey_pictures_are_drawn_grey_from_the_start(init: bool, run: Path, tmp_path: Path) -> None:
+def test_grey_pictures_are_drawn_grey_from_the_start(run: Path, tmp_path: Path) -> None:
     """And what was learned of colours is in the run: it is gone on with, and drawn with."""
     (tmp_path / "grey").mkdir()
     for i in range(24):
         line = np.random.default_rng(i).integers(0, 255, (16, 16, 1), dtype=np.uint8)
         Image.fromarray(line.repeat(3, 2)).save(tmp_path / "grey" / f"{i}.png")
-    more = {"generator": replace(RECIPE.generator, colours=True), "init": str(run) if init else ""}
-    recipe = replace(RECIPE, data=str(tmp_path / "grey"), augment="none", limit=0, **more)  # type: ignore[arg-type]
+    recipe = replace(RECIPE, generator=replace(RECIPE.generator, colours=True), data=str(tmp_path / "grey"), augment="none", limit=0)
     train(recipe, LOOP, tmp_path / "run", text=TEXT, stop_at=32)
     trainer = train(recipe, LOOP, tmp_path / "run", text=TEXT)
     x = trainer.task.looks(trainer.task.drawing(trainer.averages), torch.randn(4, 16), Cond())  # type: ignore[attr-defined]
@@ -336,6 +334,11 @@ def test_grey_pictures_are_drawn_grey_from_the_start(init: bool, run: Path, tmp_
     drawn = np.asarray(next(load(tmp_path / "run", device="cpu").pictures(GenerateRequest(seed=1))).image.convert("RGB")).astype(int)
     assert np.abs(drawn[..., 0] - drawn[..., 1]).max() <= 8
     assert drawn.std() > 1
+    for begun, wanted in ((run, False), (tmp_path / "run", True)):  # a pair goes on in the colours that it learned with
+        task = task_of(replace(recipe, init=str(begun)), tmp_path / "other")
+        theirs = load_tensors(checkpoints(begun, "model")[-1])[0]
+        assert task.net.colours == wanted
+        assert all(torch.equal(v, theirs[f"generator.{k}"]) for k, v in task.networks["generator"].state_dict().items())
 
 
 def test_looks_have_noise_of_places_as_pictures_that_are_drawn(tmp_path: Path) -> None:

@@ -276,6 +276,7 @@ def test_a_decoder_learns_to_paint_what_the_lora_draws(
     assert isinstance(model, LatentDiffusion)
     file = run / "model-000000.016k.safetensors"
     assert set(read_lora(file, model.changeable).changes) == {"denoiser", "decoder"}
+    assert trainer.task.complete_from == 0.4
     tensors = {k: torch.zeros_like(v) if k.startswith("lora_decoder_") and "lora_up" in k else v for k, v in load_file(file).items()}
     save_file(tensors, tmp_path / "unpainted.safetensors", read_header(file)[1])
     latents: list[Tensor] = []
@@ -300,7 +301,10 @@ def test_a_decoder_learns_to_paint_what_the_lora_draws(
 def test_the_decoder_comes_nearer_to_the_pictures_and_nothing_else_learns_from_that(smoke: Path, photos: Path, tmp_path: Path) -> None:
     made = task(photos, tmp_path, {"base": str(smoke / "diffusion")}, decoder=4, until=0.5, prior_prompt="a thing", prior=2)
     batch = made.batch(np.arange(4))
-    optimiser, losses = torch.optim.Adam(made.networks["decoder"].parameters(), lr=3e-3), []
+    halves = [{k: v[part] for k, v in batch.items()} for part in (slice(0, 2), slice(2, 4))]
+    (whole, _), *parts = (made.painted(made.networks, b, 1.0) for b in (batch, *halves))
+    torch.testing.assert_close(sum(p for p, _ in parts) / 2, whole, msg="parts of a batch say together what it says")
+    optimiser, losses = torch.optim.Adam(made.networks["decoder"].parameters(), lr=1e-2), []
     for _ in range(40):
         loss, _ = made.painted(made.networks, batch, 1.0)
         optimiser.zero_grad()
