@@ -146,8 +146,8 @@ class LoraTask(Tuning):
         errs; here it is seen, and how to paint over it is learned from few pictures: of each batch a half.
         """
         some = [i for i, (position, _, _) in enumerate(batch["versions"]) if position // 2 % 2 == 0]
-        if not some:  # in this part of a batch; other processes wait for a gradient
-            return sum((0.0 * p.sum() for p in networks["decoder"].parameters()), torch.zeros(())), {}
+        if not some:  # in this part of a batch, but other processes wait for a gradient
+            return networks["decoder"](lambda: 0.0 * torch.stack([p.sum() for p in self.networks["decoder"].parameters()]).sum()), {}
         x = networks["decoder"](self.model.codec.decode, self._drawn_again(batch, some))
         self.networks["decoder"].rest()  # type: ignore[operator]
         pictures = torch.cat([self.pixels(self.items[row], version) for _, row, version in (batch["versions"][i] for i in some)])

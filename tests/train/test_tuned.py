@@ -425,18 +425,18 @@ def test_recipes_are_json() -> None:
 # --- several processes ----------------------------------------------------------------------------------------------------------------------------
 
 
-def together(photos: Path, base: Path, out: Path, *flags: str) -> None:
+def together(photos: Path, base: Path, out: Path, *flags: str, kind: str = "finetune") -> None:
     """A fine-tuning of two processes, as torchrun starts it."""
-    argv = ["train", "finetune", "--data", str(photos), "--base", str(base), "--out", str(out), "--device", "cpu", *flags]
+    argv = ["train", kind, "--data", str(photos), "--base", str(base), "--out", str(out), "--device", "cpu", *flags]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "sfumato.apps.cli", *argv]
     env = [os.environ | world | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)]
-    for process in [subprocess.Popen(command, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in env]:
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, said[-2000:]
+    both = [subprocess.Popen(command, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in env]
+    said = [process.communicate(timeout=240)[0][-2000:] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
 
 
 @pytest.mark.parametrize("shard", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -464,6 +464,22 @@ def test_two_processes_are_one(shard: bool, base: dict[str, Any], photos: Path, 
     assert packs[0].keys() == packs[1].keys()
     assert (tmp_path / "two" / "samples" / "000000.012k.png").exists()
     fit("finetune", base, photos, tmp_path / "two", replace(loop, images=12), **more)  # what they left one process reads
+
+
+@pytest.mark.slow
+def test_two_processes_learn_one_decoder(smoke: Path, photos: Path, tmp_path: Path) -> None:
+    """Though one of them has no picture that is painted."""
+    more = {"rank": 2, "decoder": 2, "decoder_from": 0.25, "until": 0.6, "layers": "attention"}
+    loop = replace(LOOP, lr=1e-2)
+    fit("lora", {"base": str(smoke / "diffusion")}, photos, tmp_path / "one", loop, text=False, **more)
+    said = ("images", "batch_size", "warmup", "lr", "decay", "save_every", "sample_every", "log_every", "weight_decay", "ema")
+    flags = [f"--loop.{k.replace('_', '-')}={to_json(loop)[k]}" for k in said] + [f"--recipe.{k.replace('_', '-')}={v}" for k, v in more.items()]
+    flags += ["--recipe.each=1", "--recipe.no-flip", "--recipe.style=any", "--recipe.along=1", "--recipe.previews", "thing zkq"]
+    together(photos, smoke / "diffusion", tmp_path / "two", *flags, kind="lora")
+    one, two = (load_file(tmp_path / n / "model-000000.016k.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert any(float(v.abs().max()) > 0 for k, v in one.items() if k.startswith("lora_decoder_") and "lora_up" in k)
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) <= 1e-4
 
 
 def test_networks_that_must_be_whole_are_not_cut_up(smoke: Path, photos: Path, tmp_path: Path) -> None:
