@@ -37,7 +37,7 @@ from sfumato.core.runlog import read_log
 from sfumato.core.seams import Cond
 from sfumato.data.augment import STILL
 from sfumato.gans.dcgan import DCGANConfig
-from sfumato.gans.pair import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
+from sfumato.gans.pair import Discriminator, Generator
 from sfumato.gans.residual import ResidualConfig
 from sfumato.losses.adversarial import Kind
 from sfumato.metrics.distribution import Moments, frechet_distance, kernel_distance
@@ -143,11 +143,12 @@ def seen_by(classifier: Judge, rgb: Tensor) -> Tensor:
 # --- one run --------------------------------------------------------------------------------------------------------------------------------------
 
 
-def pair_of(network: Any, options: Options) -> dict[str, Any]:
-    """A pair at the side of the data; small where it is only tried."""
+def on(network: Any, options: Options, recipe: GANRecipe) -> GANRecipe:
+    """A recipe whose pair has this network and the side of the data; small where it is only tried."""
     if options.quick:
         network = replace(network, width=16, most=16)
-    return {"generator": GeneratorConfig(network=network, size=SIDE), "discriminator": DiscriminatorConfig(network=network, size=SIDE)}
+    parts = {name: replace(getattr(recipe, name), network=network, size=SIDE) for name in ("generator", "discriminator")}
+    return replace(recipe, **parts)
 
 
 def loop_of(options: Options, images: int, seed: int, lr: float, own: LoopConfig | None = None) -> LoopConfig:
@@ -229,7 +230,7 @@ def study(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     cells = [(k, p, s) for s in range(seeds_of(options)) for k in losses for p in penalties]
     found: dict[str, list[dict[str, Any]]] = {}
     for kind, penalty, seed in tqdm(cells, desc="study", file=sys.stderr):
-        recipe = GANRecipe(data=str(train), loss=kind, penalty=PENALTIES[penalty], betas=(0.0, 0.99), **pair_of(network, options))  # type: ignore[arg-type]
+        recipe = on(network, options, GANRecipe(data=str(train), loss=kind, penalty=PENALTIES[penalty], betas=(0.0, 0.99)))
         name = f"{kind} + {penalty}"
         found.setdefault(name, []).append(outcome(options, f"{kind}-{penalty}-{seed}", recipe, loop_of(options, images, seed, RATE)))
     sheet(options, losses, penalties, seeds_of(options) - 1).save(options.out / "study.png", optimize=True)
@@ -287,12 +288,7 @@ def rivals(options: Options, data: str) -> dict[str, GANRecipe]:
         "wgan-gp": DCGANConfig(width=32, most=128, norm="group"),
     }
     whole = {"data": data, "labels": "none", "variety": replace(STILL, flip=0.0), "augment": "none"}
-    made = {name: replace(preset()[0], **whole, **pair_of(pairs[name], options)) for name, preset in RIVALS.items()}  # type: ignore[arg-type]
-    return made | {"ours": with_colours(made["ours"])}
-
-
-def with_colours(recipe: GANRecipe) -> GANRecipe:
-    return replace(recipe, generator=replace(recipe.generator, colours=True))
+    return {name: on(pairs[name], options, replace(preset()[0], **whole)) for name, preset in RIVALS.items()}  # type: ignore[arg-type]
 
 
 def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -314,9 +310,9 @@ def race(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         ]
         for name, recipe in recipes.items()
     }
-    coloured, loop = with_colours(recipes["dcgan"]), loops["dcgan"]
+    lr, coloured = rates["dcgan"], replace(recipes["dcgan"], generator=replace(recipes["dcgan"].generator, colours=True))
     found[COLOURED] = [
-        outcome(options, f"race-{COLOURED}-{rates['dcgan']:g}-{s}", coloured, loop_of(options, images["dcgan"], s, rates["dcgan"], loop))
+        outcome(options, f"race-{COLOURED}-{lr:g}-{s}", coloured, loop_of(options, images["dcgan"], s, lr, loops["dcgan"]))
         for s in range(seeds_of(options))
     ]
     claims = []
@@ -370,7 +366,7 @@ def step(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A discriminator's step of WGAN-GP: ours, through the task, and as every tutorial writes it."""
     train, _ = folders(options)
     network = ResidualConfig(width=32, most=128)
-    recipe = GANRecipe(data=str(train), loss="wasserstein", penalty=PenaltyConfig(gp=10.0), **pair_of(network, options))  # type: ignore[arg-type]
+    recipe = on(network, options, GANRecipe(data=str(train), loss="wasserstein", penalty=PenaltyConfig(gp=10.0)))
     task = gan.GANTask(recipe, options.seed, options.out, options.out / "step")
     batch = task.batch(np.arange(64))
     critic, generator = Discriminator(task.of_discriminator), Generator(task.net)

@@ -63,6 +63,11 @@ class Options(Written):
     def halves(self) -> Path:
         return self.out / "halves"
 
+    @property
+    def series(self) -> int:
+        """Starts, and pictures of the bundled model."""
+        return 1 if self.quick else 5
+
 
 # --- sides: what a process does when it is told to ------------------------------------------------------------------------------------------------
 
@@ -247,7 +252,7 @@ def starts(options: Options) -> Part:
     ready: dict[str, list[float]] = {}
     drawn: dict[str, list[float]] = {}
     told = {"side": options.side, "steps": options.steps}
-    for i in tqdm(range(2 * options.processes - 1), desc="cold starts", file=sys.stderr):
+    for i in tqdm(range(options.series), desc="cold starts", file=sys.stderr):
         for name in (OURS, THEIRS):
             side = Side(name, options)
             ready.setdefault(name, []).append(side.ready)
@@ -258,7 +263,7 @@ def starts(options: Options) -> Part:
     share = np.divide(ready[OURS], ready[THEIRS])
     low, high = bootstrap(lambda a: np.median(a, -1), share)
     claims = [claim(f"import and load: ours / diffusers ({low:.2f} to {high:.2f})", float(np.median(share)), "", "<= 0.5")]
-    claims += ratios(f"new process to a picture of {options.side} x {options.side}, {options.steps} steps", drawn, ">= 1", options.processes)
+    claims += ratios(f"new process to a picture of {options.side} x {options.side}, {options.steps} steps", drawn, ">= 1", len(drawn[OURS]))
     return claims, {"ready": ready, "drawn": drawn}
 
 
@@ -329,14 +334,14 @@ def bundled(options: Options) -> Part:
 
     command, out = [sys.executable, "-m", "sfumato.apps.cli", "generate", "a red fox", "--seed", "1", "--force"], options.out / "cold.png"
     cold = []
-    for _ in range(1 if options.quick else 5):
+    for _ in range(options.series):
         began = time.perf_counter()
         subprocess.run([*command, "--out", str(out), "--threads", str(options.threads)], check=True, capture_output=True, cwd=ROOT)
         cold.append(time.perf_counter() - began)
     found: dict[str, Any] = {"cold": cold}
     models = {name: load(device="cpu", threads=options.threads, engine=name) for name in ("eager", "openvino")}  # type: ignore[arg-type]
     for count in (1, 16):
-        for i in range(1 + (1 if options.quick else 5)):
+        for i in range(1 + options.series):
             for name, model in models.items():
                 seconds = timed(lambda: model.generate("a red fox", seed=1, count=count))["seconds"]  # noqa: B023
                 found.setdefault(f"{name}, {count}", []).extend([seconds] if i else [])

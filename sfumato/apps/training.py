@@ -248,12 +248,9 @@ def plan(what: str, asked: Any) -> dict[str, Any]:
 
 def _slower_from(what: str, recipe: Any) -> float:
     """The share of a training from which on its steps have all their parts; 1 where they have them from the start."""
-    share = 1.0
     if what == "lora" and recipe.decoder:
-        share = recipe.decoder_from
-    elif what in ("autoencoder", "upscaler") and recipe.perceptual:
-        share = recipe.perceptual_from
-    return share or 1.0
+        return recipe.decoder_from  # type: ignore[no-any-return]
+    return recipe.perceptual_from if what in ("autoencoder", "upscaler") and recipe.perceptual else 1.0
 
 
 def _whole(recipe: Any) -> Any:
