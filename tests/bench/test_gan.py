@@ -29,7 +29,7 @@ def test_quick_runs_every_part_and_keeps_its_cells(tmp_path: Path, capsys: pytes
     where = ("--data", str(tmp_path), "--out", str(tmp_path / "out"))
     parts = found(capsys, *where)["details"]
     assert set(parts["study"]["rows"]) == {"wasserstein + none", "wasserstein + wgan-gp", "relativistic + none", "relativistic + wgan-gp"}
-    assert set(parts["race"]["rows"]) == set(gan.RIVALS)
+    assert set(parts["race"]["rows"]) == {*gan.RIVALS, gan.COLOURED}
     assert {"ours", "textbook"} == set(parts["step"])
     again = found(capsys, *where, "--only", "study")["details"]["study"]
     assert again["rows"] == parts["study"]["rows"], "from the files of the first time"
