@@ -404,8 +404,8 @@ def step(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def run(options: Options) -> dict[str, Any]:
-    if options.quick:
-        options = replace(options, out=options.out / "quick")
+    out = options.out.resolve()  # runs remember where their pictures are
+    options = replace(options, out=out / "quick" if options.quick else out)
     options.out.mkdir(parents=True, exist_ok=True)
     return of_parts({"study": study, "race": race, "step": step}, options.only, options, options.seed)
 

@@ -51,7 +51,7 @@ from sfumato.nn.lpips import lpips_from
 from sfumato.pipelines.find import find
 from sfumato.train.adversary import Adversary, AdversaryConfig, Controls
 from sfumato.train.doctor import Doctor, codes_for
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, begun_with, main_first, settled
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, begun_with, main_first, settled, starting
 
 OWN = Variety(place=0.9, scale=(1.0, 1.35), angle=0.0, recolour=0.0)
 WIDE = Variety(place=0.6, scale=(0.6, 1.25), angle=20.0, recolour=0.15, count=0.05, pair=0.05, scene=0.1)
@@ -618,8 +618,10 @@ def seen_with(recipe: AutoencoderRecipe, run: Path) -> AutoencoderRecipe:
 def train(recipe: AutoencoderRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the codec in the run folder `out`."""
     loop, recipe = settled(loop, out), seen_with(recipe, out)
-    if recipe.data != EMOJI:
-        same_source(Path(out), recipe.data, words=False)
-    trainer = Trainer(main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed, loop.dtype == "bf16", loop.auto).begin(loop)), loop, out, recipe)
+    with starting(out):
+        if recipe.data != EMOJI:
+            same_source(Path(out), recipe.data, words=False)
+        task = main_first(loop, lambda _: AutoencoderTask(recipe, loop.seed, loop.dtype == "bf16", loop.auto).begin(loop))
+        trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

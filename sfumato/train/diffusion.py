@@ -30,7 +30,7 @@ from sfumato.diffusion.precond import Precond, check_prediction
 from sfumato.diffusion.samplers import sample_heun
 from sfumato.diffusion.unet import UNetConfig
 from sfumato.train.conditioned import CLOSE, STEADY, Conditioned, Taught
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled, starting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +205,10 @@ class DiffusionTask(Conditioned):
 def train(recipe: DiffusionRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the denoiser in the run folder `out`; `codec` and `text` are runs or packs, copied in on the first start."""
     loop = settled(loop, out)
-    if recipe.data != EMOJI:
-        same_source(Path(out), recipe.data)
-    task = main_first(loop, lambda device: DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device, loop.dtype == "bf16"))
-    trainer = Trainer(task, loop, out, recipe)
+    with starting(out):
+        if recipe.data != EMOJI:
+            same_source(Path(out), recipe.data)
+        task = main_first(loop, lambda device: DiffusionTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device, loop.dtype == "bf16"))
+        trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.convert.kohya import FIRST, SECONDS
+from sfumato.data.folder import Entry
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
 from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer
 from sfumato.train.tuned import Tuned, Tuning, tune
@@ -88,14 +89,16 @@ class EmbeddingTask(Tuning):
         if not recipe.word.strip():
             raise ValueError("word (='') must name what is learned, as prompts will say it: --word my-dog")
         super().__init__(recipe, seed, batch, run, device, bf16)
-        if lacking := next((i.caption for i in self.items if not i.prior and recipe.word.lower() not in i.caption.lower()), None):
-            raise ValueError(
-                f"word (={recipe.word!r}) must be in every caption, and is not in {lacking!r}: --prompt '{{}} {recipe.word}' puts it there"
-            )
         listeners = list(self.model.listeners)
         first = [known_vectors(e, recipe.like, recipe.vectors) for e in listeners]
         self.networks = {"word": Word(recipe.word, first, lambda: listeners)}
         self.phases = [Phase("word", ("word",), self.loss)]
+
+    def _caption(self, entry: Entry) -> str:
+        said, word = super()._caption(entry), self.recipe.word
+        if word.lower() not in said.lower():
+            raise ValueError(f"word (={word!r}) must be in every caption, and is not in {said!r}: --prompt '{{}} {word}' puts it there")
+        return said
 
     def loss(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         return networks["word"](self.loss_of, self.model.denoiser, batch)

@@ -59,7 +59,7 @@ from sfumato.nn.conditions import concat_conds
 from sfumato.train.adversary import MEMORY, mean_of_processes
 from sfumato.train.conditioned import Lessons, Taught, begun_from
 from sfumato.train.doctor import Doctor
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled, starting
 
 FEWEST = 4
 LOOKED_AT = 256  # pictures of each kind, at each look
@@ -686,10 +686,11 @@ def train(recipe: GANRecipe, loop: LoopConfig, out: Path, *, text: Path, stop_at
     loop = settled(loop, out)
     if loop.compile and recipe.penalty.of_slopes:
         raise ValueError("compile (=True) has no second derivative, which a penalty on slopes needs: leave one of them out")
-    if recipe.data != EMOJI:
-        same_source(Path(out), recipe.data)
-    task = main_first(loop, lambda device: GANTask(recipe, loop.seed, Path(text), Path(out), device, loop.dtype == "bf16"))
-    task.loop = loop  # type: ignore[attr-defined]
-    trainer = Trainer(task, loop, out, recipe)
+    with starting(out):
+        if recipe.data != EMOJI:
+            same_source(Path(out), recipe.data)
+        task = main_first(loop, lambda device: GANTask(recipe, loop.seed, Path(text), Path(out), device, loop.dtype == "bf16"))
+        task.loop = loop  # type: ignore[attr-defined]
+        trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

@@ -22,7 +22,7 @@ from sfumato.data.shards import same_source
 from sfumato.data.subjects import EMOJI, subjects
 from sfumato.metrics.judge import JudgeConfig, JudgeNet
 from sfumato.nn.backbones import over
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled, starting
 
 HEAVY = Variety(place=0.9, scale=(0.6, 1.1), angle=18.0, recolour=0.2, scene=0.05, pair=0.0)
 
@@ -158,8 +158,9 @@ def _accuracy(network: nn.Module, x: Tensor, label: Tensor, style: Tensor) -> di
 def train(recipe: JudgeRecipe, loop: LoopConfig, out: Path, *, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, a judge in the run folder `out`."""
     loop = settled(loop, out)
-    if recipe.data != EMOJI:
-        same_source(Path(out), recipe.data)
-    trainer = Trainer(main_first(loop, lambda _: JudgeTask(recipe, loop.seed)), loop, out, recipe)
+    with starting(out):
+        if recipe.data != EMOJI:
+            same_source(Path(out), recipe.data)
+        trainer = Trainer(main_first(loop, lambda _: JudgeTask(recipe, loop.seed)), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

@@ -207,6 +207,23 @@ def _processes(loop: LoopConfig) -> Any:
     return PartialState(cpu=on_cpu(loop), **({"timeout": timedelta(hours=12)} if "RANK" in os.environ else {}))
 
 
+@contextlib.contextmanager
+def starting(out: Path) -> Iterator[None]:
+    """Makes what trains in the run folder `out`. Where what was asked for is wrong and the run was never begun, files that were written meanwhile go
+    again, so that it can be begun with other pictures or another base; not pictures of a prior, which say themselves what they were drawn from.
+    """
+    found = lambda: {path for path in (*Path(out).glob("*"), Path(out) / "prior" / "data.json") if path.is_file()}  # noqa: E731
+    before = found()
+    try:
+        yield
+    except ValueError:
+        if not (Path(out) / "config.json").exists():
+            for path in found() - before:
+                with contextlib.suppress(OSError):  # gone, or open still
+                    path.unlink()
+        raise
+
+
 def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
     """Makes a task for the device of the run; the main process first, so that the others find the caches that it filled."""
     if loop.threads:

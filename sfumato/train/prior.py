@@ -26,7 +26,7 @@ from sfumato.priors.maskgit import drawn_mask, maskgit_loss
 from sfumato.priors.tokens import Vocabulary, factorised
 from sfumato.priors.transformer import MASKED, Prior, PriorConfig
 from sfumato.train.conditioned import CLOSE, Conditioned, Taught
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled, starting
 
 GUIDANCE = 2.0  # of the sample grids
 
@@ -179,9 +179,10 @@ class PriorTask(Conditioned):
 def train(recipe: PriorRecipe, loop: LoopConfig, out: Path, *, codec: Path, text: Path, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the prior in the run folder `out`; `codec` and `text` are runs or packs, copied in on the first start."""
     loop = settled(loop, out)
-    if recipe.data != EMOJI:
-        same_source(Path(out), recipe.data)
-    task = main_first(loop, lambda device: PriorTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device, loop.dtype == "bf16"))
-    trainer = Trainer(task, loop, out, recipe)
+    with starting(out):
+        if recipe.data != EMOJI:
+            same_source(Path(out), recipe.data)
+        task = main_first(loop, lambda device: PriorTask(recipe, loop.seed, Path(codec), Path(text), Path(out), device, loop.dtype == "bf16"))
+        trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

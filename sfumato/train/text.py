@@ -24,7 +24,7 @@ from sfumato.data.augment import Variety
 from sfumato.data.shards import same_source
 from sfumato.data.subjects import EMOJI
 from sfumato.text.encoder import TextConfig, TextEncoder, train_tokenizer
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, starting
 from sfumato.train.sayings import ATTRIBUTES, EmojiSayings, OwnSayings, Question, Said, Sayings
 
 TALKATIVE = Variety(recolour=0.35, count=0.12, pair=0.1, scene=0.15)
@@ -223,8 +223,9 @@ def train(recipe: TextRecipe, loop: LoopConfig, out: Path, *, stop_at: int | Non
     if loop.accumulate > 1:
         raise ValueError(f"accumulate (={loop.accumulate}) must be 1 here: the captions of a batch are compared with each other")
     out = Path(out)
-    if recipe.data != EMOJI:
-        same_source(out, recipe.data)
-    trainer = Trainer(main_first(loop, lambda _: TextTask(recipe, loop.seed, out)), loop, out, recipe)
+    with starting(out):
+        if recipe.data != EMOJI:
+            same_source(out, recipe.data)
+        trainer = Trainer(main_first(loop, lambda _: TextTask(recipe, loop.seed, out)), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

@@ -7,6 +7,7 @@ section 3.2) every other picture of a batch is one of what the model drew before
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ from sfumato.pipelines.find import BUNDLED
 from sfumato.pipelines.generate import Model
 from sfumato.pipelines.latent_diffusion import LatentDiffusion
 from sfumato.pipelines.load import load
-from sfumato.train.loop import Batch, LoopConfig, Trainer, main_first, settled
+from sfumato.train.loop import Batch, LoopConfig, Trainer, begun_with, main_first, settled, starting
 
 FEW = 40  # pictures below which none is kept apart: each is needed
 LOOKS = 16  # times at which the validation loss looks, at least
@@ -190,7 +191,9 @@ class Tuning(ABC):
         """Raises ValueError where the run was begun with another model: its files are too large to be copied into every run."""
         path, now = run / "base.json", {"base": self.recipe.base, "hash": self.model.meta["hash"]}
         if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("hash") != now["hash"]:
-            raise ValueError(f"base (={self.recipe.base!r}) has changed since {run} was begun: put it back as it was, or name another --out")
+            if begun_with(run):
+                raise ValueError(f"base (={self.recipe.base!r}) has changed since {run} was begun: put it back as it was, or name another --out")
+            (run / "style.json").unlink(missing_ok=True)  # what another base chose
         write_json(path, now)
 
     def _say_what_is_idle(self) -> None:
@@ -262,7 +265,13 @@ class Tuning(ABC):
         return [Item(o, recipe.prior_prompt, size, prior=True) for o, size in zip(opened, wanted, strict=True)]
 
     def _drawn_before(self, sizes: list[Size], run: Path) -> list[Path]:
-        """What the model draws of the prior's prompt; drawn once, and gone on with where it was stopped."""
+        """What the model draws of the prior's prompt; drawn once, and gone on with where it was stopped, but not with what was drawn of another
+        prompt or model before a run was begun.
+        """
+        told, now = run / "prior" / "drawn.json", {"prompt": self.recipe.prior_prompt, "base": self.model.meta["hash"], "seed": self.seed}
+        if told.exists() and json.loads(told.read_text(encoding="utf-8")) != now:
+            shutil.rmtree(told.parent)
+        write_json(told, now)
         paths = [run / "prior" / f"{i:04d}.png" for i in range(len(sizes))]
         missing = [i for i, p in enumerate(paths) if not p.exists()]
         for i in tqdm(missing, desc=translated("drawing the prior"), unit=" pictures", leave=False):
@@ -450,7 +459,8 @@ class Tuning(ABC):
 def tune(kind: type[Tuning], recipe: Tuned, loop: LoopConfig, out: Path, stop_at: int | None) -> Trainer:
     """Trains, or goes on with, what is learned in the run folder `out`."""
     loop = settled(loop, out)
-    task = main_first(loop, lambda device: kind(recipe, loop.seed, loop.batch_size, Path(out), device, loop.dtype == "bf16"))
-    trainer = Trainer(task, loop, out, recipe)
+    with starting(out):
+        task = main_first(loop, lambda device: kind(recipe, loop.seed, loop.batch_size, Path(out), device, loop.dtype == "bf16"))
+        trainer = Trainer(task, loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

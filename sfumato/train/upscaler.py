@@ -30,7 +30,7 @@ from sfumato.losses.pixels import pixel_loss
 from sfumato.nn.backbones import efficientnet_lite0, lite0_on, over
 from sfumato.train.autoencoder import psnr_over_white
 from sfumato.train.conditioned import frozen_part
-from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled
+from sfumato.train.loop import Batch, LoopConfig, Phase, Trainer, main_first, settled, starting
 
 MOST_EXACT = 96  # held-out drawings that are looked at while training
 
@@ -191,6 +191,7 @@ def lanczos(x: Tensor, factor: int) -> Tensor:
 def train(recipe: UpscalerRecipe, loop: LoopConfig, out: Path, *, codec: Path, stop_at: int | None = None) -> Trainer:
     """Trains, or goes on with, the enlargement in the run folder `out`; `codec` is a run or a pack, copied in on the first start."""
     loop = settled(loop, out)
-    trainer = Trainer(main_first(loop, lambda device: UpscalerTask(recipe, loop.seed, Path(codec), Path(out), device)), loop, out, recipe)
+    with starting(out):
+        trainer = Trainer(main_first(loop, lambda device: UpscalerTask(recipe, loop.seed, Path(codec), Path(out), device)), loop, out, recipe)
     trainer.train(stop_at=stop_at)
     return trainer

@@ -412,6 +412,34 @@ def test_another_model_of_the_same_name_is_not_gone_on_with(smoke: Path, photos:
         fit("lora", own, photos, tmp_path / "run")
 
 
+def test_a_start_that_fails_leaves_nothing(smoke: Path, photos: Path, tmp_path: Path) -> None:
+    own, run = {"base": str(smoke / "diffusion")}, tmp_path / "run"
+    with pytest.raises(ValueError, match=r"word \(='zkq'\) must be in every caption"):
+        fit("embedding", own, photos, run, prompt="")
+    assert not [p for p in run.rglob("*") if p.is_file()]
+    with pytest.raises(ValueError, match=r"shard \(=True\) is for full fine-tuning"):  # seen late, when pictures are encoded
+        fit("lora", own, photos, run, replace(LOOP, shard=True))
+    assert not [p for p in run.rglob("*") if p.is_file()]
+    fit("lora", own, photos, run, stop_at=8)
+    kept = {p for p in run.rglob("*") if p.is_file()}
+    (tmp_path / "other").mkdir()
+    shutil.copy(photos / "0.png", tmp_path / "other")
+    with pytest.raises(ValueError, match="has changed since"):
+        fit("lora", own, tmp_path / "other", run, prompt="a thing")
+    assert {p for p in run.rglob("*") if p.is_file()} == kept
+
+
+def test_a_prior_of_another_prompt_is_drawn_anew(smoke: Path, photos: Path, tmp_path: Path) -> None:
+    """Where a start was stopped before its run was begun, and said something else."""
+    own, first = {"base": str(smoke / "diffusion")}, tmp_path / "run" / "prior" / "0000.png"
+    seen = []
+    for prompt in ("a dgo", "a dgo", "a dog"):
+        task(photos, tmp_path / "run", own, prior_prompt=prompt, prior=2)
+        seen.append((first.stat().st_mtime_ns, first.read_bytes()))
+    assert seen[0] == seen[1]
+    assert seen[1][0] != seen[2][0]
+
+
 def test_recipes_are_json() -> None:
     for presets, kind in (
         (lora.PRESETS, lora.LoraRecipe),
