@@ -24,6 +24,7 @@ from sfumato.gans.style import EqualLinear, StyleConfig, StyleDiscriminator, Sty
 from sfumato.nn.conditions import told
 from sfumato.nn.layers import slerp
 
+RARE = 0.01  # of a channel's variance: a colour that pictures hardly have
 RAREST = 0.01  # of the deviation of a colour
 CENTRE = 0.998  # memory of the mean of w, in steps
 TRIED, COARSE = 64, 8  # pictures among which the most usual is looked for, at this side
@@ -58,7 +59,7 @@ class _PairConfig:
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig(_PairConfig):
     """`z` unit Gaussian numbers; `told` numbers of what is said, where there is something (`text_width`, `styles`, `labels`). With
-    `colours` channels hang together as they do in the pictures to learn from, or as in the pair that it begins from.
+    `colours` channels hang together as they do in pictures to learn from that lack colours (grey ones), or as in the pair that it begins from.
     """
 
     kind: str = "generator"
@@ -104,8 +105,9 @@ class Told(nn.Module):
 
 
 class Colours(nn.Module):
-    """Channels that hang together as those of pictures do: mixed by the root of their correlations, so that each has the deviation that it would have
-    alone. What no picture has is rare from the start on: a generator of grey pictures need not learn that they are grey.
+    """Channels that hang together as those of pictures do, where these lack colours: mixed by the root of their correlations, so that each has the
+    deviation that it would have alone. What no picture has is rare from the start on: a generator of grey pictures need not learn that they are grey.
+    Of pictures that have all colours channels stay as they are: mixed they were learned more slowly.
     """
 
     mix: Tensor
@@ -116,14 +118,15 @@ class Colours(nn.Module):
 
     @torch.no_grad()
     def learn(self, x: Float[Tensor, "b c h w"]) -> None:
-        """From pictures. No direction is closed: the least of them has a hundredth of its deviation."""
+        """From pictures. No direction is closed: the least of them has `RAREST` of its deviation."""
         flat = x.cpu().double().transpose(0, 1).flatten(1)
         flat = flat - flat.mean(1, keepdim=True)
         spread = flat.square().mean(1).sqrt()
         flat = flat / spread.clamp_min(1e-6)[:, None]
         together = (flat @ flat.T / flat.shape[1]).fill_diagonal_(1.0)
         values, vectors = torch.linalg.eigh(together)
-        self.mix.copy_(vectors @ torch.diag(values.clamp_min(RAREST**2).sqrt()) @ vectors.T)
+        if float(values[0]) < RARE:
+            self.mix.copy_(vectors @ torch.diag(values.clamp_min(RAREST**2).sqrt()) @ vectors.T)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return F.conv2d(x, self.mix[:, :, None, None])

@@ -14,7 +14,7 @@ from sfumato.core.config import from_json, to_json
 from sfumato.core.seams import Cond
 from sfumato.gans.augment import _move, _scale, _tinted, _turn, ada, diffaugment
 from sfumato.gans.dcgan import DCGANConfig
-from sfumato.gans.pair import RAREST, Colours, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, NetworkConfig
+from sfumato.gans.pair import RARE, RAREST, Colours, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, NetworkConfig
 from sfumato.gans.r3gan import GroupedBlock, R3GANConfig
 from sfumato.gans.residual import ResidualConfig
 from sfumato.gans.style import StyleConfig, Styled, spread_of
@@ -56,7 +56,8 @@ def test_a_pair_fits_together(network: NetworkConfig, size: int, channels: int) 
 
 
 def test_colours_hang_together_as_those_of_pictures() -> None:
-    """What is mixed of independent channels has the correlations that were learned, and the deviations that it had."""
+    """What is mixed of independent channels has the correlations that were learned, and the deviations that it had. Where no colour is lacking
+    nothing is mixed."""
     root = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.5, -0.2, 0.1]])
     noise = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     x = torch.einsum("ij,bjhw->bihw", root, noise) * torch.tensor([0.5, 2.0, 1.0])[:, None, None] + 0.3
@@ -66,6 +67,10 @@ def test_colours_hang_together_as_those_of_pictures() -> None:
     wanted = torch.corrcoef(x.transpose(0, 1).flatten(1))
     torch.testing.assert_close(colours.mix @ colours.mix.T, wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(colours.mix, colours.mix.T)
+    assert float(torch.linalg.eigvalsh(wanted)[0]) < RARE
+    full = Colours(3)
+    full.learn(x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(full.mix, torch.eye(3))
 
 
 def test_what_no_picture_has_is_rare_and_not_impossible() -> None:
