@@ -433,6 +433,7 @@ class GANTask(Lessons):
         slopes = r.penalty.of_slopes and r.penalty.every == 1
         real, fake = self._both(batch, cond)
         assert fake is not None
+        elsewhere = self._elsewhere(network, real, fake, cond) if slopes else {}  # first: memory of two passes back is made once
         of_real, of_fake, steep = self._steep(network, real, fake, cond) if slopes else (*self._scores(network, real, fake, cond), {})
         batch["of_real"] = of_real.detach()
         loss = plain = discriminator_loss(r.loss, of_real, of_fake)
@@ -442,7 +443,7 @@ class GANTask(Lessons):
         if r.penalty.lecam:
             loss = loss + r.penalty.lecam * lecam_penalty(of_real, of_fake, self.balance.scores.clone())
         if slopes:
-            penalty, more = self._slopes(network, real, fake, steep, cond, progress)
+            penalty, more = self._weighed(steep | elsewhere, progress)
             loss, found = loss + penalty, found | more
         return loss, found
 
@@ -450,8 +451,9 @@ class GANTask(Lessons):
         """The penalties alone, as many times as heavy as they are rare."""
         cond, p, network = self.heard(batch), self.recipe.penalty, networks["discriminator"]
         real, fake = self._both(batch, cond, fakes=bool(p.r2 or p.gp))
+        elsewhere = self._elsewhere(network, real, fake, cond)
         of_real, _, steep = self._steep(network, real, fake if p.r2 else None, cond)
-        penalty, found = self._slopes(network, real, fake, steep, cond, progress)
+        penalty, found = self._weighed(steep | elsewhere, progress)
         return penalty * p.every + 0.0 * of_real.sum(), found  # what has no part in a slope has a gradient of 0, which processes wait for
 
     def fool(self, networks: dict[str, nn.Module], batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -497,16 +499,19 @@ class GANTask(Lessons):
             steep |= {"r2": squared_slopes(of_fake, fake)} if p.r2 else {}
         return of_real, of_fake, steep
 
-    def _slopes(
-        self, network: nn.Module, real: Tensor, fake: Tensor | None, steep: dict[str, Tensor], cond: Cond, progress: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """All penalties on slopes, weighed, and how steep the discriminator is: at real pictures where R1 or R2 look, else where the others do."""
-        p, total = self.recipe.penalty, real.new_zeros(())
+    def _elsewhere(self, network: nn.Module, real: Tensor, fake: Tensor | None, cond: Cond) -> dict[str, Tensor]:
+        """Squared slopes between real and generated pictures for WGAN-GP, beside real ones for DRAGAN."""
+        p, steep = self.recipe.penalty, {}
         if p.gp and fake is not None:
             u = torch.rand(len(real), device=real.device)
             steep["gp"] = self._squared(network, between(real.detach(), fake.detach(), u), cond)
         if p.dragan:
             steep["dragan"] = self._squared(network, beside(real.detach(), torch.rand_like(real), torch.rand_like(real[:, 0, 0, 0])), cond)
+        return steep
+
+    def _weighed(self, steep: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """All penalties on slopes, weighed, and how steep the discriminator is: at real pictures where R1 or R2 look, else where the others do."""
+        p, total = self.recipe.penalty, next(iter(steep.values())).new_zeros(())
         for name, squared in steep.items():
             size = squared.mean() / 2 if name in ("r1", "r2") else towards(squared, one_sided=p.one_sided)
             total = total + p.left(progress) * getattr(p, name) * size
