@@ -45,6 +45,17 @@ from sfumato.train.shards import Shards, whole
 BAD_STEPS_IN_A_ROW = 5
 HALVINGS = 3  # of a batch that does not fit into memory
 ROLLBACKS = 3  # of a run that repairs itself
+MADE_FIRST = (  # before a run is begun
+    "data.json",
+    "base.json",
+    "style.json",
+    "facts.json",
+    "latents*",
+    "codes.*",
+    "decoded.*",
+    "parts/*.safetensors",
+    "prior/data.json",
+)
 FREE_TO_CHANGE = (
     "images",
     "patience",
@@ -212,7 +223,7 @@ def starting(out: Path) -> Iterator[None]:
     """Makes what trains in the run folder `out`. Where what was asked for is wrong and the run was never begun, files that were written meanwhile go
     again, so that it can be begun with other pictures or another base; not pictures of a prior, which say themselves what they were drawn from.
     """
-    found = lambda: {path for path in (*Path(out).glob("*"), Path(out) / "prior" / "data.json") if path.is_file()}  # noqa: E731
+    found = lambda: {path for pattern in MADE_FIRST for path in Path(out).glob(pattern)}  # noqa: E731
     before = found()
     try:
         yield
