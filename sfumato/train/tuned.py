@@ -7,7 +7,6 @@ section 3.2) every other picture of a batch is one of what the model drew before
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -255,6 +254,7 @@ class Tuning(ABC):
         recipe = self.recipe
         if not recipe.prior_prompt:
             return []
+        self._same_prior(run)
         count = max(len(found.entries) if found else recipe.prior, len(set(sizes)))
         each = sorted(sizes)
         wanted = [each[i * len(each) // count] for i in range(count)]
@@ -264,14 +264,19 @@ class Tuning(ABC):
             opened = [partial(Image.open, path) for path in self._drawn_before(wanted, run)]
         return [Item(o, recipe.prior_prompt, size, prior=True) for o, size in zip(opened, wanted, strict=True)]
 
-    def _drawn_before(self, sizes: list[Size], run: Path) -> list[Path]:
-        """What the model draws of the prior's prompt; drawn once, and gone on with where it was stopped, but not with what was drawn of another
-        prompt or model before a run was begun.
-        """
-        told, now = run / "prior" / "drawn.json", {"prompt": self.recipe.prior_prompt, "base": self.model.meta["hash"], "seed": self.seed}
+    def _same_prior(self, run: Path) -> None:
+        """Drops what was drawn and encoded of another prior, where a start was stopped before it had a state; later its settings are compared."""
+        recipe, told = self.recipe, run / "prior" / "drawn.json"
+        now = {"prompt": recipe.prior_prompt, "data": recipe.prior_data, "base": self.model.meta["hash"], "seed": self.seed}
+        if any(run.glob("state-*")):
+            return
         if told.exists() and json.loads(told.read_text(encoding="utf-8")) != now:
-            shutil.rmtree(told.parent)
+            for path in (*told.parent.glob("[0-9][0-9][0-9][0-9].png"), *run.glob("latents-*")):
+                path.unlink(missing_ok=True)
         write_json(told, now)
+
+    def _drawn_before(self, sizes: list[Size], run: Path) -> list[Path]:
+        """What the model draws of the prior's prompt; drawn once, and gone on with where it was stopped."""
         paths = [run / "prior" / f"{i:04d}.png" for i in range(len(sizes))]
         missing = [i for i, p in enumerate(paths) if not p.exists()]
         for i in tqdm(missing, desc=translated("drawing the prior"), unit=" pictures", leave=False):

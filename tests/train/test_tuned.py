@@ -434,10 +434,18 @@ def test_a_prior_of_another_prompt_is_drawn_anew(smoke: Path, photos: Path, tmp_
     own, first = {"base": str(smoke / "diffusion")}, tmp_path / "run" / "prior" / "0000.png"
     seen = []
     for prompt in ("a dgo", "a dgo", "a dog"):
-        task(photos, tmp_path / "run", own, prior_prompt=prompt, prior=2)
+        made = task(photos, tmp_path / "run", own, prior_prompt=prompt, prior=2)
         seen.append((first.stat().st_mtime_ns, first.read_bytes()))
     assert seen[0] == seen[1]
-    assert seen[1][0] != seen[2][0]
+    assert seen[1] != seen[2]
+    row = next(r for r, item in enumerate(made.items) if item.prior)  # and what is learned is what was drawn
+    with torch.no_grad():
+        fresh = made.model.codec.encode(made.pixels(made.items[row])).mean
+    kept = made.latents[made.items[row].size][made.place[row] * made.variants][None].float()
+    torch.testing.assert_close(kept, fresh, atol=2e-3, rtol=2e-3)
+    (tmp_path / "run" / "state-000000.008k.safetensors").touch()  # of a run that was begun nothing is dropped
+    task(photos, tmp_path / "run", own, prior_prompt="a cow", prior=2)
+    assert (first.stat().st_mtime_ns, first.read_bytes()) == seen[2]
 
 
 def test_recipes_are_json() -> None:
