@@ -243,8 +243,15 @@ def main_first(loop: LoopConfig, make: Callable[[torch.device], Task]) -> Task:
     state = _processes(loop)
     if loop.device not in ("auto", state.device.type):
         raise ValueError(f"device (={loop.device!r}) is not available here: use auto or {state.device.type}")
+    check_batch(loop, state.num_processes)
     with state.main_process_first():
         return make(state.device)
+
+
+def check_batch(loop: LoopConfig, world: int) -> None:
+    """Raises ValueError where processes would have parts of different sizes."""
+    if loop.batch_size % (world * loop.accumulate):
+        raise ValueError(f"batch_size (={loop.batch_size}) must be a multiple of processes x accumulate (={world} x {loop.accumulate})")
 
 
 def check_sharding(task: Task, distributed: str, shard: bool = False) -> None:
@@ -326,8 +333,7 @@ class Trainer:
         if loop.shard and loop.dtype == "bf16":
             raise ValueError("dtype (='bf16') must be fp32 with shard, which casts nothing")
         self.shards = Shards(self.device, world) if loop.shard and world > 1 else None
-        if loop.batch_size % (world * loop.accumulate):
-            raise ValueError(f"batch_size (={loop.batch_size}) must be a multiple of processes x accumulate (={world} x {loop.accumulate})")
+        check_batch(loop, world)
         for network in task.networks.values():
             network.to(self.device)
         self.averages = {name: ema_copy(n) for name, n in task.networks.items()}

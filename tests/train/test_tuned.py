@@ -421,7 +421,12 @@ def test_a_start_that_fails_leaves_nothing(smoke: Path, photos: Path, tmp_path: 
         fit("lora", own, photos, run, replace(LOOP, shard=True))
     assert not [p for p in run.rglob("*") if p.is_file()]
     fit("lora", own, photos, run, stop_at=8)
+    for path in run.glob("latents-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"shard \(=True\)"):
+        fit("lora", own, photos, run, replace(LOOP, shard=True))
     kept = {p for p in run.rglob("*") if p.is_file()}
+    assert [p for p in kept if p.name.startswith("latents-")]  # of a run that was begun
     (tmp_path / "other").mkdir()
     shutil.copy(photos / "0.png", tmp_path / "other")
     with pytest.raises(ValueError, match="has changed since"):
